@@ -1,0 +1,35 @@
+# make demo [PHOTOS=folder]: see it work on this machine.  make test: prove it.  make check: style and types.  make bench: measure it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: demo test check bench readme locks clean
+
+demo: $(READY)
+	$(BIN)/cutfleet demo $(PHOTOS)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m tests.bench
+
+readme: $(READY)
+	$(BIN)/python tests/readme.py
+
+locks: $(READY)
+	PATH=$(abspath $(BIN)):$$PATH infra/docker/lock.sh
+
+clean:
+	rm -rf $(VENV) demo-output
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[worker,local,test]'
+	touch $@

@@ -1,0 +1,18 @@
+#!/bin/sh
+# Writes what the images install: the versions that the tests ran with, each file by its hash. `make locks`.
+set -eu
+cd "$(dirname "$0")/../.."
+export CUSTOM_COMPILE_COMMAND="make locks"
+tested=$(mktemp)
+trap 'rm -f "$tested"' EXIT
+python -m pip list --format=freeze --exclude-editable --exclude cutfleet | sed 's/+cpu$//' > "$tested"
+
+lock() {  # lock EXTRA FILE
+  pip-compile --quiet --extra "$1" --output-file "infra/docker/$2" --constraint "$tested" --strip-extras \
+    --generate-hashes --allow-unsafe --build-deps-for wheel --annotation-style line \
+    --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host pyproject.toml
+  sed -i "s|, -c $tested||; s|-c $tested, ||; s|    # via -c $tested$||" "infra/docker/$2"
+}
+
+lock flower producer.txt
+lock worker worker-cuda.txt

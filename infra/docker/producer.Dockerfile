@@ -1,0 +1,34 @@
+# syntax=docker/dockerfile:1
+# The light image: `cutfleet`, its dispatcher, and Flower. No torch, no numpy, no Pillow.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+WORKDIR /src
+COPY infra/docker/producer.txt ./
+RUN python -m venv /opt/cutfleet \
+ && /opt/cutfleet/bin/pip install --no-cache-dir --require-hashes -r producer.txt
+COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY jobs ./jobs
+COPY producer ./producer
+RUN /opt/cutfleet/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
+
+FROM ${BASE}
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="cutfleet-producer" \
+      org.opencontainers.image.description="Submits jobs, dispatches them, shows them: background removal at catalogue scale" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin cutfleet
+COPY --from=build /opt/cutfleet /opt/cutfleet
+ENV PATH=/opt/cutfleet/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    CUTFLEET_ALIVE_FILE=/tmp/alive
+USER 10001:10001
+WORKDIR /tmp
+STOPSIGNAL SIGTERM
+# Of the dispatcher, whose loop touches the file; an image run for one command ends before it is asked.
+HEALTHCHECK --interval=20s --timeout=5s --start-period=30s --retries=3 \
+  CMD ["/bin/sh", "-c", "test -n \"$(find \"$CUTFLEET_ALIVE_FILE\" -mmin -1)\""]
+ENTRYPOINT ["cutfleet"]
+CMD ["dispatch"]

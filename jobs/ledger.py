@@ -1,0 +1,491 @@
+"""Ledger: the truth about each job, in Redis. Each move is one atomic step of `ledger.lua`, whose head lists every key.
+
+An image is open until it is final; final never changes back but by an explicit retry. Counts change only with a state.
+Redis keeps no result for a done image but four bits: what was published stands in S3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthenticationWrongNumberOfArgsError,
+    AuthorizationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+from jobs.errors import CutfleetError, JobError, ServiceUnavailable
+from jobs.job import Failure, ImageState, Job, ManifestPart, Remark, Tally, job_from_fields
+from jobs.message import Lane
+
+MAX_ROWS = 500
+"""Most rows of one `feed`: keeps a script's time near 5 ms, and far below Lua's limit of arguments."""
+MAX_LIVE = 1000
+"""Most images of a live job that is published at once, without a manifest."""
+
+
+_UNACKED = "unacked"  # kombu's hash of messages that workers hold
+_CORRELATION = re.compile(r'"correlation_id": ?"([^"]+)"')
+
+
+class Fenced(CutfleetError):
+    """Another dispatcher is active: this one must not change anything."""
+
+    code = "fenced"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """`verdict`: go, busy, taken, suspect, final, cancelled or gone; only with go is the image ours, under `token`.
+    `waited_s`: from the publishing of its message to the claim. `vanished`: workers that went down with it; `blamed`:
+    the last one's error, where it is known."""
+
+    verdict: str
+    image: str
+    token: str
+    tries: int = 0
+    vanished: int = 0
+    waited_s: float | None = None
+    blamed: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What is in the window: `waiting` on a queue, `leased`, due for a `retry` later. `queues`: name -> length, and
+    age of the oldest message in seconds."""
+
+    waiting: int
+    leased: int
+    retry: int
+    queues: Mapping[str, tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something to tell a webhook: a job was closed (`id` is the job's) or an image is final (`id` is the image's).
+    `tries`: deliveries that failed. `lease_ends`, as the ledger wrote it, shows that it is ours."""
+
+    id: str
+    tries: int
+    lease_ends: str
+
+
+class Ledger:
+    """One connection pool; may be shared by threads. Every method raises `ServiceUnavailable` when Redis fails us."""
+
+    def __init__(self, url: str, *, name: str) -> None:
+        """`name` stands for the server in messages (the URL without its password)."""
+        self.name = name
+        self.heard: Callable[[CutfleetError | None], None] = lambda _: None
+        self._redis: redis.Redis = redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=10,
+            socket_connect_timeout=5,
+            socket_keepalive=True,
+            health_check_interval=15,
+            retry=Retry(ExponentialWithJitterBackoff(cap=1, base=0.05), 3),
+        )
+        text = importlib.resources.files("jobs").joinpath("ledger.lua").read_text()
+        self._script = self._redis.register_script(text)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Jobs
+
+    def create_job(self, job: Job) -> bool:
+        """False when the job is there already; nothing changes then."""
+        return bool(self._move("create", job.id, *_flat(job.to_fields())))
+
+    def submit_live(self, job: Job, rows: Sequence[tuple[str, str, str]], *, lease_s: float) -> bool:
+        """Creates a job of at most `MAX_LIVE` images, all on their queues, in one step. Rows: queue, message, line of
+        the manifest."""
+        flat = [text for row in rows for text in row]
+        return bool(self._move("submit", job.id, lease_s, len(rows), *flat, *_flat(job.to_fields())))
+
+    def append_live(self, job: Job, rows: Sequence[tuple[str, str, str, str, str, str]], *, lease_s: float) -> str:
+        """More images for the job of a watch, which is made if it is not there; their indexes follow `job.total`. Rows:
+        digest of the key, ETag that `seen` gave, ETag now, queue, message, line of the manifest. `ok`, `moved` (nothing
+        changed: read total and what was seen again) or `over` (the job takes no more)."""
+        flat = [text for row in rows for text in row]
+        return str(
+            self._move("append", job.id, job.watch, lease_s, job.total, len(rows), *flat, *_flat(job.to_fields()))
+        )
+
+    def seen(self, watch: str, digests: Sequence[str]) -> list[str]:
+        """ETag of the last version of each key that `append_live` has put into a job, empty where there is none."""
+        found = self._call("hmget", f"cf:watch:{watch}:seen", digests) if digests else []
+        return [etag or "" for etag in found]
+
+    def swept(self, watch: str) -> float | None:
+        """When the last complete listing of what `watch` watches began."""
+        found = self._call("hget", f"cf:watch:{watch}", "swept")
+        return float(found) if found else None
+
+    def finish_sweep(self, watch: str, *, began: float, keep_s: float) -> None:
+        """Forgets what was seen more than `keep_s` before it."""
+        while self._move("swept", watch, round(began, 3), keep_s, MAX_ROWS) == MAX_ROWS:
+            pass
+
+    def rows(self, job: str, *, first: int, count: int) -> list[str]:
+        """Lines of the manifest of a live job that are in none of its parts yet, `first` of them passed over."""
+        return list(self._call("lrange", f"cf:job:{job}:rows", first, first + count - 1))
+
+    def add_part(self, job: str, part: ManifestPart) -> bool:
+        """The part is in S3. False when another number was expected: somebody else lists this job."""
+        return bool(self._move("add_part", job, part.number, part.count, part.first, part.last))
+
+    def finish_listing(self, job: str) -> None:
+        self._move("listed", job)
+
+    def pause(self, job: str, reason: str) -> None:
+        """What is fed goes on; nothing more is fed."""
+        self._move("pause", job, reason)
+
+    def unpause(self, job: str) -> bool:
+        """False when it was not paused."""
+        return bool(self._move("unpause", job))
+
+    def cancel(self, job: str) -> bool:
+        """What is in work ends; the dispatcher makes the rest final. False when the job is closed."""
+        return bool(self._move("cancel", job))
+
+    def reopen(self, job: str, images: Mapping[int, str], *, states: Iterable[ImageState]) -> int:
+        """Images (index -> key) in one of the final `states` are fed once more, in whatever version their source has
+        then. At most `MAX_ROWS`. Returns how many. Raises `JobError` when the job is cancelled."""
+        digits = "".join(str(int(state)) for state in states)
+        changed = int(self._move("reopen", job, digits, *_flat({str(i): key for i, key in images.items()})))
+        if changed < 0:
+            raise JobError(f"Job {job} was cancelled: submit its source again.", code="job_cancelled")
+        return changed
+
+    def to_feed_again(self, job: str, limit: int) -> dict[int, str]:
+        """Some of what `reopen` left to be fed, index -> key."""
+        flat = self._call("hrandfield", f"cf:job:{job}:again", limit, withvalues=True)
+        return {int(index): key for index, key in zip(flat[::2], flat[1::2], strict=True)}
+
+    def restore(self, job: str, done: Sequence[int]) -> int:
+        """Open images that S3 proves to be done are done. At most `MAX_ROWS`. Returns how many changed."""
+        return int(self._move("restore", job, *done)) if done else 0
+
+    def tune(self, job: str, *, weight: int | None = None, rate: float | None = None, lane: Lane | None = None) -> bool:
+        """What is fed from now on; None leaves it, a rate of 0 lifts the limit. False when the job is closed."""
+        wanted = {"weight": weight, "rate": "" if rate == 0 else rate, "lane": lane}
+        return bool(
+            self._move("tune", job, *_flat({name: value for name, value in wanted.items() if value is not None}))
+        )
+
+    def job(self, job: str) -> Job:
+        """Raises `JobError` when there is none."""
+        found = self.find_job(job)
+        if found is None:
+            raise JobError(
+                f"There is no job {job!r} on {self.name}. `cutfleet jobs` lists them; a closed job is kept for "
+                "CUTFLEET_KEEP_DAYS, its report in S3 for ever."
+            )
+        return found
+
+    def find_job(self, job: str) -> Job | None:
+        fields = self._call("hgetall", f"cf:job:{job}")
+        return job_from_fields(job, fields) if fields else None
+
+    def jobs(self, *, limit: int = 100) -> list[Job]:
+        """Newest first."""
+        names = self._call("zrevrange", "cf:jobs", 0, limit - 1)
+        found = []
+        for name in names:
+            fields = self._call("hgetall", f"cf:job:{name}")
+            if fields:
+                found.append(job_from_fields(name, fields))
+        return found
+
+    def open_jobs(self) -> list[Job]:
+        """Oldest first."""
+        names = sorted(self._call("smembers", "cf:open"))
+        return [job for job in (self.find_job(name) for name in names) if job is not None]
+
+    def parts(self, job: str) -> list[ManifestPart]:
+        raw = self._call("hgetall", f"cf:job:{job}:parts")
+        return sorted(
+            (ManifestPart(int(n), *json.loads(text)) for n, text in raw.items()), key=lambda part: part.number
+        )
+
+    def part(self, job: str, number: int) -> ManifestPart:
+        text = self._call("hget", f"cf:job:{job}:parts", str(number))
+        return ManifestPart(number, *json.loads(text))
+
+    def failures(self, job: str) -> Iterator[tuple[int, Failure]]:
+        """In no order."""
+        cursor = 0
+        while True:
+            cursor, rows = self._call("hscan", f"cf:job:{job}:failures", cursor, count=1000)
+            for index, text in rows.items():
+                yield int(index), Failure(**json.loads(text))
+            if not cursor:
+                return
+
+    def remarks(self, job: str) -> dict[int, Remark]:
+        """By index, of images that a person should hear of: the first ten thousand that were done."""
+        rows = self._call("hgetall", f"cf:job:{job}:remarks")
+        return {int(index): Remark(**json.loads(rows[index])) for index in sorted(rows, key=int)}
+
+    def tally(self, job: str) -> Tally:
+        counts = self._call("hgetall", f"cf:job:{job}:tally")
+        return Tally.of_words({word: int(count) for word, count in counts.items()})
+
+    def failure(self, job: str, index: int) -> Failure | None:
+        text = self._call("hget", f"cf:job:{job}:failures", str(index))
+        return Failure(**json.loads(text)) if text else None
+
+    def states(self, job: str, first: int, count: int) -> list[ImageState]:
+        """States of `count` images from index `first` on."""
+        start, end = first // 2, (first + count + 1) // 2
+        raw: bytes = self._call("execute_command", "GETRANGE", f"cf:job:{job}:bits", start, end - 1, NEVER_DECODE=True)
+        raw = raw.ljust(end - start, b"\0")
+        nibbles = [nibble for byte in raw for nibble in (byte >> 4, byte & 15)]
+        offset = first - 2 * start
+        return [ImageState(value) for value in nibbles[offset : offset + count]]
+
+    def place(self, image: str) -> str | None:
+        """`leased`, `waiting` or `retry`; None when the image is in none of them."""
+        for place in ("leased", "waiting", "retry"):
+            if self._call("zscore", f"cf:{place}", image) is not None:
+                return place
+        return None
+
+    def entries(self) -> Iterator[tuple[str, str]]:
+        """Image and message of everything in the window, in no order."""
+        cursor = 0
+        while True:
+            cursor, rows = self._call("hscan", "cf:entry", cursor, count=1000)
+            for image, entry in rows.items():
+                yield image, entry.partition("\n")[2]
+            if not cursor:
+                return
+
+    # What a worker does
+
+    def claim(self, image: str, *, token: str, output: str, lease_s: float, alone: bool = False) -> Claim:
+        """Safe to repeat with the same token. `output` is the s3:// name that only the holder may write. `alone`: the
+        worker does nothing else meanwhile, so that it may have a suspect."""
+        verdict, *counts = self._move("claim", image, token, output, lease_s, int(alone))
+        if not counts:
+            return Claim(verdict, image, token)
+        tries, vanished, waited_s, blamed = counts
+        return Claim(verdict, image, token, tries, vanished, float(waited_s) if waited_s else None, blamed)
+
+    def renew(self, held: Mapping[str, str], *, lease_s: float) -> list[str]:
+        """`held`: image -> token. Returns the images that are no longer held."""
+        return list(self._move("renew", lease_s, *_flat(held))) if held else []
+
+    def finish(
+        self, claim: Claim, state: ImageState, failure: Failure | None = None, *, remark: Remark | None = None
+    ) -> str:
+        """`ok`, `final` (it was before) or `stale` (not held any more; nothing changed)."""
+        text = failure.to_json() if failure else ""
+        said = remark.to_json() if remark and remark.is_notable else ""
+        words = remark.words() if remark else []
+        return str(self._move("finish", claim.image, claim.token, int(state), text, said, *words))
+
+    def defer(self, claim: Claim, *, pause_s: float) -> str:
+        """Uses up one try; the dispatcher publishes the image again after `pause_s`."""
+        return str(self._move("defer", claim.image, claim.token, round(pause_s, 3)))
+
+    def release(self, claim: Claim, *, lease_s: float) -> str:
+        """Gives the image back, no try used up."""
+        return str(self._move("release", claim.image, claim.token, lease_s))
+
+    def vanish(self, claim: Claim, error: str, *, lease_s: float) -> str:
+        """This process is going down with `error`, perhaps because of this image: at once what `reclaim` does later."""
+        return str(self._move("vanish", claim.image, claim.token, error, lease_s))
+
+    def heartbeat(self, node: str, facts: Mapping[str, str | int | float], *, ttl_s: int) -> None:
+        self._move("heartbeat", node, ttl_s, *_flat(facts))
+
+    def workers(self) -> dict[str, dict[str, str]]:
+        """What the workers that are alive say of themselves, by node name."""
+        alive = {}
+        for node in self._call("zrange", "cf:workers", 0, -1):
+            facts = self._call("hgetall", f"cf:worker:{node}")
+            if facts:
+                alive[node] = facts
+        return alive
+
+    # Webhooks
+
+    def take_events(self, *, limit: int, lease_s: float) -> list[Event]:
+        """Events that are due; nobody else gets them before the lease ends."""
+        flat = iter(self._move("take_events", limit, lease_s))
+        return [Event(event, int(tries), ends) for event, tries, ends in zip(flat, flat, flat, strict=True)]
+
+    def finish_event(self, event: Event, *, told: bool) -> None:
+        """Delivered, or given up. Nothing changes when the event is not ours any more or happened again meanwhile."""
+        self._move("delivered", event.id, event.lease_ends, "sent" if told else "given_up", 0)
+
+    def defer_event(self, event: Event, *, pause_s: float) -> None:
+        self._move("delivered", event.id, event.lease_ends, "later", round(pause_s, 3))
+
+    def retell(self, job: str, first: int, end: int) -> int | None:
+        """Makes the events of the final images in [first, end) due again; how many, or None while too many wait."""
+        count = self._move("retell", job, first, end)
+        return None if count is None else int(count)
+
+    def retell_job(self, job: str) -> bool:
+        """Makes the event of a closed job due again; False when it is not closed."""
+        return bool(self._move("retell_job", job))
+
+    # What the active dispatcher does
+
+    def lead(self, me: str, *, ttl_s: float) -> int | None:
+        """The fencing token while `me` is the active dispatcher, else None."""
+        epoch = self._move("lead", me, int(ttl_s * 1000))
+        return int(epoch) if epoch else None
+
+    def resign(self, me: str) -> None:
+        self._move("resign", me)
+
+    def feed(self, epoch: int, job: str, cursor: int, rows: Sequence[tuple[str, str]], *, lease_s: float) -> bool:
+        """Puts the next images on their queues. Rows: queue, message. False: the cursor was elsewhere, or paused."""
+        return bool(self._move("feed", epoch, job, cursor, lease_s, *[text for row in rows for text in row]))
+
+    def record_part(self, epoch: int, job: str, part: ManifestPart) -> bool:
+        """The first rows of a live job are in S3, as this part. False when another number was expected."""
+        return bool(self._move("record", epoch, job, part.number, part.count, part.first, part.last))
+
+    def retry_due(self, epoch: int, *, lease_s: float) -> int:
+        return int(self._move("retry_due", epoch, lease_s, MAX_ROWS))
+
+    def reclaim(self, epoch: int, *, lease_s: float) -> list[str]:
+        """Images whose worker fell silent are on their queues again."""
+        return list(self._move("reclaim", epoch, lease_s, MAX_ROWS))
+
+    def overdue(self, epoch: int) -> list[str]:
+        """Unclaimed images past their deadline; `look_again` decides about each."""
+        return list(self._move("overdue", epoch, MAX_ROWS))
+
+    def look_again(self, epoch: int, exists: Mapping[str, bool], *, lease_s: float) -> int:
+        """Images whose message exists wait on; the others are published again. Returns how many those were."""
+        flat = _flat({image: str(int(there)) for image, there in exists.items()})
+        return int(self._move("look_again", epoch, lease_s, *flat)) if flat else 0
+
+    def feed_again(self, epoch: int, job: str, rows: Mapping[int, tuple[str, str]], *, lease_s: float) -> int:
+        """Rows: index -> queue, message. Returns how many went on their queues."""
+        flat = [text for index, row in rows.items() for text in (index, *row)]
+        return int(self._move("feed_again", epoch, job, lease_s, *flat)) if flat else 0
+
+    def cancel_rest(self, epoch: int, job: str) -> int:
+        """The next `MAX_ROWS` images of a cancelled job are final, but for those in work. Returns how far it came."""
+        return int(self._move("cancel_rest", epoch, job, MAX_ROWS))
+
+    def drop_spilled(self, epoch: int, job: str, number: int, failures: Mapping[int, Failure]) -> bool:
+        """These failures stand in S3 by now, as part `number`. False when another part was expected."""
+        flat = [text for index, failure in failures.items() for text in (index, json.dumps(failure.at))]
+        return bool(self._move("spilled", epoch, job, number, *flat))
+
+    def failures_held(self, job: str) -> int:
+        return int(self._call("hlen", f"cf:job:{job}:failures"))
+
+    def close_job(self, epoch: int, job: str, *, keep_s: float) -> bool:
+        """True when every image was final and the job is closed now."""
+        return bool(self._move("close", epoch, job, int(keep_s)))
+
+    def queue_depth(self, queue: str) -> int:
+        """Messages waiting; those that workers hold are not among them."""
+        return int(self._call("llen", queue))
+
+    def images_with_message(self, queues: Iterable[str]) -> set[str]:
+        """Ids of the images that have a message on one of `queues` or in a worker's hands."""
+        messages = [text for queue in queues for text in self._call("lrange", queue, 0, -1)]
+        messages += self._call("hvals", _UNACKED)
+        return {found.group(1) for text in messages if (found := _CORRELATION.search(text))}
+
+    def survey(self, queues: Sequence[str]) -> Survey:
+        """In constant time for each queue, whatever its length."""
+        waiting, leased, retry, *rows = self._move("survey", *queues)
+        sizes = zip(rows[::2], (float(age) for age in rows[1::2]), strict=True)
+        return Survey(waiting, leased, retry, dict(zip(queues, sizes, strict=True)))
+
+    def info(self) -> dict[str, Any]:
+        """What the server says of itself (INFO), its sections in one."""
+        return dict(self._call("info"))
+
+    def uptime_s(self) -> int:
+        """How long the server has been up: after a restart, leases could not be renewed for a while."""
+        return int(self.info()["uptime_in_seconds"])
+
+    def time_s(self) -> float:
+        """The server's clock, by which everything here is counted."""
+        seconds, micros = self._call("time")
+        return float(seconds) + float(micros) / 1e6
+
+    def is_dispatched(self) -> bool:
+        """Whether a dispatcher is active."""
+        return bool(self._call("exists", "cf:dispatcher"))
+
+    def ping(self) -> None:
+        self._call("ping")
+
+    def _move(self, *args: str | int | float) -> Any:
+        return self._guard(lambda: self._script(args=args))
+
+    def _call(self, command: str, *args: Any, **options: Any) -> Any:
+        return self._guard(lambda: getattr(self._redis, command)(*args, **options))
+
+    def _guard(self, call: Callable[[], Any]) -> Any:
+        error: CutfleetError | None = None
+        try:
+            return call()
+        except RedisError as exc:
+            error = map_redis_error(exc, self.name)
+            raise error from exc
+        finally:
+            self.heard(error)
+
+
+def map_redis_error(exc: RedisError, name: str) -> CutfleetError:
+    """What redis-py raised, as ours. `name`: the server, without a password."""
+    text = str(exc)
+    if text.startswith("FENCED"):
+        return Fenced("Another dispatcher is active; this one stands by.")
+    if isinstance(
+        exc, (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError, NoPermissionError)
+    ):
+        return ServiceUnavailable(
+            f"Redis at {name} refuses us: {text}. Check user, password and rights in CUTFLEET_REDIS_URL.",
+            code="redis_denied",
+        )
+    if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
+        return ServiceUnavailable(
+            f"Redis at {name} is full: raise its maxmemory, or let the workers drain the queues.", code="redis_full"
+        )
+    if isinstance(exc, (RedisConnectionError, RedisTimeoutError, ReadOnlyError)):
+        return ServiceUnavailable(
+            f"Redis at {name} can't be reached: {text}. Is it running? Check CUTFLEET_REDIS_URL.",
+            code="redis_unreachable",
+        )
+    return ServiceUnavailable(f"Redis at {name} failed: {text}", code="redis_failed")
+
+
+def _flat(pairs: Mapping[str, str | int | float]) -> list[str | int | float]:
+    return [value for pair in pairs.items() for value in pair]

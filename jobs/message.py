@@ -1,0 +1,88 @@
+"""ImageTask: the versioned JSON that one Celery message carries. A message is only a hint: what counts is the ledger.
+
+Version 1: {"v": 1, "job": str, "index": int, "key": str, "etag": str, "size": int, "lane": "live" | "backfill"}.
+Fields are added, never renamed; the form before is read for one release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from jobs.errors import ImageError
+
+Lane = Literal["live", "backfill"]
+LANES: tuple[Lane, ...] = get_args(Lane)
+
+VERSION = 1
+MAX_KEY_BYTES = 1024
+"""S3's own limit for a key, in UTF-8 bytes."""
+MAX_INDEX = 2**32
+_JOB = re.compile(r"^[0-9a-z-]{1,64}$")
+
+
+class BadMessage(ImageError):
+    """A message that this version can't read: malformed, of a later version, or not one of ours."""
+
+    code = "bad_message"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ImageTask:
+    """`etag` without quotes, empty: whatever is there. `size` in bytes, -1: not known."""
+
+    job: str
+    index: int
+    key: str
+    etag: str
+    size: int
+    lane: Lane
+
+    @property
+    def id(self) -> str:
+        """The image's name in the ledger and its Celery task id."""
+        return f"{self.job}:{self.index}"
+
+    def to_fields(self) -> dict[str, Any]:
+        return {
+            "v": VERSION,
+            "job": self.job,
+            "index": self.index,
+            "key": self.key,
+            "etag": self.etag,
+            "size": self.size,
+            "lane": self.lane,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ImageTask:
+        """Raises `BadMessage` naming the first field that is wrong."""
+        if fields.get("v") != VERSION:
+            raise BadMessage(f"The message has version {fields.get('v')!r}; this worker reads {VERSION}: update it.")
+        task = cls(**{name: _checked(fields, name) for name in cls.__slots__})
+        return task
+
+
+def _checked(fields: Mapping[str, Any], name: str) -> Any:
+    value = fields.get(name)
+    if not _fits(name, value):
+        raise BadMessage(f"The message's field {name!r} is not valid: {str(value)[:80]!r}.")
+    return value
+
+
+def _fits(name: str, value: Any) -> bool:
+    match name:
+        case "job":
+            return isinstance(value, str) and _JOB.match(value) is not None
+        case "index":
+            return type(value) is int and 0 <= value < MAX_INDEX
+        case "key":
+            return isinstance(value, str) and 0 < len(value.encode()) <= MAX_KEY_BYTES
+        case "etag":
+            return isinstance(value, str) and len(value) <= 256
+        case "size":
+            return type(value) is int and value >= -1
+        case _:
+            return value in LANES

@@ -1,0 +1,139 @@
+"""Settings from `CUTFLEET_*` variables, and nothing else reads the environment. Credentials and region are boto3's own
+(`AWS_*`). Every bad variable is reported at once; the Redis password never appears in logs or `repr`.
+
+The README's table is compared with this class by a test: name, default and description stand only here.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import socket
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from jobs.errors import SettingsError
+
+PREFIX = "CUTFLEET_"
+
+
+class Settings(BaseSettings):
+    """What every process of ours is told from outside. Build it with `load_settings()`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", protected_namespaces=())
+
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        repr=False,
+        description="Redis or Valkey for queues and ledger; `rediss://` for TLS. Must not evict (`noeviction`).",
+    )
+    s3_endpoint: str = Field("", description="S3 endpoint; empty for AWS.")
+    model: str = Field("u2netp", description="What a worker loads: a preset, a directory or a weights file.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`cuda` without a GPU is an error.")
+    gpu: int | None = Field(None, ge=0, description="Pins the worker to this GPU, before torch is imported.")
+    node: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$")] = Field(
+        "", description="Name of the worker before `@host`; empty: `gpuN` or `cpu`."
+    )
+    slots: int = Field(0, ge=0, le=256, description="Pictures a worker has in flight; 0: 24 with a GPU, else 2 a core.")
+    batch_limit: int = Field(0, ge=0, le=64, description="Most pictures in one device batch; 0: 8 on a GPU, else 1.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Precision of the model; `auto`: float16 on a GPU, float32 on a CPU."
+    )
+    compile: bool = Field(False, description="Compile the model with static shapes (`torch.compile`).")
+    accept_licence: str = Field(
+        "", description="`NAME:commercial-agreement` or `NAME:non-commercial`, where asked for."
+    )
+    trust_remote_code: bool = Field(False, description="Allow code from a model repository, with a pinned revision.")
+    model_revision: str = Field("", description="The 40-digit revision of a model repository, where one is pinned.")
+    max_pixels_mp: float = Field(100, gt=0, description="Larger pictures are refused before decoding (megapixels).")
+    max_bytes_mb: float = Field(100, gt=0, description="Larger objects are refused before download (MB).")
+    lease_s: float = Field(60, ge=1, description="How long a silent worker keeps an image, in seconds.")
+    drain_s: float = Field(60, ge=1, description="Grace after SIGTERM before a worker leaves regardless, in seconds.")
+    max_tries: int = Field(8, ge=1, le=100, description="Tries of an image before it is `failed`.")
+    retry_base_s: float = Field(
+        5, gt=0, description="First pause before a retry; doubles each time, jittered, to 900 s."
+    )
+    max_failed_share: float = Field(
+        0.5, ge=0, le=1, description="A job of which a larger share fails is paused, to be looked at; 1: never."
+    )
+    keep_days: float = Field(7, gt=0, description="How long Redis keeps a closed job, in days. S3 keeps its files.")
+    metrics_port: int = Field(
+        0, ge=0, le=65_535, description="Where Prometheus finds `/metrics` of a worker or dispatcher; 0: nowhere."
+    )
+    alive_file: str = Field("", description="Touched by worker and dispatcher while they make progress, for probes.")
+    webhook_secret: str = Field(
+        "",
+        repr=False,
+        description="Signs webhooks: `whsec_` and 24 to 64 bytes in base64. Two, with a space: both sign.",
+    )
+    webhook_private: bool = Field(
+        False, description="Allow webhooks to private addresses, and without TLS; else both are refused."
+    )
+    watch_token: str = Field("", repr=False, description="What senders of webhooks to `cutfleet watch` must show.")
+    log_format: Literal["text", "json"] = Field("text", description="Logs for people or for programs, on stderr.")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, url: str) -> str:
+        if not re.match(r"^(redis|rediss|sentinel)://", url):
+            raise ValueError("must start with redis://, rediss:// or sentinel://")
+        return url
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _endpoint_scheme(cls, url: str) -> str:
+        if url and not re.match(r"^https?://[^/]+", url):
+            raise ValueError("must be empty or start with http:// or https://")
+        return url.rstrip("/")
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _webhook_secret(cls, text: str) -> str:
+        for secret in text.split():
+            try:
+                size = len(base64.b64decode(secret.removeprefix("whsec_"), validate=True))
+            except ValueError:
+                size = 0
+            if not secret.startswith("whsec_") or not 24 <= size <= 64:
+                raise ValueError('must be "whsec_" and 24 to 64 bytes in base64: openssl rand -base64 32')
+        return text
+
+    @property
+    def redis_name(self) -> str:
+        """The Redis URL as logs and messages show it: without its password."""
+        return re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", self.redis_url)
+
+    @property
+    def s3_name(self) -> str:
+        return self.s3_endpoint or "AWS S3"
+
+
+def load_settings() -> Settings:
+    """Raises `SettingsError` that names every bad and every unknown `CUTFLEET_*` variable at once."""
+    problems = [
+        f"{name} is not a setting of this version"
+        for name in sorted(os.environ)
+        if name.startswith(PREFIX) and name[len(PREFIX) :].lower() not in Settings.model_fields
+        if not name.startswith(f"{PREFIX}TEST_")
+    ]
+    try:
+        settings = Settings()
+    except ValidationError as exc:
+        problems += [_sentence(error["loc"], error["msg"], error.get("input")) for error in exc.errors()]
+    if problems:
+        raise SettingsError("; ".join(problems) + ". The README's table lists every setting.")
+    return settings
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+def _sentence(loc: tuple[int | str, ...], problem: str, value: object) -> str:
+    name = PREFIX + str(loc[0]).upper()
+    field = Settings.model_fields.get(str(loc[0]))
+    shown = "" if field is not None and not field.repr else f" (is {value!r})"
+    return f"{name}: {problem.removeprefix('Value error, ')}{shown}"

@@ -1,0 +1,399 @@
+"""Store: S3 objects in and out, and the names they have. The only place that knows boto3 and botocore's errors.
+
+Objects of a job under its destination TO:
+  TO/cutouts/REL.png, TO/masks/REL.png   outputs; REL is the key after the last `/` of the source prefix
+  TO/NAME/REL.jpg                        rendition NAME, unless its recipe says another path
+  TO/_cutfleet/JOB/job.json              source, destination, recipe
+  TO/_cutfleet/JOB/manifest/NNNNNN.jsonl.gz   index, key, etag, size; sorted by key
+  TO/_cutfleet/JOB/report/...            written when the job closes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from jobs.errors import (
+    CutfleetError,
+    ImageError,
+    OutputError,
+    ServiceUnavailable,
+    SettingsError,
+    SourceError,
+    TransientError,
+)
+from jobs.message import MAX_KEY_BYTES
+from jobs.recipe import OWN_FOLDERS, Delivery, Recipe
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+Role = Literal["source", "output"]
+T = TypeVar("T")
+
+RECORDS = "_cutfleet"
+_BUSY = {
+    "SlowDown",
+    "ServiceUnavailable",
+    "InternalError",
+    "RequestTimeout",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "OperationAborted",
+    "ConditionalRequestConflict",
+    "500",
+    "502",
+    "503",
+    "504",
+    "409",
+}
+_UNSUPPORTED = {"NotImplemented", "501"}
+_MISSING = {"NoSuchKey", "404", "NotFound", "NoSuchVersion"}
+_DENIED = {"AccessDenied", "403", "Forbidden", "AllAccessDisabled", "AccountProblem"}
+_BAD_KEYS = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "RequestTimeTooSkewed",
+    "AuthorizationHeaderMalformed",
+}
+_CHANGED = {"PreconditionFailed", "412"}
+
+
+class PreconditionFailed(CutfleetError):
+    """The object is not as the condition said: it was changed, or is there already."""
+
+    code = "precondition_failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """`s3://BUCKET/KEY`; as a prefix, `key` may be empty and matches as S3 does."""
+
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+    @classmethod
+    def parse(cls, uri: str) -> Location:
+        """Raises `SettingsError` when it is no s3:// URI."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        if not uri.startswith("s3://") or not bucket:
+            raise SettingsError(f"{uri!r} is not an S3 location: write s3://BUCKET/PREFIX.")
+        return cls(bucket, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Object:
+    """`etag` without quotes; `metadata` as S3 gives it: lower-case names, empty from a listing. `modified`: seconds
+    since 1970, 0 where it was not asked for."""
+
+    key: str
+    etag: str
+    size: int
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    modified: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """The names of one image: where it is read and where its results go."""
+
+    source: Location
+    cutout: Location
+    mask: Location
+
+
+def destination_prefix(destination: str) -> Location:
+    """A destination always ends with `/`, so that its objects stand under it and not beside it."""
+    location = Location.parse(destination)
+    return Location(location.bucket, location.key.rstrip("/") + "/" if location.key.strip("/") else "")
+
+
+def image_names(source: str, destination: str, key: str) -> Names:
+    """Raises `OutputError` `name_too_long` when S3 could not hold an output's name."""
+    prefix = Location.parse(source)
+    to = destination_prefix(destination)
+    relative = _relative(key, prefix)
+    names = Names(
+        Location(prefix.bucket, key),
+        Location(to.bucket, f"{to.key}cutouts/{relative}.png"),
+        Location(to.bucket, f"{to.key}masks/{relative}.png"),
+    )
+    _check_length(names.cutout)
+    return names
+
+
+def rendition_names(recipe: Recipe, source: str, destination: str, key: str) -> dict[str, Location]:
+    """Where each rendition of one image goes, in the recipe's order. Raises `OutputError`: `name_too_long`,
+    `name_unmatched` (the key does not fit the recipe's pattern), `name_taken` (by our own folders, or by another
+    rendition of this image).
+    """
+    to = destination_prefix(destination)
+    relative = _relative(key, Location.parse(source))
+    names: dict[str, Location] = {}
+    for rendition in recipe.renditions:
+        path = recipe.rendition_path(rendition, relative)
+        place = Location(to.bucket, to.key + path)
+        if path.startswith(OWN_FOLDERS) or place in names.values():
+            raise OutputError(
+                f"Rendition {rendition.name!r} of {key!r} would be {place}, which is taken: change its path.",
+                code="name_taken",
+            )
+        _check_length(place)
+        names[rendition.name] = place
+    return names
+
+
+def _relative(key: str, prefix: Location) -> str:
+    return key[prefix.key.rfind("/") + 1 :]
+
+
+def _check_length(place: Location) -> None:
+    if len(place.key.encode()) > MAX_KEY_BYTES:
+        raise OutputError(
+            f"{place} would be longer than S3's {MAX_KEY_BYTES} bytes: choose a shorter destination prefix.",
+            code="name_too_long",
+        )
+
+
+def record_location(destination: str, job: str, name: str) -> Location:
+    """Where a job's own file `name` stands."""
+    to = destination_prefix(destination)
+    return Location(to.bucket, f"{to.key}{RECORDS}/{job}/{name}")
+
+
+def source_digest(source: Location) -> str:
+    """Metadata holds ASCII only, a key may hold anything: an output names its source by this SHA-256."""
+    return hashlib.sha256(str(source).encode()).hexdigest()
+
+
+class Store:
+    """One boto3 client, shared by threads. Methods named `source` and `output` say whose fault an error is."""
+
+    def __init__(self, endpoint: str, *, connections: int, credentials: tuple[str, str, str] | None = None) -> None:
+        """`endpoint`: empty for AWS. `connections`: at least the number of threads that use this store. `credentials`:
+        access key, secret key and region; None: as boto3 finds them."""
+        import boto3
+        from botocore.config import Config
+
+        self.name = endpoint or "AWS S3"
+        self.heard: Callable[[CutfleetError | None], None] = lambda _: None
+        config = Config(
+            max_pool_connections=connections,
+            connect_timeout=5,
+            read_timeout=30,
+            retries={"mode": "standard", "total_max_attempts": 3},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": "path"} if endpoint else {},
+        )
+        try:
+            session = boto3.session.Session(*((*credentials[:2], None, credentials[2]) if credentials else ()))
+            self._s3: S3Client = session.client("s3", endpoint_url=endpoint or None, config=config)
+            self._s3.meta.events.register_last("before-call.s3.PutObject", _send_at_once)
+        except Exception as exc:
+            raise map_s3_error(exc, self.name, Location("", ""), role="output") from exc
+
+    def list_source(self, prefix: Location, *, after: str = "") -> Iterator[S3Object]:
+        """Objects under `prefix`, folder markers left out; only keys behind `after`. AWS lists in key order; not every
+        store does (SeaweedFS goes folder by folder)."""
+        arguments: dict[str, Any] = {"Bucket": prefix.bucket, "Prefix": prefix.key}
+        if after:
+            arguments["StartAfter"] = after
+        pages = iter(self._s3.get_paginator("list_objects_v2").paginate(**arguments))
+        while (page := self._guard(lambda: next(pages, None), prefix, "source")) is not None:
+            for found in page.get("Contents", []):
+                if not found["Key"].endswith("/"):
+                    yield S3Object(
+                        found["Key"],
+                        found["ETag"].strip('"'),
+                        found["Size"],
+                        modified=found["LastModified"].timestamp(),
+                    )
+
+    def head(self, location: Location, *, role: Role) -> S3Object | None:
+        """None when there is no such object."""
+        try:
+            found = self._guard(lambda: self._s3.head_object(Bucket=location.bucket, Key=location.key), location, role)
+        except ImageError as exc:
+            if exc.code in ("source_missing", "output_missing"):
+                return None
+            raise
+        return S3Object(location.key, found["ETag"].strip('"'), found["ContentLength"], found["Metadata"])
+
+    def get(self, location: Location, *, role: Role, etag: str = "", max_bytes: int) -> tuple[bytes, str]:
+        """Body and ETag. With `etag`, raises `source_changed` when the object is another by now; `too_many_bytes`
+        before a longer body is read."""
+        arguments: dict[str, Any] = {"Bucket": location.bucket, "Key": location.key}
+        if etag:
+            arguments["IfMatch"] = f'"{etag}"'
+        return self._guard(lambda: self._read(arguments, location, max_bytes), location, role)
+
+    def download(self, location: Location, to: Path) -> None:
+        """A whole object into a file; it may be larger than memory."""
+        self._guard(lambda: self._s3.download_file(location.bucket, location.key, str(to)), location, "source")
+
+    def put(
+        self,
+        location: Location,
+        body: bytes,
+        *,
+        content_type: str,
+        metadata: Mapping[str, str] | None = None,
+        delivery: Delivery | None = None,
+        replaces: str | None = None,
+        conditional: bool = False,
+    ) -> str:
+        """Returns the ETag. With `conditional`, raises `PreconditionFailed` unless what is there now has the ETag
+        `replaces`, or nothing is there and `replaces` is None."""
+        arguments: dict[str, Any] = {"Bucket": location.bucket, "Key": location.key, "Body": body}
+        arguments |= _delivery_arguments(delivery or Delivery())
+        if conditional:
+            arguments |= {"IfMatch": f'"{replaces}"'} if replaces else {"IfNoneMatch": "*"}
+        answer: Any = self._guard(
+            lambda: self._s3.put_object(ContentType=content_type, Metadata=dict(metadata or {}), **arguments),
+            location,
+            "output",
+        )
+        return str(answer["ETag"]).strip('"')
+
+    def honours_conditions(self, location: Location, body: bytes) -> bool:
+        """Writes `location`, then once more if nothing is there: False when the store did so all the same."""
+        self.put(location, body, content_type="application/json")
+        try:
+            self.put(location, body, content_type="application/json", conditional=True)
+        except PreconditionFailed:
+            return True
+        except ServiceUnavailable as exc:
+            if exc.code == "store_unsupported":
+                return False
+            raise
+        return False
+
+    def create_bucket(self, bucket: str) -> None:
+        """For the local stack and for tests; one of ours that is there already is fine."""
+        try:
+            self._guard(lambda: self._s3.create_bucket(Bucket=bucket), Location(bucket, ""), "output")
+        except OutputError as exc:
+            if exc.code != "bucket_exists":
+                raise
+
+    def close(self) -> None:
+        self._s3.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, arguments: dict[str, Any], location: Location, max_bytes: int) -> tuple[bytes, str]:
+        answer = self._s3.get_object(**arguments)
+        with answer["Body"] as body:
+            if answer["ContentLength"] > max_bytes:
+                raise ImageError(
+                    f"{location} has {answer['ContentLength'] / 1e6:.1f} MB, the limit is {max_bytes / 1e6:g} MB "
+                    "(CUTFLEET_MAX_BYTES_MB).",
+                    code="too_many_bytes",
+                )
+            return body.read(), answer["ETag"].strip('"')
+
+    def _guard(self, call: Callable[[], T], location: Location, role: Role) -> T:
+        error: CutfleetError | None = None
+        try:
+            return call()
+        except CutfleetError:
+            raise
+        except Exception as exc:
+            error = map_s3_error(exc, self.name, location, role=role)
+            raise error from exc
+        finally:
+            self.heard(error)
+
+
+def _delivery_arguments(delivery: Delivery) -> dict[str, str]:
+    arguments = {"CacheControl": delivery.cache_control, "StorageClass": delivery.storage_class}
+    if delivery.kms_key:
+        arguments |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": delivery.kms_key}
+    return {name: value for name, value in arguments.items() if value}
+
+
+def _send_at_once(params: dict[str, Any], **_: Any) -> None:
+    """Without `Expect: 100-continue`: a body of ours is small, and asking first costs each put a round trip."""
+    params["headers"].pop("Expect", None)
+
+
+def map_s3_error(exc: Exception, store: str, location: Location, *, role: Role) -> CutfleetError:
+    """What botocore raised, as ours. Anything that is not botocore's or urllib3's is a bug and comes back unmapped."""
+    from botocore import exceptions as botocore
+
+    if isinstance(exc, botocore.ClientError):
+        return _map_answer(exc.response, store, location, role)
+    if isinstance(exc, (botocore.NoCredentialsError, botocore.PartialCredentialsError, botocore.TokenRetrievalError)):
+        return ServiceUnavailable(
+            f"No S3 credentials: {exc}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role.",
+            code="store_denied",
+        )
+    if isinstance(exc, botocore.ParamValidationError):
+        return SettingsError(f"S3 does not take this name: {' '.join(str(exc).split())}")
+    if isinstance(exc, (botocore.NoRegionError, botocore.ProfileNotFound, botocore.InvalidRegionError, ValueError)):
+        return SettingsError(f"S3 settings: {exc}. Check AWS_REGION, AWS_PROFILE and CUTFLEET_S3_ENDPOINT.")
+    if isinstance(exc, (botocore.ConnectionError, botocore.HTTPClientError, botocore.IncompleteReadError, OSError)):
+        return ServiceUnavailable(
+            f"S3 at {store} can't be reached: {exc}. Check CUTFLEET_S3_ENDPOINT and the network.",
+            code="store_unreachable",
+        )
+    if isinstance(exc, botocore.BotoCoreError):
+        return ServiceUnavailable(f"S3 at {store} failed for {location}: {exc}", code="store_failed")
+    raise exc
+
+
+def _map_answer(answer: Any, store: str, location: Location, role: Role) -> CutfleetError:
+    error = answer.get("Error", {})
+    code = str(error.get("Code", ""))
+    text = f"{code} {error.get('Message', '')}".strip()
+    owner: type[ImageError] = SourceError if role == "source" else OutputError
+    if code in _CHANGED:
+        if role == "source":
+            return SourceError(f"{location} was replaced since it was listed: submit it again.", code="source_changed")
+        return PreconditionFailed(f"{location} is not what it was: {text}")
+    if code == "NoSuchBucket":
+        return owner(
+            f"There is no bucket {location.bucket!r} at {store}: create it, or correct its name.", code="bucket_missing"
+        )
+    if code == "BucketAlreadyOwnedByYou":
+        return OutputError(f"Bucket {location.bucket!r} is there already.", code="bucket_exists")
+    if code in _MISSING:
+        return owner(f"{location} is not there.", code=f"{role}_missing")
+    if code == "InvalidStorageClass" or code.startswith("KMS."):
+        return owner(
+            f"S3 does not write {location} as the recipe's delivery says ({text}): correct its storage_class or "
+            "kms_key.",
+            code=f"{role}_denied",
+        )
+    if code in _DENIED:
+        rights = (
+            "s3:GetObject and s3:ListBucket" if role == "source" else "s3:GetObject, s3:PutObject and s3:ListBucket"
+        )
+        return owner(f"S3 refuses {location} ({text}): our credentials need {rights} there.", code=f"{role}_denied")
+    if code in ("InvalidObjectState", "ObjectArchived"):
+        return SourceError(f"{location} is archived: restore it first, then submit it again.", code="source_archived")
+    if code in _BAD_KEYS:
+        return ServiceUnavailable(
+            f"S3 at {store} refuses our credentials: {text}. Check AWS_ACCESS_KEY_ID and the clock.",
+            code="store_denied",
+        )
+    if code in _BUSY or str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", "")) in _BUSY:
+        return TransientError(f"S3 at {store} is busy ({text}) for {location}.", code="store_busy")
+    if code in _UNSUPPORTED:
+        return ServiceUnavailable(f"S3 at {store} does not offer what we need: {text}", code="store_unsupported")
+    return ServiceUnavailable(f"S3 at {store} answered {text} for {location}.", code="store_failed")

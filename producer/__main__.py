@@ -1,0 +1,5 @@
+"""`python -m producer` is `cutfleet`."""
+
+from producer.cli import main
+
+main(prog_name="cutfleet")

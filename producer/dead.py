@@ -1,0 +1,89 @@
+"""The images that failed, wherever their failures stand: in the ledger, and beyond `MAX_HELD` in S3 under
+TO/_cutfleet/JOB/failures/NNNNNN.jsonl.gz, one JSON object a line: index, key, code, message, tries, at, worker."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import itertools
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from jobs.job import Failure, ImageState, Job
+from jobs.ledger import MAX_ROWS, Ledger
+from jobs.store import Location, Store, record_location
+
+MAX_HELD = 10_000
+"""Failures of one job that stay in Redis: some 4 MB."""
+SPILL_ROWS = 2_500
+_MAX_PART_BYTES = 64_000_000
+
+
+def failures_of(job: Job, *, ledger: Ledger, store: Store) -> Iterator[tuple[int, Failure]]:
+    """Each failed image once, with its last failure, in no order. One part in memory at a time."""
+    seen = bytearray(job.total)
+    for index, failure in ledger.failures(job.id):
+        seen[index] = 1
+        yield index, failure
+    for number in reversed(range(job.spills)):
+        for index, failure in _read(store, job, number):
+            if not seen[index] and ledger.states(job.id, index, 1) == [ImageState.FAILED]:
+                seen[index] = 1
+                yield index, failure
+
+
+def spill(epoch: int, job: Job, *, ledger: Ledger, store: Store) -> bool:
+    """Moves `SPILL_ROWS` failures to S3 when the ledger holds more than `MAX_HELD`. Killed in between: done again."""
+    if ledger.failures_held(job.id) <= MAX_HELD:
+        return False
+    rows = dict(itertools.islice(ledger.failures(job.id), SPILL_ROWS))
+    lines = "".join(f"{json_row(index, failure)}\n" for index, failure in rows.items())
+    body = gzip.compress(lines.encode(), compresslevel=5, mtime=0)
+    store.put(_location(job, job.spills), body, content_type="application/gzip")
+    return ledger.drop_spilled(epoch, job.id, job.spills, rows)
+
+
+@contextmanager
+def failures_on_disk(job: Job, *, ledger: Ledger, store: Store) -> Iterator[Callable[[int, int], dict[int, Failure]]]:
+    """All failures, sorted in a temporary file; a question for those of `count` images from index `first` on."""
+    with contextlib.closing(sqlite3.connect("")) as table:
+        table.execute("create table failures (image integer primary key, text text)")
+        rows = ((index, failure.to_json()) for index, failure in failures_of(job, ledger=ledger, store=store))
+        table.executemany("insert into failures values (?, ?)", rows)
+
+        def between(first: int, count: int) -> dict[int, Failure]:
+            found = table.execute(
+                "select image, text from failures where image >= ? and image < ? order by image", (first, first + count)
+            )
+            return {index: Failure(**json.loads(text)) for index, text in found}
+
+        yield between
+
+
+def json_row(index: int, failure: Failure) -> str:
+    return json.dumps({"index": index} | dataclasses.asdict(failure), ensure_ascii=False)
+
+
+def retry(job: Job, code: str | None, *, ledger: Ledger, store: Store) -> int:
+    """Failed images, all or those of one code, are open again. Safe to repeat. Returns how many changed."""
+    chosen = (
+        (i, failure.key) for i, failure in failures_of(job, ledger=ledger, store=store) if code in (None, failure.code)
+    )
+    changed = 0
+    while rows := dict(itertools.islice(chosen, MAX_ROWS)):
+        changed += ledger.reopen(job.id, rows, states=[ImageState.FAILED])
+    return changed
+
+
+def _read(store: Store, job: Job, number: int) -> Iterator[tuple[int, Failure]]:
+    body, _ = store.get(_location(job, number), role="output", max_bytes=_MAX_PART_BYTES)
+    for line in gzip.decompress(body).splitlines():
+        row = json.loads(line)
+        yield int(row.pop("index")), Failure(**row)
+
+
+def _location(job: Job, number: int) -> Location:
+    return record_location(job.destination, job.id, f"failures/{number:06d}.jsonl.gz")

@@ -1,0 +1,193 @@
+"""The dispatcher: the piece that Celery lacks. Every second it feeds the queues within a window, publishes again what
+has passed its deadline, releases due retries and closes jobs whose images are all final.
+
+One is active, by a lock that it renews; others stand by. Each of its moves carries the lock's fencing token, so that
+one that was frozen and wakes changes nothing. Killed at any line, the next one goes on from the ledger.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+
+from jobs.alive import AliveFile
+from jobs.broker import lane_queue
+from jobs.errors import CutfleetError
+from jobs.job import Job
+from jobs.ledger import Fenced, Ledger
+from jobs.settings import Settings
+from jobs.store import Store
+from producer.dead import MAX_HELD, spill
+from producer.feeding import Feeder
+from producer.manifest import PART_ROWS, record_live
+from producer.metrics import DispatcherMetrics
+from producer.report import write_report
+
+log = logging.getLogger(__name__)
+
+LOCK_S = 10
+PAUSE_S = 1.0
+JUDGED_FROM = 100
+"""Pictures of a job that must be final before their failures say anything about the rest."""
+FEEDING_PAUSE_S = 0.1
+"""While images are fed: a fast GPU empties its share of the window in less than a second."""
+DAY_S = 86_400
+
+
+class Dispatcher:
+    """`run` until `stop` is set; `step` once. Not safe for threads; many processes may each run one."""
+
+    def __init__(self, ledger: Ledger, store: Store, settings: Settings) -> None:
+        self.metrics = DispatcherMetrics()
+        self.metrics.listen(ledger=ledger, store=store)
+        self._ledger = ledger
+        self._store = store
+        self._lease_s = settings.lease_s
+        self._failed_share = settings.max_failed_share
+        self._keep_s = settings.keep_days * 86_400
+        self._me = uuid.uuid4().hex
+        self._feeder = Feeder(ledger, store, lease_s=settings.lease_s)
+        self._reports: dict[str, concurrent.futures.Future[None]] = {}
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "report")
+        self._quiet_until = 0.0
+        self._active = False
+        self._alive = AliveFile(settings.alive_file)
+
+    def run(self, stop: threading.Event) -> None:
+        """Goes on whatever happens to Redis and S3: the cause is logged once, and once more when it has gone."""
+        failing = ""
+        while not stop.is_set():
+            busy = False
+            self._alive.touch()
+            try:
+                busy = self.step()
+                if failing:
+                    log.info("well again", extra={"action": "dispatch"})
+                failing = ""
+            except Fenced:
+                self._stand_by()
+            except CutfleetError as exc:
+                self._quiet_until = time.monotonic() + self._lease_s  # leases could not be renewed meanwhile
+                if exc.code != failing:
+                    log.error(str(exc), extra={"action": "dispatch", "code": exc.code})
+                failing = exc.code
+            stop.wait(FEEDING_PAUSE_S if busy else PAUSE_S)
+        self.close()
+
+    def step(self) -> bool:
+        """One turn. True when images were fed: there may soon be room again."""
+        epoch = self._ledger.lead(self._me, ttl_s=LOCK_S)
+        if epoch is None:
+            self._stand_by()
+            return False
+        if not self._active:
+            self._become_active(epoch)
+        self._ledger.retry_due(epoch, lease_s=self._lease_s)
+        if time.monotonic() >= self._quiet_until:
+            self._reconcile(epoch)
+        jobs = self._ledger.open_jobs()
+        busy = self._feeder.feed(epoch, jobs)
+        for job in jobs:
+            busy = self._attend(epoch, job) or busy
+        self._close_all(epoch, jobs)
+        self.metrics.survey(self._ledger, jobs)
+        return busy
+
+    def close(self) -> None:
+        """Gives the lock back, so that another need not wait for it."""
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        try:
+            self._ledger.resign(self._me)
+        except CutfleetError as exc:
+            log.warning("The lock was not given back: %s", exc, extra={"action": "dispatch"})
+
+    def _become_active(self, epoch: int) -> None:
+        self._active = True
+        log.info("active", extra={"action": "dispatch", "epoch": epoch})
+        since_restart = self._ledger.uptime_s()
+        if since_restart < self._lease_s:
+            self._quiet_until = time.monotonic() + self._lease_s - since_restart
+
+    def _stand_by(self) -> None:
+        if self._active:
+            log.info("standing by: another dispatcher is active", extra={"action": "dispatch"})
+        self._active = False
+        self.metrics.stand_by()
+        self._feeder.forget()
+
+    def _reconcile(self, epoch: int) -> None:
+        for image in self._ledger.reclaim(epoch, lease_s=self._lease_s):
+            self.metrics.reclaimed.inc()
+            log.warning("worker fell silent: published again", extra={"action": "reclaim", "image": image})
+        overdue = self._ledger.overdue(epoch)
+        if not overdue:
+            return
+        queues = {lane_queue(lane, job.model) for job in self._ledger.open_jobs() for lane in (job.lane, "suspect")}
+        present = self._ledger.images_with_message(queues)
+        lost = self._ledger.look_again(epoch, {image: image in present for image in overdue}, lease_s=self._lease_s)
+        if lost:
+            self.metrics.republished.inc(lost)
+            log.warning("messages were lost: published again", extra={"action": "reconcile", "images": lost})
+
+    def _attend(self, epoch: int, job: Job) -> bool:
+        """What a job needs beside being fed. True when there is more to do at once."""
+        if job.cancelled:
+            return self._ledger.cancel_rest(epoch, job.id) < job.total
+        if job.paused is None and fails_too_much(job, self._failed_share):
+            reason = f"too_many_failures: `cutfleet dead {job.id}` says why, `cutfleet unpause {job.id}` goes on"
+            log.error("paused: %s", reason, extra={"action": "feed", "job": job.id, "failed": job.failed})
+            self._ledger.pause(job.id, reason)
+        return job.failed > MAX_HELD and spill(epoch, job, ledger=self._ledger, store=self._store)
+
+    def _close_all(self, epoch: int, jobs: Iterable[Job]) -> None:
+        """What can't be written holds up its own job only; it is tried again in the next turn."""
+        failed: CutfleetError | None = None
+        for job in jobs:
+            try:
+                self._tend_live(epoch, job)
+                self._close_if_final(epoch, job)
+            except Fenced:
+                raise
+            except CutfleetError as exc:
+                failed = exc
+        if failed is not None:
+            raise failed
+
+    def _tend_live(self, epoch: int, job: Job) -> None:
+        """Ends the job of a watch with its day, and takes a live job's full parts out of the ledger."""
+        if job.watch and not job.listed and (job.cancelled or job.created // DAY_S < time.time() // DAY_S):
+            self._ledger.finish_listing(job.id)
+        if job.unrecorded >= PART_ROWS:
+            record_live(job, epoch=epoch, store=self._store, ledger=self._ledger)
+
+    def _close_if_final(self, epoch: int, job: Job) -> None:
+        """Writes the report beside the loop, then closes. A dispatcher that dies in between: the next writes it
+        again."""
+        if not job.listed or job.open:
+            self._reports.pop(job.id, None)  # of before it was opened again
+            return
+        report = self._reports.get(job.id)
+        if report is None:
+            self._reports[job.id] = self._writer.submit(self._record_and_report, epoch, job)
+            return
+        if not report.done():
+            return
+        del self._reports[job.id]
+        report.result()
+        if self._ledger.close_job(epoch, job.id, keep_s=self._keep_s):
+            log.info("closed", extra={"action": "close", "job": job.id, "done": job.done, "failed": job.failed})
+
+    def _record_and_report(self, epoch: int, job: Job) -> None:
+        while job.unrecorded and record_live(job, epoch=epoch, store=self._store, ledger=self._ledger):
+            job = self._ledger.job(job.id)
+        write_report(job, ledger=self._ledger, store=self._store)
+
+
+def fails_too_much(job: Job, share: float) -> bool:
+    """Of what became final since a person last looked. A job that is fed to its end has nothing left to save."""
+    final, failed = job.final - job.judged_final, job.failed - job.judged_failed
+    return final >= JUDGED_FROM and failed > share * final and (job.cursor < job.total or not job.listed)

@@ -1,0 +1,96 @@
+"""The manifest of a job: its images in numbered gzip JSONL parts in S3, in the order they were listed. Index i stands
+in part i // PART_ROWS; every part but the last is full, so that no list of offsets is needed.
+
+A backfill's parts are written while it is listed. A live job's lines wait in the ledger, so that nothing stands between
+a new picture and its worker; the dispatcher records them as parts when one is full and before the job closes."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+
+from jobs.job import Job, ManifestPart
+from jobs.ledger import Ledger
+from jobs.message import ImageTask
+from jobs.store import Location, S3Object, Store, record_location
+
+PART_ROWS = 10_000
+MAX_PART_BYTES = 64_000_000
+"""Far above what PART_ROWS keys of 1,024 bytes compress to."""
+
+
+def in_parts(rows: Iterable[S3Object], *, first_number: int) -> Iterator[tuple[ManifestPart, list[S3Object]]]:
+    """Groups rows into parts of `PART_ROWS`."""
+    stream = iter(rows)
+    for number in itertools.count(first_number):
+        batch = list(itertools.islice(stream, PART_ROWS))
+        if not batch:
+            return
+        keys = [row.key for row in batch]
+        yield ManifestPart(number, min(keys), max(keys), len(batch)), batch
+
+
+def write_part(store: Store, job: Job, part: ManifestPart, rows: list[S3Object]) -> None:
+    """Safe to repeat: a part is written before the ledger counts it."""
+    first = part.number * PART_ROWS
+    _put_lines(store, job, part.number, [manifest_line(first + i, row) for i, row in enumerate(rows)])
+
+
+def manifest_line(index: int, row: S3Object) -> str:
+    return json.dumps({"index": index, "key": row.key, "etag": row.etag, "size": row.size}, ensure_ascii=False)
+
+
+def record_live(job: Job, *, epoch: int, store: Store, ledger: Ledger) -> bool:
+    """Makes a part of a live job's next lines. Killed in between, the next dispatcher writes the same part again. False
+    when there was nothing to record."""
+    lines = ledger.rows(job.id, first=0, count=PART_ROWS)
+    if not lines:
+        return False
+    tasks = [_task(job, line) for line in lines]
+    number = tasks[0].index // PART_ROWS  # not `job.parts`, which may be of a moment ago
+    _put_lines(store, job, number, lines)
+    keys = [task.key for task in tasks]
+    return ledger.record_part(epoch, job.id, ManifestPart(number, min(keys), max(keys), len(lines)))
+
+
+def read_part(store: Store, job: Job, number: int) -> list[ImageTask]:
+    """The images of one part, in order of index."""
+    body, _ = store.get(_location(job, number), role="output", max_bytes=MAX_PART_BYTES)
+    return [_task(job, line) for line in gzip.decompress(body).splitlines()]
+
+
+def read_unrecorded(job: Job, *, first: int, count: int, ledger: Ledger) -> list[ImageTask]:
+    """Live images that stand in no part yet, the first of them being number `first`."""
+    return [_task(job, line) for line in ledger.rows(job.id, first=first, count=count)]
+
+
+def listed_before(store: Store, job: Job) -> tuple[str, set[str]]:
+    """What a stopped listing has recorded, for going on: the last key, and no keys, where the store lists in key order;
+    else no last key, and all keys (some 100 bytes each in memory)."""
+    last = ""
+    for task in _tasks(store, job):
+        if task.key <= last:
+            return "", {task.key for task in _tasks(store, job)}
+        last = task.key
+    return last, set()
+
+
+def _tasks(store: Store, job: Job) -> Iterator[ImageTask]:
+    for number in range(job.parts):
+        yield from read_part(store, job, number)
+
+
+def _task(job: Job, line: str | bytes) -> ImageTask:
+    row = json.loads(line)
+    return ImageTask(job.id, row["index"], row["key"], row["etag"], row["size"], job.lane)
+
+
+def _put_lines(store: Store, job: Job, number: int, lines: list[str]) -> None:
+    body = gzip.compress("\n".join(lines).encode(), compresslevel=5, mtime=0)
+    store.put(_location(job, number), body, content_type="application/gzip")
+
+
+def _location(job: Job, number: int) -> Location:
+    return record_location(job.destination, job.id, f"manifest/{number:06d}.jsonl.gz")

@@ -1,0 +1,130 @@
+"""What became of a job, joined from manifest and ledger, and of one picture.
+
+In S3 under TO/_cutfleet/JOB/report/: summary.json, and one CSV of succeeded and of failed images for each part of the
+manifest, in the columns of S3 Batch Operations reports (no header): Bucket, Key, VersionId, TaskStatus, ErrorCode,
+HTTPStatusCode, ResultMessage; remarks.jsonl: what there is to say of done images (key, review, figures, rules), the
+first ten thousand.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jobs.broker import task_of
+from jobs.job import Failure, ImageState, Job
+from jobs.ledger import Ledger
+from jobs.store import Location, Store, image_names, record_location, source_digest
+from producer.dead import failures_of, failures_on_disk, json_row
+from producer.manifest import PART_ROWS, read_part
+
+_SUCCEEDED = {ImageState.DONE: "done", ImageState.REVIEW: "done, to be reviewed", ImageState.SKIPPED: "skipped"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureStatus:
+    """`state`: open, waiting, leased, retry, done, failed or unknown. `job` None: no job covers the picture."""
+
+    source: str
+    state: str
+    job: str | None = None
+    cutout: str | None = None
+    mask: str | None = None
+    code: str | None = None
+    message: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def write_report(job: Job, *, ledger: Ledger, store: Store) -> None:
+    """Safe to repeat; one part of the manifest in memory at a time."""
+    with failures_on_disk(job, ledger=ledger, store=store) as failures_between:
+        for number in range(job.parts):
+            tasks = read_part(store, job, number)
+            first = number * PART_ROWS
+            failures = failures_between(first, len(tasks))
+            pairs = list(zip(tasks, ledger.states(job.id, first, len(tasks)), strict=True))
+            succeeded = [(task.key, "succeeded", "", _SUCCEEDED[state]) for task, state in pairs if state in _SUCCEEDED]
+            failed = [
+                _failed_row(task.key, failures.get(task.index), state)
+                for task, state in pairs
+                if state not in _SUCCEEDED
+            ]
+            _put_csv(store, job, f"report/succeeded-{number:06d}.csv", succeeded)
+            _put_csv(store, job, f"report/failed-{number:06d}.csv", failed)
+            _put_dead(store, job, number, failures)
+    remarks = ledger.remarks(job.id).values()
+    if remarks:
+        lines = "".join(f"{remark.to_json()}\n" for remark in remarks)
+        store.put(_location(job, "report/remarks.jsonl"), lines.encode(), content_type="application/jsonl")
+    summary = job.summary() | {
+        "state": "closed",
+        "closed": time.time(),
+        "tally": dataclasses.asdict(ledger.tally(job.id)),
+    }
+    body = json.dumps(summary, indent=1, ensure_ascii=False).encode()
+    store.put(_location(job, "report/summary.json"), body, content_type="application/json")
+
+
+def picture_status(source: Location, *, ledger: Ledger, store: Store) -> PictureStatus:
+    """The jobs whose source covers the key, newest first: in flight or failed from the ledger, done from the output."""
+    for job in ledger.jobs(limit=1000):
+        prefix = Location.parse(job.source)
+        if prefix.bucket == source.bucket and source.key.startswith(prefix.key):
+            status = _status_in(job, source, ledger, store)
+            if status is not None:
+                return status
+    return PictureStatus(source=str(source), state="unknown")
+
+
+def _status_in(job: Job, source: Location, ledger: Ledger, store: Store) -> PictureStatus | None:
+    names = image_names(job.source, job.destination, source.key)
+
+    def status(state: str, **more: str) -> PictureStatus:
+        return PictureStatus(source=str(source), state=state, job=job.id, **more)
+
+    for image, message in ledger.entries():
+        if image.startswith(f"{job.id}:") and task_of(message).key == source.key:
+            return status(ledger.place(image) or "open")
+    for _, failure in failures_of(job, ledger=ledger, store=store):
+        if failure.key == source.key:
+            return status("failed", code=failure.code, message=failure.message)
+    output = store.head(names.cutout, role="output")
+    if output is not None and output.metadata.get("cf-source") == source_digest(source):
+        return status("done", cutout=str(names.cutout), mask=str(names.mask))
+    return status("open") if job.closed is None and _is_listed(job, source.key, ledger) else None
+
+
+def _is_listed(job: Job, key: str, ledger: Ledger) -> bool:
+    return any(part.first <= key <= part.last for part in ledger.parts(job.id))
+
+
+def _failed_row(key: str, failure: Failure | None, state: ImageState) -> tuple[str, str, str, str]:
+    if failure is None:
+        return key, "failed", state.name.lower(), ""
+    return key, "failed", failure.code, failure.message
+
+
+def _put_csv(store: Store, job: Job, name: str, rows: Iterable[tuple[str, str, str, str]]) -> None:
+    bucket = Location.parse(job.source).bucket
+    text = io.StringIO()
+    writer = csv.writer(text)
+    for key, status, code, message in rows:
+        writer.writerow([bucket, key, "", status, code, "", message])
+    store.put(_location(job, name), text.getvalue().encode(), content_type="text/csv")
+
+
+def _put_dead(store: Store, job: Job, number: int, failures: Mapping[int, Failure]) -> None:
+    if failures:
+        body = "".join(f"{json_row(index, failure)}\n" for index, failure in failures.items())
+        store.put(_location(job, f"report/dead-{number:06d}.jsonl"), body.encode(), content_type="application/jsonl")
+
+
+def _location(job: Job, name: str) -> Location:
+    return record_location(job.destination, job.id, name)

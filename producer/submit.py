@@ -1,0 +1,214 @@
+"""A job from a source: recorded in S3, then in the ledger, then fed. Killed at any line, it can be resumed or repeated.
+
+A backfill is written as manifest parts, each in S3 before the ledger counts it; the dispatcher feeds what is counted
+while listing goes on. A live job of up to `MAX_LIVE` images needs neither: one step puts it in the ledger and on its
+queue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from jobs.broker import lane_queue, render
+from jobs.errors import JobError, SettingsError
+from jobs.job import Job
+from jobs.ledger import MAX_LIVE, Ledger
+from jobs.message import ImageTask, Lane
+from jobs.presets import PRESETS, RENDER
+from jobs.recipe import Recipe
+from jobs.store import Location, S3Object, Store, destination_prefix, record_location
+from producer.manifest import PART_ROWS, in_parts, listed_before, manifest_line, write_part
+from producer.sources import Report, list_prefix, named_keys, read_manifest, refuse_line
+
+NAMED_BY_HASH = re.compile(r"[A-Za-z0-9_.-]+@[0-9a-f]{12}")
+"""What a worker calls a model that is no preset: `cutfleet workers` shows it."""
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a person asks for. `keys` and `manifest` None: everything under `source`. `bad_line` is told of a line of
+    the manifest that makes no sense, by number and reason, and may raise. `weight`, `rate`, `sample`: see `Job`."""
+
+    source: str
+    destination: str
+    recipe: Recipe
+    lane: Lane
+    name: str
+    keys: tuple[str, ...] | None
+    manifest: str | None = None
+    bad_line: Report = refuse_line
+    weight: int = 1
+    rate: float | None = None
+    sample: int | None = None
+    webhook: str = ""
+    webhook_pictures: bool = False
+
+
+def submit(request: Request, *, store: Store, ledger: Ledger, lease_s: float, listed: Callable[[int], None]) -> Job:
+    """Returns the job as the ledger has it after listing. `listed` is told how many images were found so far.
+
+    Raises `SettingsError` for a source that is empty, a destination under its source, a model that is unknown; whatever
+    the store raises when the source can't be listed or the destination not be written.
+    """
+    check_request(request, ledger)
+    rows = _rows(request, store, after="")
+    head = list(itertools.islice(rows, MAX_LIVE + 1))
+    if not head:
+        raise SettingsError(f"There are no pictures under {request.source}.", code="source_empty")
+    job = _new_job(request, conditional=True)
+    job = dataclasses.replace(job, conditional=_write_record(job, store))
+    at_once = request.lane == "live" and request.rate is None and request.sample is None
+    if at_once and len(head) <= MAX_LIVE:
+        _submit_live(job, head, ledger, lease_s)
+        listed(len(head))
+    else:
+        ledger.create_job(job)
+        _list(job, itertools.chain(head, rows), store, ledger, first_part=0, listed=listed)
+    return ledger.job(job.id)
+
+
+def resume(
+    job_id: str,
+    *,
+    keys: tuple[str, ...] | None = None,
+    manifest: str | None = None,
+    bad_line: Report = refuse_line,
+    store: Store,
+    ledger: Ledger,
+    listed: Callable[[int], None],
+) -> Job:
+    """Lists on from where a killed `submit` with the same keys or manifest stopped. Safe to repeat; nothing happens to
+    a job that is listed."""
+    job = ledger.job(job_id)
+    if job.listed:
+        return job
+    if job.watch:
+        raise JobError(f"Job {job_id} is fed by `cutfleet watch`: there is nothing to resume.", code="job_watched")
+    last, seen = listed_before(store, job)
+    request = Request(
+        source=job.source,
+        destination=job.destination,
+        recipe=Recipe.from_json(job.recipe),
+        lane=job.lane,
+        name=job.name,
+        keys=keys,
+        manifest=manifest,
+        bad_line=bad_line,
+    )
+    rows = (row for row in _rows(request, store, after=last) if row.key not in seen)
+    _list(job, rows, store, ledger, first_part=job.parts, listed=listed)
+    return ledger.job(job_id)
+
+
+def check_request(request: Request, ledger: Ledger) -> None:
+    """Raises `SettingsError` for a destination under its source and for a model that nobody knows."""
+    check_places(request.source, request.destination)
+    _check_model(request.recipe.model, ledger)
+
+
+def watch_job(request: Request, *, job_id: str, watch: str, store: Store) -> Job:
+    """A job as the first images of a watch will make it. Its record is in S3; the ledger does not know it yet."""
+    job = dataclasses.replace(_new_job(request, conditional=True), id=job_id, watch=watch)
+    return dataclasses.replace(job, conditional=_write_record(job, store))
+
+
+def live_row(index: int, row: S3Object, job: Job) -> tuple[str, str, str]:
+    """Queue, message and line of the manifest of one live image."""
+    task = ImageTask(job.id, index, row.key, row.etag, row.size, job.lane)
+    return (*message_row(task, job), manifest_line(index, row))
+
+
+def message_row(task: ImageTask, job: Job) -> tuple[str, str]:
+    """Queue and message of one image."""
+    source = Location(Location.parse(job.source).bucket, task.key)
+    return lane_queue(job.lane, job.model), render(task, source_uri=str(source))
+
+
+def check_places(source_uri: str, destination: str) -> None:
+    """Raises `SettingsError` when a job would read what it writes."""
+    source, to = Location.parse(source_uri), destination_prefix(destination)
+    if source.bucket == to.bucket and to.key.startswith(source.key):
+        raise SettingsError(
+            f"The destination {to} lies under its own source {source}: the next run would cut out its own results. "
+            "Choose a destination elsewhere, or a longer source prefix.",
+            code="destination_under_source",
+        )
+
+
+def _check_model(model: str, ledger: Ledger) -> None:
+    """A preset or `NAME@HASH` may be served later, by a fleet that is asleep; any other name is a slip."""
+    served = {facts["model"] for facts in ledger.workers().values()}
+    if model not in (*PRESETS, RENDER) and model not in served and not NAMED_BY_HASH.fullmatch(model):
+        known = ", ".join([*PRESETS, *sorted(served - set(PRESETS))])
+        raise SettingsError(f"No model is called {model!r}. Known: {known}.", code="model_unknown")
+
+
+def _rows(request: Request, store: Store, *, after: str) -> Iterator[S3Object]:
+    source = Location.parse(request.source)
+    if request.manifest is not None:
+        return read_manifest(request.manifest, source, store, report=request.bad_line, after=after)
+    if request.keys is not None:
+        return named_keys(source, request.keys, after=after)
+    return list_prefix(store, source, after=after)
+
+
+def _new_job(request: Request, *, conditional: bool) -> Job:
+    now = time.time()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
+    return Job(
+        id=f"{stamp}-{''.join(secrets.choice(_ALPHABET) for _ in range(6))}",
+        name=request.name,
+        source=str(Location.parse(request.source)),
+        destination=str(destination_prefix(request.destination)),
+        recipe=request.recipe.to_json(),
+        model=request.recipe.model,
+        lane=request.lane,
+        webhook=request.webhook,
+        webhook_pictures=request.webhook_pictures,
+        conditional=conditional,
+        created=now,
+        weight=request.weight,
+        rate=request.rate,
+        sample=request.sample,
+    )
+
+
+def _write_record(job: Job, store: Store) -> bool:
+    """Writes job.json, which shows that the destination can be written; returns whether the store honours
+    conditions."""
+    record = {"v": 1, "job": job.id, "created": job.created} | job.to_fields() | {"recipe": json.loads(job.recipe)}
+    body = json.dumps(record, indent=1, ensure_ascii=False).encode()
+    return store.honours_conditions(record_location(job.destination, job.id, "job.json"), body)
+
+
+def _submit_live(job: Job, rows: list[S3Object], ledger: Ledger, lease_s: float) -> None:
+    ledger.submit_live(job, [live_row(index, row, job) for index, row in enumerate(rows)], lease_s=lease_s)
+
+
+def _list(
+    job: Job,
+    rows: Iterable[S3Object],
+    store: Store,
+    ledger: Ledger,
+    *,
+    first_part: int,
+    listed: Callable[[int], None],
+) -> None:
+    found = first_part * PART_ROWS
+    for part, batch in in_parts(rows, first_number=first_part):
+        write_part(store, job, part, batch)
+        if not ledger.add_part(job.id, part):
+            if ledger.job(job.id).cancelled:
+                raise JobError(f"Job {job.id} was cancelled while it was being listed.", code="job_cancelled")
+            raise JobError(f"Somebody else is listing job {job.id}: leave it to them.", code="job_busy")
+        found += part.count
+        listed(found)
+    ledger.finish_listing(job.id)

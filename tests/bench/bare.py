@@ -1,0 +1,46 @@
+"""The picture path alone, as a worker's threads would run it: no broker, no store, files in memory, a device that costs
+nothing. What a worker reaches is compared with this.
+
+    python -m tests.bench.bare PHOTO --threads N --pictures N [--edges on]
+
+Prints pictures a second and CPU milliseconds a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jobs.recipe import Recipe
+from tests.bench.device_worker import StandIn, load_stand_in
+from workers.decode import Limits
+from workers.pipeline import cut_out, limit_threads
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("photo", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--pictures", type=int, required=True)
+    parser.add_argument("--edges", choices=("off", "estimate"), default="off")
+    options = parser.parse_args()
+    os.environ["BENCH_DEVICE_MS"] = "0"
+    limit_threads(1)
+    data, recipe = options.photo.read_bytes(), Recipe(edges=options.edges)
+    with StandIn(load_stand_in(), batch_limit=1) as predictor, ThreadPoolExecutor(options.threads) as pool:
+
+        def one(_: int) -> int:
+            return len(cut_out(data, recipe, predictor, limits=Limits()).cutout)
+
+        list(pool.map(one, range(2 * options.threads)))
+        wall, cpu = time.perf_counter(), time.process_time()
+        list(pool.map(one, range(options.pictures)))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(options.pictures / wall, cpu / options.pictures * 1000)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What people would use instead, beside ours: the same pictures, weights (u2netp, float32) and processor cores.
+
+    python -m tests.bench.compare [--rounds N] [--size 12MP] [--only NAME] [--envs FOLDER] [--json FILE]
+
+The model card's script in a loop over S3; plain Celery tasks with Pillow; Ray Data with our own functions; `rembg p` on
+a folder, which needs no S3 at all. Their start, imports and loading are not counted; our job counts from before it is
+submitted until its last picture is done. Ray and rembg are installed into environments of their own (`--envs`); rembg
+gets our weights as an ONNX file. Everything in turn within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jobs.recipe import Recipe
+from jobs.store import Location
+from producer.local import Process, inherited_environment
+from tests.bench.flow import Fleet, fleet
+from tests.bench.pictures import SIZES
+from tests.bench.report import Row, fact, progress, row, tell
+from tests.bench.worker import SLOTS
+from workers.models.checkpoint import fill, read_weights
+from workers.models.registry import PACKAGED
+from workers.models.u2net import U2Net, fold_batch_norm
+
+ROOT = Path(__file__).parents[3]
+PHOTO = ROOT / "producer/samples/astronaut.jpg"
+OURS = "ours"
+SCRIPTS = {"model card's script over S3": "card_script", "plain Celery with Pillow": "plain_celery"}
+RAY, REMBG = "Ray Data, our functions", "rembg p on a folder"
+NAMES = [*SCRIPTS, RAY, REMBG]
+COUNTS = {
+    "12MP": {OURS: 32, "model card's script over S3": 3, "plain Celery with Pillow": 6, RAY: 16, REMBG: 3},
+    "2MP": {OURS: 96, "model card's script over S3": 10, "plain Celery with Pillow": 20, RAY: 48, REMBG: 12},
+}
+"""Pictures a round: some ten seconds each."""
+PACKAGES = {"ray": ["ray[data]"], "rembg": ["rembg[cpu,cli]"]}
+FIRST = "p00000.jpg"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", choices=COUNTS, action="append", help="default: all")
+    parser.add_argument("--only", choices=NAMES, action="append", help="beside ours; default: all")
+    parser.add_argument("--envs", type=Path, default=ROOT / ".venv-compare")
+    tell(parser, measure)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    names = options.only or NAMES
+    programs = {name: prepare_environment(options.envs, name) for name in PACKAGES}
+    with fleet() as here:
+        worker = here.stack.start_worker(slots=str(SLOTS), device="cpu", dtype="float32", node="ours")
+        for size in options.size or COUNTS:
+            yield from Contest(here, worker, size, programs).run(names, options.rounds)
+
+
+class Contest:
+    """All tools on one size of picture. Their results stay in buckets, to be compared."""
+
+    def __init__(self, here: Fleet, worker: Process, size: str, programs: Mapping[str, Path]) -> None:
+        self.here, self.worker, self.size, self.programs = here, worker, size, programs
+        self.bucket = f"photos-{size.lower()}"
+        self.photo = make_photo(*SIZES[size.replace("MP", " MP")])
+        self.folder = here.stack.folder / size
+        here.upload(self.bucket, self.photo, max(COUNTS[size].values()))
+        here.upload(f"{self.bucket}-one", self.photo, 1)
+
+    def run(self, names: list[str], rounds: int) -> Iterator[Row]:
+        rates: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            for edges in ("off", "estimate"):
+                flow = self.here.run(self.bucket, Recipe(edges=edges), [self.worker], slots=SLOTS)  # type: ignore[arg-type]
+                rates.setdefault(f"{OURS}, edges {'off' if edges == 'off' else 'on'}", []).append(flow.whole_rate)
+            for name in names:
+                rates.setdefault(name, []).append(COUNTS[self.size][name] / self._seconds(name))
+            progress(f"{self.size}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in rates.items()))
+        yield from self._rows(rates, names)
+        yield from self._differences(names)
+
+    def _rows(self, rates: Mapping[str, list[float]], names: list[str]) -> Iterator[Row]:
+        for edges in ("off", "on"):
+            own = rates[f"{OURS}, edges {edges}"]
+            for name in names:
+                what = f"{self.size}: ours, edges {edges}"
+                yield row(what, own, "pictures/s", against=name, others=rates[name], better="more")
+
+    def _seconds(self, name: str) -> float:
+        count = COUNTS[self.size][name]
+        if name == REMBG:
+            return self._rembg(count + 1) - self._rembg(1)
+        python = self.programs["ray"] if name == RAY else Path(sys.executable)
+        module = "ray_data" if name == RAY else SCRIPTS[name]
+        target = self._target(name)
+        with self.here.stack.store() as store:
+            store.create_bucket(target)
+        command = [str(python), "-m", f"tests.bench.compare.{module}", self.bucket, target, str(count)]
+        told = run_program(command, self._environment())
+        return float(json.loads(told.splitlines()[-1])["seconds"])
+
+    def _rembg(self, count: int) -> float:
+        """The whole command, its start too: the caller takes the difference of two."""
+        photos, results = self.folder / "photos", self.folder / "results"
+        for folder in (photos, results):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        for number in range(count):
+            (photos / f"p{number:05d}.jpg").write_bytes(self.photo)
+        python = self.programs["rembg"]
+        home = {"REMBG_HOME": str(python.parents[1] / "models-home"), "MODEL_CHECKSUM_DISABLED": "1"}
+        command = [str(python.with_name("rembg")), "p", "-m", "u2netp", str(photos), str(results)]
+        started = time.perf_counter()
+        run_program(command, inherited_environment() | home)
+        return time.perf_counter() - started
+
+    def _differences(self, names: list[str]) -> Iterator[Row]:
+        """Alpha against ours, everywhere; colour where both have alpha 255."""
+        ours = f"{self.bucket}-ours"
+        with self.here.stack.store() as store:
+            store.create_bucket(ours)
+        self.here.run(f"{self.bucket}-one", Recipe(edges="off"), [self.worker], slots=0, target=ours)
+        mine = self._cutout(ours)
+        for name in names:
+            theirs = self._rembg_cutout() if name == REMBG else self._cutout(self._target(name))
+            apart = np.abs(mine.astype(np.int16) - theirs)
+            both = (mine[..., 3] == 255) & (theirs[..., 3] == 255)
+            yield fact(f"{self.size}: {name}: alpha apart from ours, mean", float(apart[..., 3].mean()), "grey levels")
+            colour = float(apart[both][:, :3].max()) if both.any() else 0.0
+            yield fact(f"{self.size}: {name}: colour apart where both are opaque, most", colour, "grey levels")
+
+    def _cutout(self, bucket: str) -> np.ndarray:
+        place = Location(bucket, f"cutouts/{FIRST}.png")
+        with self.here.stack.store() as store:
+            return as_pixels(store.get(place, role="output", max_bytes=200_000_000)[0])
+
+    def _rembg_cutout(self) -> np.ndarray:
+        return as_pixels((self.folder / "results" / FIRST).with_suffix(".png").read_bytes())
+
+    def _target(self, name: str) -> str:
+        return f"{self.bucket}-{name.split()[0].lower()}"
+
+    def _environment(self) -> dict[str, str]:
+        stack = self.here.stack.environment
+        more = {"AWS_ENDPOINT_URL_S3": stack["CUTFLEET_S3_ENDPOINT"], "PYTHONPATH": str(ROOT)}
+        return inherited_environment() | stack | more
+
+
+def make_photo(height: int, width: int) -> bytes:
+    """A photograph with a subject, enlarged, with the noise of a sensor: JPEG at quality 92."""
+    small = cv2.imread(str(PHOTO))
+    assert small is not None
+    large = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    large += np.random.default_rng(3).normal(scale=3, size=large.shape).astype(np.float32)
+    done, body = cv2.imencode(".jpg", large.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 92])
+    assert done
+    return body.tobytes()
+
+
+def as_pixels(png: bytes) -> np.ndarray:
+    pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert pixels is not None
+    assert pixels.shape[2] == 4
+    return np.asarray(pixels)
+
+
+def run_program(command: list[str], environment: Mapping[str, str]) -> str:
+    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+def prepare_environment(folder: Path, name: str) -> Path:
+    """Its Python. Made once: Ray's sees all that ours has, for our functions run in it; rembg's stands alone."""
+    home = folder / name
+    python = home / "bin" / "python"
+    if (home / "ready").exists():
+        return python
+    progress(f"installing {name} into {home}")
+    venv.create(home, with_pip=True, clear=True)
+    inside = next((home / "lib").glob("python*")) / "site-packages"
+    if name == "ray":
+        (inside / "ours.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    else:
+        export_onnx(home / "models-home" / "models" / "u2netp" / "u2netp.onnx")
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, *PACKAGES[name]], check=True, env=dict(os.environ))
+    (home / "ready").touch()
+    return python
+
+
+class _Alpha(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.network(x))
+
+
+def export_onnx(path: Path) -> None:
+    """Our u2netp as rembg takes it."""
+    path.parent.mkdir(parents=True)
+    network = U2Net("u2netp").eval()
+    fill(network, fold_batch_norm(read_weights(PACKAGED["u2netp"])), name="u2netp")
+    export: Callable[..., object] = torch.onnx.export
+    names = {"input_names": ["input"], "output_names": ["mask"]}
+    export(_Alpha(network), (torch.zeros(1, 3, 320, 320),), str(path), dynamo=False, **names)
+
+
+if __name__ == "__main__":
+    main()

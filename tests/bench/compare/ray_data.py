@@ -1,0 +1,77 @@
+"""Ray Data with our own functions, in the form that its documentation gives for batch inference: fetch and decode in
+tasks, the model in an actor on batches, encode and publish in tasks.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from jobs.recipe import Recipe
+from tests.bench.compare.places import Places, client, fetch, places, publish, timed
+from workers.decode import Limits, Picture, decode_picture
+from workers.models.registry import load
+from workers.pipeline import encode_outputs, limit_threads, shrink_for_model
+from workers.predictor import Predictor
+from workers.resize import enlarge
+
+Row = dict[str, Any]
+SIZE = (320, 320)
+
+
+@functools.cache
+def store() -> Any:
+    limit_threads(1)
+    return client()
+
+
+def prepare(row: Row, where: Places) -> Row:
+    picture = decode_picture(fetch(store(), where.source, row["key"]), limits=Limits(), animation="first")
+    return {"key": row["key"], "rgb": picture.rgb, "small": shrink_for_model(picture, SIZE)}
+
+
+class Model:
+    def __init__(self) -> None:
+        limit_threads(1)
+        self.predictor = Predictor(load("u2netp", device="cpu", dtype="float32"), batch_limit=1)
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        return {**batch, "mask": np.stack([self.predictor.predict(small) for small in batch["small"]])}
+
+
+def finish(row: Row, where: Places) -> Row:
+    rgb = row["rgb"]
+    outputs = encode_outputs(Picture(rgb), enlarge(row["mask"], rgb.shape[:2]), Recipe(edges="off"), text={})
+    publish(store(), where.target, row["key"], outputs.cutout, outputs.mask)
+    return {"key": row["key"]}
+
+
+def main() -> None:
+    where, cores = places(), len(os.sched_getaffinity(0))
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    run(Places(where.source, where.target, 1))
+    with timed():
+        run(where)
+    ray.shutdown()
+
+
+def run(where: Places) -> None:
+    """Once with one picture first: processes start and load then."""
+    rows = ray.data.from_items([{"key": key} for key in where.keys], override_num_blocks=where.count)
+    prepared = rows.map(prepare, fn_args=(where,))
+    predicted = prepared.map_batches(Model, batch_size=4, concurrency=1, num_cpus=0.5)
+    done = predicted.map(finish, fn_args=(where,)).take_all()
+    assert len(done) == where.count
+
+
+if __name__ == "__main__":
+    from tests.bench.compare import ray_data  # Ray's processes find functions by their module's name
+
+    ray_data.main()

@@ -1,0 +1,48 @@
+"""The model card's script around a model, with u2netp's weights: what people copy, and what every tool here but ours is
+built on. Pillow and torchvision transforms; Pillow's default PNG.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from workers.models.registry import load
+
+Model = Callable[[Tensor], Tensor]
+
+
+def load_model(threads: int) -> Model:
+    """Our weights and network, in float32."""
+    torch.set_num_threads(threads)
+    return load("u2netp", device="cpu", dtype="float32")
+
+
+TO_INPUT = transforms.Compose(
+    [
+        transforms.Resize((320, 320)),
+        transforms.ToTensor(),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+)
+
+
+def cut_out(data: bytes, model: Model) -> tuple[bytes, bytes]:
+    """Cutout and mask."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    with torch.no_grad():
+        alpha = model(TO_INPUT(image).unsqueeze(0))[0].squeeze()
+    mask = transforms.ToPILImage()(alpha).resize(image.size)
+    image.putalpha(mask)
+    return to_png(image), to_png(mask)
+
+
+def to_png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()

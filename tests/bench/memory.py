@@ -1,0 +1,47 @@
+"""Memory of a worker under a flood of 12-megapixel pictures, with a device that costs nothing: the most it takes, and
+whether it grows.
+
+    python -m tests.bench.memory [--minutes 1] [--slots N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+
+from jobs.recipe import Recipe
+from tests.bench.flow import fleet
+from tests.bench.pictures import SIZES, make_photo
+from tests.bench.report import Row, fact, progress, row, tell
+from tests.bench.worker import SLOTS, start_stand_in
+
+PICTURES = 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=1, help="30 shows that it stays flat")
+    parser.add_argument("--slots", type=int, default=SLOTS)
+    tell(parser, measure)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    peaks: list[float] = []
+    with fleet() as here:
+        worker, model = start_stand_in(here, 0, slots=str(options.slots))
+        here.upload("flood", make_photo(*SIZES["12 MP"]), max(PICTURES, 3 * options.slots))
+        began = time.monotonic()
+        while time.monotonic() < began + 60 * options.minutes or len(peaks) < 4:
+            peaks.append(here.run("flood", Recipe(model=model, edges="off"), [worker], slots=options.slots).peak_mb)
+            progress(f"{(time.monotonic() - began) / 60:.1f} min: {peaks[-1]:,.0f} MB")
+    half = len(peaks) // 2
+    yield fact(f"12MP flood, {options.slots} slots: peak memory", max(peaks), "MB")
+    early, late = statistics.median(peaks[1 : half + 1]), peaks[half:]
+    yield row("12MP flood: memory in its second half", late, "MB", against="first half", others=[early])
+    yield fact("12MP flood: pictures", len(peaks) * max(PICTURES, 3 * options.slots), "pictures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Stand-ins for what a simulation of the queue leaves out: a store whose source is generated keys and whose records lie
+in a folder, and consumers whose work takes no time. Ledger, messages and dispatcher are the product's own."""
+
+from __future__ import annotations
+
+import collections
+import random
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from jobs.broker import task_of, worker_queues
+from jobs.job import ImageState
+from jobs.ledger import Claim, Ledger
+from jobs.store import Location, Role, S3Object, Store, image_names
+
+MODEL = "bench"
+SOURCE, DESTINATION = "s3://in/photos/", "s3://out/"
+
+
+class FolderStore(Store):
+    """`count` keys as one would list them; everything that is put stays in `folder`."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.name = "a folder"
+        self._folder = folder
+        self._count = count
+
+    def list_source(self, prefix: Location, *, after: str = "") -> Iterator[S3Object]:
+        for index in range(self._count):
+            yield S3Object(f"{prefix.key}{index // 1000:06d}/{index:08d}.jpg", f"{index:032x}", 500_000)
+
+    def put(self, location: Location, body: bytes, **_: Any) -> str:
+        path = self._folder / location.key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+        return "etag"
+
+    def get(self, location: Location, *, role: Role, etag: str = "", max_bytes: int) -> tuple[bytes, str]:
+        return (self._folder / location.key).read_bytes(), "etag"
+
+    def honours_conditions(self, location: Location, body: bytes) -> bool:
+        self.put(location, body)
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+class _Together(Ledger):
+    """Gathers moves; `send` has them done in one round trip, as those of a worker's threads overlap."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, name="the simulation")
+        self._gathered: list[tuple[str | int | float, ...]] = []
+        self.ping()
+        self._redis.script_load(self._script.script)
+
+    def _move(self, *args: str | int | float) -> Any:
+        self._gathered.append(args)
+        return ["gathered"]
+
+    def send(self) -> list[Any]:
+        with self._redis.pipeline(transaction=False) as pipe:
+            for args in self._gathered:
+                pipe.evalsha(self._script.sha, 0, *args)
+            self._gathered.clear()
+            return list(pipe.execute())
+
+
+class Consumer:
+    """Takes messages as kombu does, claims and commits. A share of the messages is delivered twice."""
+
+    def __init__(self, url: str, *, duplicates: float = 0.0, seed: int = 0) -> None:
+        self.verdicts: collections.Counter[str] = collections.Counter()
+        self.injected = 0
+        self._ledger = _Together(url)
+        self._redis: redis.Redis = redis.Redis.from_url(url, decode_responses=True)
+        self._duplicates = duplicates
+        self._random = random.Random(seed)
+
+    def take(self, count: int) -> list[Claim]:
+        """Up to `count` images that are ours now."""
+        claims = []
+        for text in (text for queue in worker_queues(MODEL) for text in self._pop(queue, count)):
+            task, token = task_of(text), uuid.uuid4().hex
+            output = str(image_names(SOURCE, DESTINATION, task.key).cutout)
+            self._ledger.claim(task.id, token=token, output=output, lease_s=60)
+            claims.append(Claim("go", task.id, token))
+        answers = self._ledger.send()
+        self.verdicts.update(answer[0] for answer in answers)
+        return [claim for claim, answer in zip(claims, answers, strict=True) if answer[0] == "go"]
+
+    def finish(self, claims: list[Claim]) -> None:
+        for claim in claims:
+            self._ledger.finish(claim, ImageState.DONE)
+        self.verdicts.update(f"finish {answer}" for answer in self._ledger.send())
+
+    def close(self) -> None:
+        self._ledger.close()
+        self._redis.close()
+
+    def _pop(self, queue: str, count: int) -> list[str]:
+        """The second delivery of a message comes at once or after its image is done, by chance."""
+        messages: list[str] = self._redis.rpop(queue, count) or []  # type: ignore[assignment]  # the answer types cover asyncio too
+        twice = [text for text in messages if self._random.random() < self._duplicates]
+        if twice:
+            self.injected += len(twice)
+            self._redis.lpush(queue, *twice)
+        return messages
+
+
+def say_alive(ledger: Ledger, *, node: str, slots: int, more: Mapping[str, str | int] | None = None) -> None:
+    ledger.heartbeat(node, {"model": MODEL, "slots": slots, **(more or {})}, ttl_s=3600)

@@ -1,0 +1,119 @@
+"""A worker end to end, on this machine's cores that it shares with Valkey and SeaweedFS: with a device that costs
+nothing against the bare picture path in one process, with one of 11 ms a picture, and with u2netp on the CPU.
+
+    python -m tests.bench.worker [--rounds N] [--size 12MP] [--json FILE]
+
+Edges off unless said. What a picture costs each process is told beside the rates: it is what transfers to a machine
+with other cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobs.recipe import Recipe
+from producer.local import Process
+from tests.bench.flow import Fleet, Flow, fleet
+from tests.bench.pictures import SIZES, make_photo
+from tests.bench.report import Row, fact, progress, row, tell
+
+PICTURES = {"12MP": 60, "2MP": 240}
+MODEL_SHARE = 0.25
+"""Of the pictures, for the rounds with u2netp, which takes a few hundred milliseconds each."""
+DEVICE_MS = 11.0
+"""What BiRefNet is planned to take on an H100."""
+CORES = len(os.sched_getaffinity(0))
+SLOTS = 2 * CORES
+FREE, BUSY, MODEL = "device of 0 ms", f"device of {DEVICE_MS:g} ms", "u2netp"
+PROCESSES = ("worker", "store", "broker", "dispatcher")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", choices=PICTURES, action="append", help="default: all")
+    tell(parser, measure)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    with fleet() as here:
+        workers = {
+            FREE: start_stand_in(here, 0),
+            BUSY: start_stand_in(here, DEVICE_MS),
+            MODEL: (here.stack.start_worker(slots=str(SLOTS), device="cpu", node=MODEL), MODEL),
+        }
+        for size in options.size or PICTURES:
+            yield from _one_size(here, size, workers, rounds=options.rounds)
+
+
+def start_stand_in(here: Fleet, device_ms: float, **settings: str) -> tuple[Process, str]:
+    """The worker, and the name under which its model is asked for."""
+    os.environ["BENCH_DEVICE_MS"] = str(device_ms)
+    settings = {"slots": str(SLOTS), "node": f"stand-in-{device_ms:g}", **settings}
+    worker = here.stack.start_worker(
+        program=["-m", "tests.bench.device_worker"], device="cpu", model="stand-in", batch_limit="8", **settings
+    )
+    return worker, f"stand-in-{device_ms:g}ms@{'0' * 12}"
+
+
+def _one_size(here: Fleet, size: str, workers: dict[str, tuple[Process, str]], *, rounds: int) -> Iterator[Row]:
+    photo = make_photo(*SIZES[size.replace("MP", " MP")])
+    few = int(PICTURES[size] * MODEL_SHARE)
+    here.upload(size.lower(), photo, PICTURES[size])
+    here.upload(f"{size.lower()}-few", photo, few)
+    path = here.stack.folder / f"{size}.jpg"
+    path.write_bytes(photo)
+    bare: list[tuple[float, float]] = []
+    flows: dict[str, list[Flow]] = {}
+    for turn in range(rounds):
+        bare.append(run_bare(path, threads=SLOTS, pictures=PICTURES[size]))
+        for name, (worker, model) in workers.items():
+            bucket = f"{size.lower()}-few" if name == MODEL else size.lower()
+            flow = here.run(bucket, Recipe(model=model, edges="off"), [worker], slots=SLOTS)
+            flows.setdefault(name, []).append(flow)
+        told = ", ".join(f"{name} {measured[-1].rate:.1f}" for name, measured in flows.items())
+        progress(f"{size}, round {turn + 1}: bare {bare[-1][0]:.1f}, {told} pictures/s")
+    yield from _rows(size, bare, flows)
+
+
+def run_bare(photo: Path, *, threads: int, pictures: int) -> tuple[float, float]:
+    """Pictures a second, and CPU milliseconds a picture."""
+    command = [sys.executable, "-m", "tests.bench.bare", str(photo)]
+    numbers = ["--threads", str(threads), "--pictures", str(pictures)]
+    ran = subprocess.run([*command, *numbers], check=True, capture_output=True, text=True)
+    rate, cpu_ms = map(float, ran.stdout.split())
+    return rate, cpu_ms
+
+
+def _rows(size: str, bare: list[tuple[float, float]], flows: dict[str, list[Flow]]) -> Iterator[Row]:
+    rates, costs = [rate for rate, _ in bare], [cpu_ms for _, cpu_ms in bare]
+    path = "bare picture path"
+    yield row(f"{size}: {path}, {SLOTS} threads", rates, "pictures/s", better="more")
+    for name, measured in flows.items():
+        reached = [flow.rate for flow in measured]
+        yield _against(f"{size}: worker, {name}", reached, "pictures/s", path, rates if name != MODEL else [])
+        for process in PROCESSES:
+            spent = [flow.cpu_ms[process] for flow in measured]
+            yield row(f"{size}: {process}, {name}", spent, "CPU ms/picture")
+        yield fact(f"{size}: worker, {name}, peak memory", max(flow.peak_mb for flow in measured), "MB")
+    free = flows[FREE]
+    own = [flow.cpu_ms["worker"] - statistics.median(costs) for flow in free]
+    yield row(f"{size}: worker beside the picture path (Celery, S3, ledger)", own, "CPU ms/picture")
+    yield row(f"{size}: {BUSY} busy", [flow.rate * DEVICE_MS / 10 for flow in flows[BUSY]], "%", better="more")
+    for what, names in (("worker", PROCESSES[:1]), ("whole fleet, store included", PROCESSES)):
+        spent = statistics.median(sum(flow.cpu_ms[name] for name in names) for flow in free)
+        yield fact(f"{size}: cores of the {what} that keep a {BUSY} busy", spent / DEVICE_MS, "cores")
+
+
+def _against(name: str, values: list[float], unit: str, against: str, others: list[float]) -> Row:
+    return row(name, values, unit, against=against if others else "", others=others, better="more")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Real servers for tests: Valkey and SeaweedFS from their wheels, our own dispatcher and worker as processes.
+
+A server that can't start fails the tests that need it; nothing is skipped for its lack.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from factories import Places
+
+from jobs.ledger import Ledger
+from jobs.store import Location, Store
+from producer.local import LocalStack, inherited_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("CUTFLEET_TEST_DATA") or ROOT.parent / "shared")
+_numbers = itertools.count()
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Optional photographs and files; tests that use them have a story without them too."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """One Valkey and one S3 server for the whole run. A test that harms servers starts a stack of its own."""
+    with LocalStack(tmp_path_factory.mktemp("stack")) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def fleet(stack: LocalStack) -> LocalStack:
+    """The stack with a dispatcher and one u2netp worker."""
+    stack.start_dispatcher()
+    stack.start_worker(device="cpu")
+    return stack
+
+
+@pytest.fixture
+def ledger(stack: LocalStack) -> Iterator[Ledger]:
+    with stack.ledger() as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def store(stack: LocalStack) -> Iterator[Store]:
+    with stack.store() as store:
+        yield store
+
+
+@pytest.fixture
+def places(store: Store) -> Places:
+    """A source and a destination bucket of this test's own."""
+    number = next(_numbers)
+    places = Places(f"s3://source-{os.getpid()}-{number}/", f"s3://results-{os.getpid()}-{number}/")
+    for uri in (places.source, places.to):
+        store.create_bucket(Location.parse(uri).bucket)
+    return places
+
+
+@pytest.fixture
+def cutfleet(stack: LocalStack) -> Run:
+    """Runs the command as a person would: `cutfleet("status", job)`."""
+
+    def run(
+        *args: str, stdin: str = "", env: dict[str, str] | None = None, timeout_s: float = 100
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "producer", *args],
+            input=stdin,
+            env=inherited_environment() | stack.environment | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            cwd=ROOT,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,90 @@
+"""Things that tests are made of; a test names only what matters to it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from jobs.store import Location, Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where a job reads and writes: s3:// prefixes of buckets of its own."""
+
+    source: str
+    to: str
+
+    def key(self, relative: str) -> Location:
+        prefix = Location.parse(self.source)
+        return Location(prefix.bucket, prefix.key + relative)
+
+    def cutout(self, relative: str) -> Location:
+        prefix = Location.parse(self.to)
+        return Location(prefix.bucket, f"{prefix.key}cutouts/{relative}.png")
+
+    def mask(self, relative: str) -> Location:
+        prefix = Location.parse(self.to)
+        return Location(prefix.bucket, f"{prefix.key}masks/{relative}.png")
+
+
+def picture(*, seed: int = 0, size: tuple[int, int] = (160, 120), form: str = "JPEG") -> bytes:
+    """A bright disc on a noisy ground: something a model finds. `size`: width, height."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    ground = Image.fromarray(rng.integers(20, 70, (height, width, 3), dtype=np.uint8))
+    radius = min(size) // 3
+    x, y = width // 2 + seed % 7 - 3, height // 2
+    colour = (200 + seed % 50, 120, 40)
+    ImageDraw.Draw(ground).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    body = io.BytesIO()
+    ground.save(body, form)
+    return body.getvalue()
+
+
+def put_pictures(store: Store, places: Places, count: int, *, start: int = 0) -> list[str]:
+    """Uploads `count` pictures; returns their names below the source."""
+    names = [f"p{number:05d}.jpg" for number in range(start, start + count)]
+    for number, name in enumerate(names, start):
+        store.put(places.key(name), picture(seed=number), content_type="image/jpeg")
+    return names
+
+
+def program(name: str) -> str:
+    """A program that a package of this environment brought, whatever PATH says."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def decode(body: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(body))
+    image.load()
+    return image
+
+
+def fetch(store: Store, location: Location) -> bytes:
+    return store.get(location, role="output", max_bytes=500_000_000)[0]
+
+
+def free_port() -> int:
+    """Of 127.0.0.1, free now."""
+    with contextlib.closing(socket.socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_until(is_so: Callable[[], bool], *, within_s: float = 60, what: str = "the condition") -> None:
+    """Polls; fails with `what` when the time is up."""
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_s:g} s: {what}")
+        time.sleep(0.05)

@@ -1,0 +1,224 @@
+"""A fleet for harming: servers, dispatcher and stand-in workers of one test file, supervised as systemd would."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from factories import Places, wait_until
+from faults.terms import MODEL
+from numpy.typing import NDArray
+
+from jobs.ledger import Ledger
+from jobs.store import Location, Store
+from producer.local import LocalStack, Process, inherited_environment
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+PICTURES = 24
+LEASE_S = 2.0
+SETTINGS = {"lease_s": str(LEASE_S), "retry_base_s": "0.2", "drain_s": "10"}
+_numbers = itertools.count()
+
+Submit = Callable[..., str]
+Reference = dict[str, NDArray[np.uint8]]
+
+
+class Zygote:
+    """`standin.py`, once for the whole run: it has imported everything and forks a worker when told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ended: dict[int, int] = {}
+        """Exit codes by process id, in order of their ends; negative: the signal that killed."""
+        self._started: list[int] = []
+        self._changed = threading.Condition()
+        with (folder / "zygote.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "standin.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=inherited_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+                cwd=ROOT,
+            )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def fork(self, env: Mapping[str, str], log: Path) -> int:
+        assert self._process.stdin is not None
+        with self._changed:
+            known = len(self._started)
+            self._process.stdin.write(json.dumps({"env": dict(env), "log": str(log)}).encode() + b"\n")
+            self._process.stdin.flush()
+            assert self._changed.wait_for(lambda: len(self._started) > known, timeout=60), "no worker was forked"
+            return self._started[known]
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(20)
+        self._reader.join(20)
+        self._process.stdout.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            facts = json.loads(line)
+            with self._changed:
+                if "started" in facts:
+                    self._started.append(facts["started"])
+                elif "ended" in facts:
+                    self.ended[facts["ended"]] = facts["code"]
+                self._changed.notify_all()
+
+
+class Workers:
+    """The stand-in workers of one stack. A supervised one that ends is started again with the settings it had."""
+
+    def __init__(self, stack: LocalStack, zygote: Zygote) -> None:
+        self._stack = stack
+        self._zygote = zygote
+        self._log = stack.folder / "logs" / "workers.log"
+        self._pids: list[int] = []
+        self._supervised: dict[int, dict[str, str]] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True)
+        self._supervisor.start()
+
+    def start(self, *, supervised: bool = False, ready: bool = True, **settings: str) -> int:
+        """Returns the process id when the worker says in the ledger that it is ready. Settings as for `LocalStack`."""
+        env = self._stack.environment | {
+            f"CUTFLEET_{name.upper()}": text for name, text in (SETTINGS | settings).items()
+        }
+        with self._lock:
+            pid = self._fork(env)
+            if supervised:
+                self._supervised[pid] = env
+        if ready:
+            with self._stack.ledger() as ledger:
+                wait_until(lambda: is_ready(ledger, pid), what=f"worker {pid} is ready: {self.words()}")
+        return pid
+
+    def alive(self) -> list[int]:
+        return [pid for pid in list(self._pids) if pid not in self._zygote.ended]
+
+    def ends(self) -> dict[int, int]:
+        """Exit codes of the workers that ended, by process id; negative: the signal that killed."""
+        return {pid: code for pid, code in list(self._zygote.ended.items()) if pid in self._pids}
+
+    def wait_for(self, pid: int, *, within_s: float = 30) -> int:
+        wait_until(lambda: pid in self._zygote.ended, within_s=within_s, what=f"{pid} ends: {self.words()}")
+        return self._zygote.ended[pid]
+
+    def words(self) -> str:
+        return self._log.read_text(errors="replace")[-3000:] if self._log.exists() else ""
+
+    def published(self, places: Places) -> Counter[str]:
+        """How often a cutout was written, by its s3:// name."""
+        return Counter(re.findall(rf"^published ({re.escape(places.to)}.*)$", self._log.read_text(), re.M))
+
+    def dismiss(self, number: int = signal.SIGTERM) -> list[int]:
+        """Sends all of them away, none started again. Returns the exit codes."""
+        with self._lock:
+            self._supervised.clear()
+        pids = self.alive()
+        for pid in pids:
+            os.kill(pid, number)
+        return [self.wait_for(pid) for pid in pids]
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._supervisor.join()
+        self.dismiss(signal.SIGKILL)
+
+    def _fork(self, env: Mapping[str, str]) -> int:
+        pid = self._zygote.fork(env, self._log)
+        self._pids.append(pid)
+        return pid
+
+    def _supervise(self) -> None:
+        while not self._stopping.wait(0.05):
+            with self._lock:
+                for pid in [pid for pid in self._supervised if pid in self._zygote.ended]:
+                    env = self._supervised.pop(pid)
+                    self._supervised[self._fork(env)] = env
+
+
+class Fleet:
+    """One stack, one dispatcher, workers on demand."""
+
+    def __init__(self, folder: Path, zygote: Zygote) -> None:
+        self.stack = LocalStack(folder)
+        self._zygote = zygote
+
+    def __enter__(self) -> Self:
+        self.stack.__enter__()
+        self.workers = Workers(self.stack, self._zygote)
+        self.ledger: Ledger = self.stack.ledger()
+        self.store: Store = self.stack.store()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.workers.stop()
+        self.ledger.close()
+        self.store.close()
+        self.stack.stop()
+
+    def start_dispatcher(self, **settings: str) -> Process:
+        return self.stack.start_dispatcher(**(SETTINGS | settings))
+
+    @contextmanager
+    def dispatcher(self, **settings: str) -> Iterator[Process]:
+        process = self.start_dispatcher(**settings)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.stop()
+
+    def run(self, *args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """The `cutfleet` command."""
+        return subprocess.run(
+            [sys.executable, "-m", "producer", *args],
+            env=inherited_environment() | self.stack.environment | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=ROOT,
+            check=False,
+        )
+
+
+def is_ready(ledger: Ledger, pid: int) -> bool:
+    return any(facts.get("pid") == str(pid) for facts in ledger.workers().values())
+
+
+def make_places(fleet: Fleet) -> Places:
+    number = next(_numbers)
+    places = Places(f"s3://source-{os.getpid()}-{number}/", f"s3://results-{os.getpid()}-{number}/")
+    for uri in (places.source, places.to):
+        fleet.store.create_bucket(Location.parse(uri).bucket)
+    return places
+
+
+def submit_to(fleet: Fleet, places: Places, *more: str) -> str:
+    ran = fleet.run("submit", places.source, "--to", places.to, "--model", MODEL, *more)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()

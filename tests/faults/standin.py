@@ -1,0 +1,202 @@
+"""Workers for fault tests: the worker itself, with a stand-in for the device and with failpoints, forked in an instant.
+
+    python tests/faults/standin.py
+
+imports everything once, then forks one worker for each line on stdin, {"env": {...}, "log": PATH}, and writes
+{"started": PID} and {"ended": PID, "code": N} on stdout. The worker is `workers.__main__.main` as it is. Stand-ins are
+the device (grey level from the picture's own pixels, `CUTFLEET_TEST_DEVICE_MS` a picture) and the broker's long times.
+
+`CUTFLEET_TEST_FAILPOINTS=NAME=FILE,...`: the first worker that passes the place NAME makes FILE and kills itself with
+SIGKILL; `CUTFLEET_TEST_FREEZEPOINTS`: freezes itself with SIGSTOP. Pictures that hold one of the poisons of `terms` do
+what it says, wherever they are decoded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from faults.terms import DEVICE_GREY, EXHAUST, HANG, MODEL, SEGFAULT, VISIBILITY_S
+from torch import Tensor
+
+import jobs.broker
+import workers.decode
+import workers.models
+from jobs.ledger import Ledger
+from jobs.store import Store
+from workers.models import LoadedModel
+from workers.predictor import Predictor
+
+SIZE = (64, 64)
+
+
+def load(*args: object, **options: object) -> LoadedModel:
+    device_s = float(os.environ.get("CUTFLEET_TEST_DEVICE_MS", "0")) / 1000
+
+    def forward(x: Tensor) -> Tensor:
+        time.sleep(device_s * len(x))
+        grey = (x * 0.5 + 0.5).mean(dim=1, keepdim=True)
+        if ((grey * 255).flatten(1).amin(1) > DEVICE_GREY - 1).any():
+            raise RuntimeError("an illegal memory access was encountered")
+        return grey
+
+    return LoadedModel(
+        name=MODEL,
+        revision="0" * 64,
+        input_size=SIZE,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        licence="none",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        forward=forward,
+    )
+
+
+def _pass(place: str) -> None:
+    for variable, number in (("FAILPOINTS", signal.SIGKILL), ("FREEZEPOINTS", signal.SIGSTOP)):
+        text = os.environ.get(f"CUTFLEET_TEST_{variable}", "")
+        flag = dict(pair.split("=", 1) for pair in text.split(",") if pair).get(place)
+        if flag is not None and _is_first(flag):
+            os.kill(os.getpid(), number)
+
+
+def _is_first(flag: str) -> bool:
+    try:
+        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _around(owner: type, name: str, *, before: str = "", after: Callable[[tuple[Any, ...], Any], str]) -> None:
+    real = getattr(owner, name)
+
+    def call(*args: Any, **options: Any) -> Any:
+        if before:
+            _pass(before)
+        result = real(*args, **options)
+        _pass(after(args, result))
+        return result
+
+    setattr(owner, name, call)
+
+
+def _put_place(args: tuple[Any, ...], _: Any) -> str:
+    if "masks/" in args[1].key:
+        return "after_mask"
+    print(f"published {args[1]}", flush=True)
+    return "after_cutout"
+
+
+def _arm() -> None:
+    _around(Ledger, "claim", after=lambda _, claim: "after_claim" if claim.verdict == "go" else "")
+    _around(Store, "get", after=lambda *_: "after_fetch")
+    _around(Predictor, "predict", after=lambda *_: "after_model")
+    _around(Store, "put", after=_put_place)
+    _around(Ledger, "finish", before="before_commit", after=lambda *_: "before_ack")
+
+
+def _poison(data: bytes) -> None:
+    if SEGFAULT in data:
+        ctypes.string_at(0)
+    while HANG in data:
+        time.sleep(1)
+    hoard = []
+    while EXHAUST in data:
+        hoard.append(b"x" * 50_000_000)
+
+
+def _shorten() -> None:
+    """Times of the broker that only make tests wait: a dead worker's messages come back within seconds."""
+    jobs.broker.VISIBILITY_S = VISIBILITY_S
+    real = jobs.broker.make_app
+
+    def make_app(redis_url: str) -> Any:
+        app = real(redis_url)
+        app.conf.broker_transport_options |= {"unacked_restore_interval": 1, "health_check_interval": 2}
+        return app
+
+    jobs.broker.make_app = make_app
+
+
+_sniff = workers.decode.sniff_format
+
+
+def _sniff_poison(data: bytes) -> str:
+    _poison(data)
+    return _sniff(data)
+
+
+workers.decode.sniff_format = _sniff_poison  # here, so that a child that decodes, which imports this file, has it too
+workers.models.load = load  # type: ignore[assignment]  # the stand-in has the same use
+_shorten()
+
+
+def _run(request: dict[str, Any]) -> None:
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, null), (1, log), (2, log)):
+        os.dup2(source, target)
+    os.environ.update(request["env"])
+    _arm()
+    from workers.__main__ import main
+
+    sys.exit(main([]))
+
+
+def _warm_imports() -> None:
+    import cv2  # noqa: F401
+    from celery.apps.worker import Worker  # noqa: F401
+    from celery.concurrency.thread import TaskPool  # noqa: F401
+    from celery.worker.consumer import Consumer  # noqa: F401
+
+    import workers.consumer
+    import workers.leases
+    import workers.pipeline
+    import workers.tasks  # noqa: F401
+
+
+def _tell(**facts: int) -> None:
+    os.write(1, json.dumps(facts).encode() + b"\n")
+
+
+def main() -> None:
+    _warm_imports()
+    _tell(ready=os.getpid())
+    pending = b""
+    while True:
+        if select.select([0], [], [], 0.02)[0]:
+            chunk = os.read(0, 65_536)
+            if not chunk:
+                return
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                child = os.fork()
+                if child == 0:
+                    _run(json.loads(line))
+                _tell(started=child)
+        _reap()
+
+
+def _reap() -> None:
+    while True:
+        try:
+            child, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not child:
+            return
+        _tell(ended=child, code=os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""What fault tests and their stand-in workers agree on."""
+
+MODEL = "stand-in"
+VISIBILITY_S = 4
+"""In place of the broker's own: a dead worker's messages come back within seconds."""
+PLACES = ("after_claim", "after_fetch", "after_model", "after_mask", "after_cutout", "before_commit", "before_ack")
+"""Where a failpoint kills."""
+SEGFAULT, HANG, EXHAUST = b"#segfault#", b"#hang#", b"#exhaust#"
+"""Behind the end of a JPEG, where decoders ignore them: what the stand-in's decoder does with the picture."""
+DEVICE_GREY = 251
+"""A picture all of this level breaks the stand-in device."""

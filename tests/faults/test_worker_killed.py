@@ -1,0 +1,155 @@
+"""A worker is killed, frozen or sent away, wherever it is with a picture."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+from factories import Places, picture, put_pictures, wait_until
+from faults.fleet import PICTURES, SETTINGS, Fleet, Reference, Submit
+from faults.terms import MODEL, PLACES
+from faults.truth import prove
+
+from jobs.broker import lane_queue
+from jobs.store import Location
+
+
+def test_killed_at_every_boundary_a_worker_loses_no_picture_and_shows_no_half_one(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
+) -> None:
+    names = put_pictures(fleet.store, places, PICTURES)
+    flags = {place: tmp_path / place for place in PLACES}
+    failpoints = ",".join(f"{place}={flag}" for place, flag in flags.items())
+    fleet.workers.start(supervised=True, slots="2", test_failpoints=failpoints)
+    with fleet.dispatcher():
+        job = submit()
+        for deaths in range(1, len(PLACES) + 1):
+            wait_until(lambda deaths=deaths: len(fleet.workers.ends()) >= deaths, what="the worker is killed")
+            no_half_picture(fleet, places)
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == PICTURES
+    assert all(flag.exists() for flag in flags.values())
+    assert list(fleet.workers.ends().values()) == [-signal.SIGKILL] * len(PLACES)
+    assert fleet.workers.dismiss() == [0]
+
+
+def no_half_picture(fleet: Fleet, places: Places) -> None:
+    """Who sees a cutout sees its mask."""
+    to = Location.parse(places.to)
+    for found in fleet.store.list_source(Location(to.bucket, "cutouts/")):
+        cutout = fleet.store.head(Location(to.bucket, found.key), role="output")
+        mask = fleet.store.head(Location(to.bucket, found.key.replace("cutouts/", "masks/", 1)), role="output")
+        assert cutout is not None
+        assert mask is not None
+        assert cutout.metadata["cf-mask-etag"] == mask.etag
+
+
+def test_killed_and_frozen_at_random_workers_lose_nothing_and_convict_nobody(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    chance = random.Random(7)
+    names = put_pictures(fleet.store, places, 120)
+    for _ in range(3):
+        fleet.workers.start(supervised=True, slots="4", test_device_ms="30")
+    before = len(fleet.workers.ends())
+
+    def progress(job: str) -> None:
+        target = fleet.ledger.job(job).final + chance.randint(0, 8)
+        wait_until(lambda: fleet.ledger.job(job).final >= target or not fleet.ledger.job(job).open)
+
+    with fleet.dispatcher():
+        job = submit()
+        while fleet.ledger.job(job).open:
+            progress(job)
+            victim = chance.choice(fleet.workers.alive())
+            if chance.random() < 0.5:
+                os.kill(victim, signal.SIGSTOP)
+                progress(job)
+            os.kill(victim, signal.SIGKILL)
+            fleet.workers.wait_for(victim)
+            wait_until(lambda: len(fleet.workers.alive()) == 3)
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == len(names)
+    assert len(fleet.workers.ends()) - before >= 6
+    assert set(fleet.workers.dismiss()) == {0}
+
+
+def test_an_idle_worker_that_is_frozen_and_killed_takes_no_message_with_it(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 8)
+    frozen = fleet.workers.start()
+    os.kill(frozen, signal.SIGSTOP)
+    with fleet.dispatcher():
+        job = submit()
+        wait_until(lambda: not fleet.ledger.queue_depth(lane_queue("backfill", MODEL)) < len(names) - 1)
+        os.kill(frozen, signal.SIGKILL)
+        fleet.workers.start()
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == len(names)
+    assert fleet.workers.dismiss() == [0]
+
+
+def test_a_worker_that_wakes_after_a_newer_version_was_published_overwrites_nothing(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
+) -> None:
+    names = put_pictures(fleet.store, places, 4)
+    flags = [tmp_path / place for place in ("after_model", "after_mask")]
+    freezes = ",".join(f"{flag.name}={flag}" for flag in flags)
+    sleeper = fleet.workers.start(slots="4", test_freezepoints=freezes)
+    with fleet.dispatcher():
+        old = submit()
+        wait_until(lambda: is_stopped(sleeper))
+        fleet.workers.start()
+        prove(fleet, old, places, names=names, reference=reference, alone=False)
+        for number, name in enumerate(names, 50):
+            fleet.store.put(places.key(name), picture(seed=number), content_type="image/jpeg")
+        new = submit()
+        truth = prove(fleet, new, places, names=names, reference={}, alone=False)
+        newest = {name: fleet.store.head(places.cutout(name), role="output") for name in names}
+
+        os.kill(sleeper, signal.SIGCONT)
+        wait_until(lambda: fleet.workers.words().count("lease lost") >= 1)
+        prove(fleet, new, places, names=names, reference={})
+
+    assert truth.counts["done"] == len(names)
+    assert {name: fleet.store.head(places.cutout(name), role="output") for name in names} == newest
+    assert set(fleet.workers.dismiss()) == {0}
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_told_to_go_under_load_a_worker_drains_and_nothing_runs_twice(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 60)
+    leaving = fleet.workers.start(slots="8", test_device_ms="250")
+    with fleet.dispatcher():
+        job = submit()
+        for _ in range(2):
+            target = fleet.ledger.job(job).done + 4
+            wait_until(lambda target=target: fleet.ledger.job(job).done >= target)
+            staying = fleet.workers.start(slots="8", test_device_ms="250")
+            assert fleet.ledger.job(job).open > 8, "it must leave under load"
+            started = time.monotonic()
+            os.kill(leaving, signal.SIGTERM)
+            assert fleet.workers.wait_for(leaving) == 0
+            assert time.monotonic() - started < float(SETTINGS["drain_s"])
+            leaving = staying
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == len(names)
+    assert set(fleet.workers.published(places).values()) == {1}
+    assert fleet.workers.dismiss() == [0]

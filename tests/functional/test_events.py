@@ -1,0 +1,50 @@
+"""What Flower is told: events are gathered on their way, and none may be missing."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from conftest import Run
+from factories import Places, put_pictures, wait_until
+
+from jobs.broker import make_app
+from jobs.store import Store
+from producer.local import LocalStack
+
+STEPS = ("task-received", "task-started", "task-succeeded")
+
+
+def test_every_step_of_every_picture_is_told(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    names = put_pictures(store, places, 6)
+
+    with _watching(fleet) as events:
+        ran = cutfleet("submit", places.source, "--to", places.to, "--wait")
+        job = ran.stdout.strip()
+        wait_until(lambda: _steps(events, job)["task-succeeded"] == len(names), what="the last picture is told")
+
+    assert ran.returncode == 0, ran.stderr
+    assert _steps(events, job) == dict.fromkeys(STEPS, len(names))
+
+
+def _steps(events: list[Mapping[str, Any]], job: str) -> Counter[str]:
+    return Counter(event["type"] for event in list(events) if str(event.get("uuid", "")).startswith(f"{job}:"))
+
+
+@contextmanager
+def _watching(stack: LocalStack) -> Iterator[list[Mapping[str, Any]]]:
+    """As Flower does it; returns from `with` once it listens."""
+    app = make_app(stack.environment["CUTFLEET_REDIS_URL"])
+    events: list[Mapping[str, Any]] = []
+    with app.connection_for_read() as connection:
+        receiver = app.events.Receiver(connection, handlers={"*": events.append})
+        thread = threading.Thread(target=receiver.capture, kwargs={"wakeup": False})
+        thread.start()
+        wait_until(lambda: any(event["type"] == "worker-heartbeat" for event in events), what="a heartbeat is heard")
+        yield events
+        receiver.should_stop = True
+        thread.join()
+    app.close()

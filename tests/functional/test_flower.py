@@ -1,0 +1,129 @@
+"""Flower, started for real: a picture is a task, found by its S3 key, and its fate is the ledger's."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from factories import Places, picture, wait_until
+
+from jobs.store import Store
+from producer.local import LocalStack, Process, free_port, inherited_environment
+
+LOGIN = "night-shift:open-sesame"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Flower:
+    """A Flower process of the stack, and what it answers."""
+
+    def __init__(self, stack: LocalStack) -> None:
+        self._url = f"http://127.0.0.1:{(port := free_port())}"
+        command = [sys.executable, "-m", "producer.flower", f"--port={port}", "--address=127.0.0.1"]
+        env = inherited_environment() | stack.environment | {"FLOWER_BASIC_AUTH": LOGIN}
+        self.process = Process(command, log=stack.folder / "logs" / "flower.log", env=env)
+
+    def ask(self, path: str, *, login: str | None = LOGIN, method: str = "GET") -> tuple[int, str]:
+        request = urllib.request.Request(self._url + path, method=method)  # noqa: S310  (our own server)
+        if login is not None:
+            request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as exc:
+            return exc.code, exc.read().decode()
+
+    def is_up(self) -> bool:
+        try:
+            return self.ask("/healthcheck") == (200, "OK")
+        except OSError:
+            return False
+
+    def workers(self) -> dict[str, Any]:
+        return dict(json.loads(self.ask("/api/workers?refresh=1")[1]))
+
+    def tasks(self, search: str) -> list[dict[str, Any]]:
+        answer = self.ask("/api/tasks?" + urllib.parse.urlencode({"search": search}))[1]
+        return list(json.loads(answer).values())
+
+
+@pytest.fixture(scope="module")
+def flower(fleet: LocalStack) -> Iterator[Flower]:
+    flower = Flower(fleet)
+    try:
+        wait_until(flower.is_up, what="Flower answers")
+        wait_until(lambda: bool(flower.workers()), what="Flower knows the worker")
+        yield flower
+    finally:
+        flower.process.stop(timeout_s=10)
+
+
+def test_a_picture_is_found_by_its_key(flower: Flower, cutfleet: Run, store: Store, places: Places) -> None:
+    store.put(places.key("shoes/red 1.jpg"), picture(), content_type="image/jpeg")
+    store.put(places.key("page.jpg"), b"<html>404</html>", content_type="image/jpeg")
+
+    job = cutfleet("submit", places.source, "--to", places.to, "--wait").stdout.strip()
+
+    def is_final(search: str) -> bool:
+        return [task["state"] in ("SUCCESS", "FAILURE") for task in flower.tasks(search)] == [True]
+
+    done, failed = (f'args:"{places.key(name)}"' for name in ("shoes/red 1.jpg", "page.jpg"))
+    wait_until(lambda: is_final(done) and is_final(failed), what="both pictures are final in Flower")
+    (done_task,), (failed_task,) = flower.tasks(done), flower.tasks(failed)
+    assert (done_task["state"], done_task["result"]) == ("SUCCESS", "'done'")
+    assert (failed_task["state"], failed_task["exception"]) == ("FAILURE", "PictureFailed('not_an_image')")
+    assert done_task["runtime"] > 0
+    assert {done_task["uuid"], failed_task["uuid"]} == {f"{job}:0", f"{job}:1"}
+    assert "lane='backfill'" in done_task["args"]
+    assert len(flower.tasks(f"args:job='{job}'")) == 2
+    assert done_task["name"] == failed_task["name"] == "cutfleet.image", "a name is a metric's label: it holds no key"
+    assert str(places.key("page.jpg")) not in flower.ask("/metrics")[1]
+
+
+def test_a_worker_says_what_it_is(flower: Flower) -> None:
+    ((name, facts),) = flower.workers().items()
+
+    assert name.startswith("cpu")
+    assert (facts["conf"]["cutfleet_model"], facts["conf"]["cutfleet_batch_limit"]) == ("u2netp", 1)
+    assert {queue["name"] for queue in facts["active_queues"]} >= {"live.u2netp", "backfill.u2netp"}
+
+
+def test_nobody_comes_in_without_the_login_and_nobody_changes_anything(flower: Flower) -> None:
+    (worker,) = flower.workers()
+
+    assert [flower.ask(path, login=None)[0] for path in ("/", "/tasks", "/api/tasks")] == [401] * 3
+    assert flower.ask("/api/tasks", login="night-shift:guess")[0] == 401
+    assert flower.ask(f"/api/worker/shutdown/{worker}", method="POST")[0] == 403
+    assert flower.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({}, "FLOWER_BASIC_AUTH"),
+        ({"FLOWER_BASIC_AUTH": ""}, "FLOWER_BASIC_AUTH"),
+        ({"FLOWER_BASIC_AUTH": "a:b", "FLOWER_MAX_TASKS": "many"}, "many"),
+    ],
+)
+def test_it_does_not_start_open_to_everybody(variables: dict[str, str], named: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("FLOWER_", "CUTFLEET_"))}
+    command = [sys.executable, "-m", "producer.flower"]
+
+    ran = subprocess.run(
+        command, env=env | variables, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+
+    assert ran.returncode == 2
+    assert named in ran.stderr
+    assert "Traceback" not in ran.stderr

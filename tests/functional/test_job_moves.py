@@ -1,0 +1,209 @@
+"""What a person can do to a job: cancel it, pause it, try its failures again; and what the dispatcher does by itself.
+The test claims and finishes images itself, through the ledger; dispatcher, ledger and store are the real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+from factories import Places, fetch, put_pictures, wait_until
+
+from jobs.broker import task_of
+from jobs.errors import JobError
+from jobs.job import Failure, ImageState, Job
+from jobs.ledger import Ledger
+from jobs.recipe import Recipe
+from jobs.settings import Settings
+from jobs.store import Location, Store
+from producer import dead
+from producer import submit as submission
+from producer.dispatcher import Dispatcher
+from producer.local import LocalStack
+
+LEASE_S = 60.0
+
+
+@pytest.fixture
+def ledger(stack: LocalStack) -> Iterator[Ledger]:
+    """A database of its own, where no other dispatcher is."""
+    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/7"), name="here") as ledger:
+        ledger._redis.flushdb()
+        yield ledger
+
+
+@pytest.fixture
+def dispatcher(ledger: Ledger, store: Store) -> Iterator[Dispatcher]:
+    dispatcher = Dispatcher(ledger, store, Settings(lease_s=LEASE_S))
+    dispatcher.step()  # takes the lock
+    dispatcher._quiet_until = 0
+    yield dispatcher
+    dispatcher.close()
+
+
+MakeJob = Callable[[int], Job]
+
+
+@pytest.fixture
+def make_job(store: Store, ledger: Ledger, places: Places) -> MakeJob:
+    def make(count: int) -> Job:
+        put_pictures(store, places, count)
+        request = submission.Request(
+            source=places.source, destination=places.to, recipe=Recipe(), lane="backfill", name="", keys=None
+        )
+        return submission.submit(request, store=store, ledger=ledger, lease_s=LEASE_S, listed=lambda _: None)
+
+    return make
+
+
+def work(ledger: Ledger, end: Callable[[str], ImageState], *, limit: int = 1000) -> int:
+    """Claims and ends what is in the window; returns how many images."""
+    ended = 0
+    for image, message in list(ledger.entries())[:limit]:
+        task = task_of(message)
+        claim = ledger.claim(image, token=f"t{image}", output=f"s3://x/{task.key}", lease_s=LEASE_S)
+        if claim.verdict == "go":
+            state = end(task.key)
+            failure = Failure(task.key, "damaged", "why", 1, 12.25, "w") if state is ImageState.FAILED else None
+            assert ledger.finish(claim, state, failure) == "ok"
+            ended += 1
+    return ended
+
+
+def close(dispatcher: Dispatcher, ledger: Ledger, job: Job) -> Job:
+    def is_closed() -> bool:
+        dispatcher.step()
+        return ledger.job(job.id).closed is not None
+
+    wait_until(is_closed, what="the job is closed")
+    return ledger.job(job.id)
+
+
+def nothing_left(ledger: Ledger) -> bool:
+    names = ("waiting", "leased", "retry", "entry", "owner", "claim", "tries", "vanished", "blamed", "published")
+    return not ledger._redis.exists(*(f"cf:{name}" for name in names))
+
+
+def record(store: Store, places: Places, job: Job, name: str) -> str:
+    return fetch(store, Location(Location.parse(places.to).bucket, f"_cutfleet/{job.id}/{name}")).decode()
+
+
+def test_a_cancelled_job_ends_what_is_in_work_and_nothing_else(
+    ledger: Ledger, dispatcher: Dispatcher, make_job: MakeJob
+) -> None:
+    job = make_job(90)
+    dispatcher.step()
+    work(ledger, lambda _: ImageState.DONE, limit=20)
+    dispatcher.step()
+    image, message = next(ledger.entries())
+    output = f"s3://x/{task_of(message).key}"
+    held = ledger.claim(image, token="held", output=output, lease_s=LEASE_S)
+
+    assert ledger.cancel(job.id)
+    dispatcher.step()
+    assert ledger.job(job.id).open == 1, "what a worker holds is its own"
+    assert ledger.claim(image, token="another", output=output, lease_s=LEASE_S).verdict == "busy"
+    assert ledger.finish(held, ImageState.DONE) == "ok"
+    closed = close(dispatcher, ledger, job)
+
+    assert (closed.done, closed.cancelled_images, closed.window) == (21, 69, 0)
+    assert nothing_left(ledger)
+    assert not ledger.cancel(job.id)
+    with pytest.raises(JobError, match="cancelled"):
+        ledger.reopen(job.id, {1: "p00001.jpg"}, states=[ImageState.FAILED])
+
+
+def test_an_image_of_a_cancelled_job_that_waits_for_its_retry_is_final(
+    ledger: Ledger, dispatcher: Dispatcher, make_job: MakeJob
+) -> None:
+    job = make_job(2)
+    dispatcher.step()
+    for image, message in list(ledger.entries()):
+        output = f"s3://x/{task_of(message).key}"
+        claim = ledger.claim(image, token="t", output=output, lease_s=LEASE_S)
+        ledger.cancel(job.id)
+        ledger.defer(claim, pause_s=0)
+
+    closed = close(dispatcher, ledger, job)
+
+    assert closed.cancelled_images == 2
+    assert nothing_left(ledger)
+
+
+def test_failed_pictures_are_tried_again_by_code_and_a_closed_job_opens_and_closes_again(
+    ledger: Ledger, store: Store, places: Places, dispatcher: Dispatcher, make_job: MakeJob
+) -> None:
+    job = make_job(6)
+    dispatcher.step()
+    work(ledger, lambda key: ImageState.FAILED if key < "p00004" else ImageState.REVIEW)
+    closed = close(dispatcher, ledger, job)
+    assert (closed.failed, closed.done) == (4, 2)
+    assert len(record(store, places, job, "report/dead-000000.jsonl").splitlines()) == 4
+
+    assert dead.retry(closed, "truncated", ledger=ledger, store=store) == 0
+    assert dead.retry(closed, "damaged", ledger=ledger, store=store) == 4
+    assert dead.retry(closed, "damaged", ledger=ledger, store=store) == 0
+    again = ledger.job(job.id)
+    assert (again.closed, again.failed, again.open, again.again) == (None, 0, 4, 4)
+    dispatcher.step()
+    tasks = [task_of(message) for _, message in ledger.entries()]
+    assert {(task.key, task.etag) for task in tasks} == {(f"p0000{n}.jpg", "") for n in range(4)}
+    work(ledger, lambda key: ImageState.FAILED if key == "p00000.jpg" else ImageState.DONE)
+    closed = close(dispatcher, ledger, job)
+
+    assert (closed.failed, closed.done, closed.open, closed.again, closed.window) == (1, 5, 0, 0, 0)
+    assert json.loads(record(store, places, job, "report/summary.json"))["failed"] == 1
+    assert len(record(store, places, job, "report/dead-000000.jsonl").splitlines()) == 1
+    assert nothing_left(ledger)
+    assert ledger._redis.ttl(f"cf:job:{job.id}") > 0
+
+
+def test_a_job_that_mostly_fails_is_paused_until_a_person_has_looked(
+    ledger: Ledger, dispatcher: Dispatcher, make_job: MakeJob
+) -> None:
+    job = make_job(330)
+
+    def turn(state: ImageState) -> None:
+        dispatcher.step()
+        work(ledger, lambda _: state)
+
+    while ledger.job(job.id).paused is None:
+        turn(ImageState.FAILED)
+    paused = ledger.job(job.id)
+    assert paused.final < 200
+    assert "too_many_failures" in str(paused.paused)
+    for _ in range(3):
+        turn(ImageState.FAILED)
+    assert ledger.job(job.id).cursor == paused.cursor, "nothing more is fed"
+
+    assert ledger.unpause(job.id)
+    assert not ledger.unpause(job.id)
+    while ledger.job(job.id).open:
+        turn(ImageState.DONE)
+
+    assert ledger.job(job.id).paused is None
+
+
+def test_more_failures_than_redis_should_hold_stand_in_s3_and_are_found_there(
+    ledger: Ledger, store: Store, dispatcher: Dispatcher, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead, "MAX_HELD", 10)
+    monkeypatch.setattr("producer.dispatcher.MAX_HELD", 10)
+    monkeypatch.setattr(dead, "SPILL_ROWS", 8)
+    job = make_job(40)
+    dispatcher.step()
+    work(ledger, lambda _: ImageState.FAILED)
+    while dispatcher.step():
+        pass
+
+    spilled = ledger.job(job.id)
+    assert spilled.spills >= 2
+    assert ledger.failures_held(job.id) == 40 - 8 * spilled.spills
+    letters = dict(dead.failures_of(spilled, ledger=ledger, store=store))
+    assert sorted(letters) == list(range(40))
+    assert letters[3].key == "p00003.jpg"
+    assert dead.retry(spilled, None, ledger=ledger, store=store) == 40
+    dispatcher.step()
+    work(ledger, lambda key: ImageState.FAILED if key == "p00003.jpg" else ImageState.DONE)
+    closed = close(dispatcher, ledger, job)
+    assert [index for index, _ in dead.failures_of(closed, ledger=ledger, store=store)] == [3]

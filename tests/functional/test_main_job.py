@@ -1,0 +1,238 @@
+"""The main job, as a person runs it: pictures in S3 become cutouts and masks, with the truth about each."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import Run
+from factories import Places, decode, fetch, picture, put_pictures, wait_until
+
+from jobs.ledger import Ledger
+from jobs.recipe import Recipe
+from jobs.store import Location, Store, source_digest
+from producer import manifest
+from producer import submit as submission
+from producer.local import LocalStack
+
+
+def submit(cutfleet: Run, places: Places, *more: str, code: int = 0) -> str:
+    """Submits everything under the source, waits, and returns the job's id."""
+    ran = cutfleet("submit", places.source, "--to", places.to, "--wait", *more)
+    assert ran.returncode == code, ran.stderr
+    assert ran.stdout.count("\n") == 1
+    return ran.stdout.strip()
+
+
+def counts(cutfleet: Run, job: str) -> dict[str, int]:
+    summary = json.loads(cutfleet("status", job, "--json").stdout)
+    names = ("total", "open", "done", "failed", "skipped", "cancelled")
+    return {name: summary[name] for name in names if summary[name] or name == "total"}
+
+
+def pictures_predicted(ledger: Ledger) -> int:
+    """How many pictures went through the models of all workers so far (as of their last heartbeats)."""
+    return sum(int(facts["pictures"]) for facts in ledger.workers().values())
+
+
+def names_under(store: Store, uri: str) -> set[str]:
+    prefix = Location.parse(uri)
+    return {found.key for found in store.list_source(prefix) if not found.key.startswith("_cutfleet/")}
+
+
+def test_every_picture_gets_a_cutout_and_a_mask(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    store.put(places.key("shoes/a.jpg"), picture(seed=1), content_type="image/jpeg")
+    store.put(places.key("shoes/a.png"), picture(seed=2, form="PNG"), content_type="image/png")
+    store.put(places.key("фото (1) é#%+.webp"), picture(seed=3, form="WEBP"), content_type="image/webp")
+    store.put(places.key("shoes/"), b"", content_type="application/x-directory")
+
+    job = submit(cutfleet, places)
+
+    relative = ["shoes/a.jpg", "shoes/a.png", "фото (1) é#%+.webp"]
+    assert counts(cutfleet, job) == {"total": 3, "done": 3}
+    assert names_under(store, places.to) == {
+        place.key for name in relative for place in (places.cutout(name), places.mask(name))
+    }
+    for name in relative:
+        cutout, mask = (decode(fetch(store, place)) for place in (places.cutout(name), places.mask(name)))
+        assert (cutout.mode, mask.mode) == ("RGBA", "L")
+        assert cutout.size == mask.size == (160, 120)
+        pixels = np.asarray(cutout)
+        assert np.array_equal(pixels[..., 3], np.asarray(mask))
+        assert not pixels[pixels[..., 3] == 0].any(), "colour hides under alpha 0"
+
+
+def test_a_cutout_says_where_it_comes_from(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    etag = store.put(places.key("a.jpg"), picture(), content_type="image/jpeg")
+
+    job = submit(cutfleet, places)
+
+    cutout, mask = (store.head(place, role="output") for place in (places.cutout("a.jpg"), places.mask("a.jpg")))
+    assert cutout is not None
+    assert mask is not None
+    assert cutout.metadata["cf-source"] == source_digest(places.key("a.jpg"))
+    assert cutout.metadata["cf-source-etag"] == etag
+    assert cutout.metadata["cf-mask-etag"] == mask.etag
+    assert cutout.metadata["cf-job"] == job
+    assert cutout.metadata["cf-model"] == "u2netp"
+    assert cutout.metadata["cf-fingerprint"] == mask.metadata["cf-fingerprint"]
+
+
+def test_what_is_there_already_is_skipped_without_the_model(
+    fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
+) -> None:
+    names = put_pictures(store, places, 5)
+    submit(cutfleet, places)
+    wait_until(lambda: sum(int(facts["in_flight"]) for facts in ledger.workers().values()) == 0)
+    wait_until(lambda: pictures_predicted(ledger) >= 5)
+    before = pictures_predicted(ledger)
+
+    again = submit(cutfleet, places)
+    store.put(places.key(names[2]), picture(seed=99), content_type="image/jpeg")
+    third = submit(cutfleet, places)
+    store.put(places.mask(names[3]), b"not the mask", content_type="image/png")
+    fourth = submit(cutfleet, places, code=1)
+
+    assert counts(cutfleet, again) == {"total": 5, "skipped": 5}
+    assert counts(cutfleet, third) == {"total": 5, "skipped": 4, "done": 1}
+    assert counts(cutfleet, fourth) == {"total": 5, "skipped": 4, "failed": 1}, "a foreign mask is not overwritten"
+    wait_until(lambda: pictures_predicted(ledger) >= before + 2)
+    assert pictures_predicted(ledger) == before + 2
+
+
+def test_what_is_no_picture_fails_with_code_and_reason(
+    fleet: LocalStack, cutfleet: Run, store: Store, places: Places
+) -> None:
+    put_pictures(store, places, 3)
+    store.put(places.key("page.jpg"), b"<html>404</html>", content_type="image/jpeg")
+    store.put(places.key("empty.png"), b"", content_type="image/png")
+
+    job = submit(cutfleet, places, code=1)
+
+    assert counts(cutfleet, job) == {"total": 5, "done": 3, "failed": 2}
+    shown = cutfleet("status", job, "--failed").stdout
+    rows = dict(line.split("\t")[:2] for line in shown.splitlines())
+    assert rows == {"page.jpg": "not_an_image", "empty.png": "not_an_image"}
+    assert len(names_under(store, places.to)) == 6
+    failures = json.loads(cutfleet("status", job, "--failed", "--json").stdout)["failures"]
+    assert {(row["key"], row["code"]) for row in failures} == set(rows.items())
+
+
+def test_a_closed_job_leaves_manifest_and_report(
+    fleet: LocalStack, cutfleet: Run, store: Store, places: Places
+) -> None:
+    put_pictures(store, places, 2)
+    store.put(places.key("x.jpg"), b"no picture", content_type="image/jpeg")
+
+    job = submit(cutfleet, places, code=1)
+
+    def record(name: str) -> str:
+        place = Location(Location.parse(places.to).bucket, f"_cutfleet/{job}/{name}")
+        return fetch(store, place).decode()
+
+    bucket = Location.parse(places.source).bucket
+    assert json.loads(record("job.json"))["source"] == places.source
+    assert json.loads(record("report/summary.json"))["failed"] == 1
+    assert record("report/succeeded-000000.csv").splitlines() == [
+        f"{bucket},p0000{i}.jpg,,succeeded,,,done" for i in range(2)
+    ]
+    assert record("report/failed-000000.csv").startswith(f"{bucket},x.jpg,,failed,not_an_image,,")
+
+
+@pytest.mark.parametrize("lane", ["live", "backfill"])
+def test_keys_can_be_named(fleet: LocalStack, cutfleet: Run, store: Store, places: Places, lane: str) -> None:
+    names = put_pictures(store, places, 4)
+
+    ran = cutfleet(
+        *["submit", places.source, names[0], "-", "--to", places.to, "--lane", lane, "--wait"],
+        stdin=f"{names[1]}\n\n{names[1]}\nmissing.jpg\n",
+    )
+
+    assert ran.returncode == 1
+    job = ran.stdout.strip()
+    assert counts(cutfleet, job) == {"total": 3, "done": 2, "failed": 1}
+    assert cutfleet("status", job, "--failed").stdout.startswith("missing.jpg\tsource_missing\t")
+
+
+def test_one_picture_has_a_status_of_its_own(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    put_pictures(store, places, 1)
+    store.put(places.key("x.jpg"), b"no picture", content_type="image/jpeg")
+    job = submit(cutfleet, places, code=1)
+
+    done = json.loads(cutfleet("status", str(places.key("p00000.jpg")), "--json").stdout)
+    failed = json.loads(cutfleet("status", str(places.key("x.jpg")), "--json").stdout)
+    unknown = json.loads(cutfleet("status", str(places.key("none.jpg")), "--json").stdout)
+
+    assert (done["state"], done["job"], done["cutout"]) == ("done", job, str(places.cutout("p00000.jpg")))
+    assert (failed["state"], failed["code"]) == ("failed", "not_an_image")
+    assert unknown["state"] == "unknown"
+
+
+def test_an_output_of_another_source_is_never_overwritten(
+    fleet: LocalStack, cutfleet: Run, store: Store, places: Places
+) -> None:
+    store.put(places.key("one/a.jpg"), picture(seed=1), content_type="image/jpeg")
+    store.put(places.key("two/a.jpg"), picture(seed=2), content_type="image/jpeg")
+    store.put(places.cutout("foreign.jpg"), b"somebody's own", content_type="image/png")
+    store.put(places.key("foreign.jpg"), picture(), content_type="image/jpeg")
+    first = cutfleet("submit", f"{places.source}one/", "--to", places.to, "--wait")
+    before = store.head(places.cutout("a.jpg"), role="output")
+
+    second = cutfleet("submit", f"{places.source}two/", "--to", places.to, "--wait")
+    third = cutfleet("submit", places.source, "foreign.jpg", "--to", places.to, "--wait")
+
+    assert (first.returncode, second.returncode, third.returncode) == (0, 1, 1)
+    for ran in (second, third):
+        assert "\tname_taken\t" in cutfleet("status", ran.stdout.strip(), "--failed").stdout
+    assert store.head(places.cutout("a.jpg"), role="output") == before
+    assert fetch(store, places.cutout("foreign.jpg")) == b"somebody's own"
+
+
+def test_a_stopped_submission_is_resumed(
+    stack: LocalStack, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "PART_ROWS", 2)
+    put_pictures(store, places, 5)
+    store.put(places.key("p00001/deep.jpg"), picture(seed=7), content_type="image/jpeg")  # lists out of order here
+    request = submission.Request(
+        source=places.source, destination=places.to, recipe=Recipe(), lane="backfill", name="", keys=None
+    )
+
+    def stop_after_the_second_part(found: int) -> None:
+        if found == 4:
+            raise KeyboardInterrupt
+
+    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/1"), name="no dispatcher here") as ledger:
+        with pytest.raises(KeyboardInterrupt):
+            submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=stop_after_the_second_part)
+        (job,) = ledger.jobs()
+        assert (job.total, job.listed) == (4, False)
+        resumed = submission.resume(job.id, store=store, ledger=ledger, listed=lambda _: None)
+
+    assert (resumed.total, resumed.listed) == (6, True)
+    keys = [task.key for number in range(resumed.parts) for task in manifest.read_part(store, resumed, number)]
+    assert len(keys) == len(set(keys)) == 6
+
+
+def test_jobs_are_listed_newest_first(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    put_pictures(store, places, 1)
+    older = submit(cutfleet, places, "--name", "spring catalogue")
+    newer = submit(cutfleet, places)
+
+    listed = [json.loads(line)["job"] for line in cutfleet("jobs", "--json").stdout.splitlines()]
+
+    assert listed[:2] == [newer, older]
+    assert "spring catalogue" in cutfleet("jobs").stdout
+
+
+def test_waiting_has_a_deadline(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    put_pictures(store, places, 1)
+    ran = cutfleet("submit", places.source, "--to", places.to, "--model", "birefnet")
+
+    waited = cutfleet("wait", ran.stdout.strip(), "--timeout", "0.5")
+
+    assert ran.returncode == 0
+    assert "No running worker serves model 'birefnet'" in ran.stderr
+    assert waited.returncode == 3
+    assert "still 1 pictures open" in waited.stderr

@@ -1,0 +1,184 @@
+"""Models in real workers: each picture goes to its own model, a checkpoint directory is served as it lies there."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from factories import Places, decode, fetch, put_pictures, wait_until
+from safetensors.torch import save_file
+
+from jobs.ledger import Ledger
+from jobs.recipe import Recipe
+from jobs.store import Store
+from producer.local import LocalStack, inherited_environment
+from workers.decode import Limits
+from workers.models import LoadedModel, load
+from workers.models.birefnet import BiRefNet
+from workers.pipeline import cut_out
+from workers.predictor import Predictor
+
+STATED = "lite-by-rule:non-commercial"
+SMALL_DEVICE = Path(__file__).with_name("small_device_worker.py")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
+    """BiRefNet-lite as the hub lays it out, at 256 x 256; weights by rule, or torch's own where there is no rule."""
+    folder = tmp_path_factory.mktemp("models") / "lite-by-rule"
+    folder.mkdir()
+    torch.manual_seed(5)
+    network = BiRefNet("swin_v1_t", "channels_first")
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
+    rule = shared_data / "parity" / "weights_by_rule.py"
+    if rule.exists():
+        state = {name: by_rule(rule, name, value) for name, value in state.items()}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"patch_order": "channels_first", "input_size": 256}))
+    (folder / "birefnet.py").write_text("raise SystemExit('nobody runs this')\n")
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    return folder
+
+
+def by_rule(path: Path, name: str, value: torch.Tensor) -> torch.Tensor:
+    drawn = import_rule(path).tensor_by_rule(name, tuple(value.shape))
+    return value if drawn is None else torch.from_numpy(np.asarray(drawn))
+
+
+@functools.cache
+def import_rule(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("weights_by_rule", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def metadata(store: Store, places: Places, name: str) -> dict[str, str]:
+    found = store.head(places.cutout(name), role="output")
+    assert found is not None
+    return dict(found.metadata)
+
+
+def test_a_directory_computes_what_the_reference_computes(checkpoint: Path, shared_data: Path) -> None:
+    reference = shared_data / "parity" / "birefnet-lite.npz"
+    if not reference.exists():
+        pytest.skip(f"no reference outputs in {reference}")
+    rule = import_rule(shared_data / "parity" / "weights_by_rule.py")
+
+    with torch.inference_mode():
+        alpha = load(str(checkpoint), accept_licence=STATED)(torch.from_numpy(rule.input_by_rule(256, 256)))
+
+    with np.load(reference) as expected:
+        logits = torch.from_numpy(expected["256x256"]).squeeze()
+    torch.testing.assert_close(alpha[0, 0, ::4, ::4], logits.sigmoid(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.timeout(240)
+def test_each_picture_goes_to_the_model_of_its_recipe(
+    fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places, checkpoint: Path
+) -> None:
+    model = load(str(checkpoint), accept_licence=STATED)
+    names = put_pictures(store, places, 4)
+    other = Places(places.source, places.to + "lite/")
+    early = cutfleet("submit", places.source, "--to", other.to, "--model", model.served_name)
+    worker = fleet.start_worker(device="cpu", model=str(checkpoint), slots="2", accept_licence=STATED)
+
+    mine = cutfleet("submit", places.source, "--to", places.to)
+    ended = [cutfleet("wait", ran.stdout.strip(), "--timeout", "90").returncode for ran in (mine, early)]
+    worker.stop()
+
+    assert "No running worker serves" in early.stderr
+    assert ended == [0, 0], (mine.stderr, early.stderr)
+    assert {metadata(store, places, name)["cf-model"] for name in names} == {"u2netp"}
+    for name in names:
+        said = metadata(store, other, name)
+        assert (said["cf-model"], said["cf-licence"]) == (model.served_name, "cc-by-nc-4.0 (non-commercial)")
+        mask = np.asarray(decode(fetch(store, other.mask(name))))
+        assert np.array_equal(mask, mask_by(model, fetch(store, places.key(name))))
+    start = next(line for line in worker.log.read_text().splitlines() if "ready" in line and model.served_name in line)
+    for fact in ("cc-by-nc-4.0 (non-commercial)", "CPU, ", "float32", "batch_limit"):
+        assert fact in start
+
+
+def mask_by(model: LoadedModel, picture: bytes) -> np.ndarray:
+    with Predictor(model, batch_limit=1) as predictor:
+        outputs = cut_out(picture, Recipe(model=model.served_name), predictor, limits=Limits())
+    return np.asarray(decode(outputs.mask))
+
+
+def test_the_workers_are_listed_with_what_they_run(fleet: LocalStack, cutfleet: Run) -> None:
+    table = cutfleet("workers").stdout.splitlines()
+    workers = [json.loads(line) for line in cutfleet("workers", "--json").stdout.splitlines()]
+
+    served = next(worker for worker in workers if worker["model"] == "u2netp")
+    row = next(line for line in table if line.startswith(served["node"]))
+    for fact in (served["hardware"], "float32", "u2netp", served["revision"][:12], "serving"):
+        assert fact in row
+    assert table[0].split("  ")[0] == "worker"
+    assert served["draining"] is False
+    assert (served["batch_limit"], served["rate"] >= 0, served["in_flight"] <= served["slots"]) == (1, True, True)
+
+
+def test_a_second_worker_of_one_name_ends_with_a_reason(fleet: LocalStack, cutfleet: Run) -> None:
+    workers = [json.loads(line) for line in cutfleet("workers", "--json").stdout.splitlines()]
+    first = next(worker["node"] for worker in workers if worker["model"] == "u2netp")
+    settings = {"CUTFLEET_DEVICE": "cpu", "CUTFLEET_NODE": first.partition("@")[0]}
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "workers"],
+        env=inherited_environment() | fleet.environment | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert ran.returncode == 2
+    assert "[node_taken]" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_a_job_for_a_model_that_nobody_serves_says_so_and_waits(
+    fleet: LocalStack, cutfleet: Run, store: Store, places: Places
+) -> None:
+    put_pictures(store, places, 1)
+
+    ran = cutfleet("submit", places.source, "--to", places.to, "--model", "birefnet-hr")
+
+    assert ran.returncode == 0
+    assert "No running worker serves model 'birefnet-hr'" in ran.stderr
+    shown = cutfleet("status", ran.stdout.strip())
+    assert "1 open" in shown.stdout
+    assert "no running worker serves it" in shown.stdout
+
+
+@pytest.mark.timeout(200)
+def test_a_device_that_is_too_small_gets_smaller_batches_and_no_picture_is_lost(
+    stack: LocalStack, fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
+) -> None:
+    put_pictures(store, places, 40)
+    worker = fleet.start_worker(
+        program=[str(SMALL_DEVICE)], device="cpu", model="small-device", batch_limit="8", slots="8", node="small"
+    )
+
+    def batch_limit() -> int:
+        return next(int(facts["batch_limit"]) for facts in ledger.workers().values() if facts["pid"] == str(worker.pid))
+
+    served = next(facts["model"] for facts in ledger.workers().values() if facts["pid"] == str(worker.pid))
+    ran = cutfleet("submit", places.source, "--to", places.to, "--model", served, "--wait")
+
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(cutfleet("status", ran.stdout.strip(), "--json").stdout)["done"] == 40
+    wait_until(lambda: batch_limit() == 2, what="the batch limit is two")
+    worker.stop()

@@ -1,0 +1,148 @@
+"""What can't work says so in one sentence, with the setting to change, and an exit code; never with a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, Run
+from factories import Places, put_pictures
+
+from jobs.store import Location, Store
+from producer.local import LocalStack
+
+USAGE, UNREACHABLE = 2, 4
+
+
+def refused(ran: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert ran.returncode == code, ran.stderr
+    assert ran.stdout == ""
+    assert "Traceback" not in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+    for word in words:
+        assert word in ran.stderr
+
+
+def test_redis_that_is_not_there(cutfleet: Run, places: Places) -> None:
+    env = {"CUTFLEET_REDIS_URL": "redis://127.0.0.1:9/0"}
+
+    refused(
+        cutfleet("submit", places.source, "--to", places.to, env=env), UNREACHABLE, "127.0.0.1:9", "CUTFLEET_REDIS_URL"
+    )
+    refused(cutfleet("jobs", env=env), UNREACHABLE, "CUTFLEET_REDIS_URL")
+
+
+def test_s3_that_is_not_there(cutfleet: Run, places: Places) -> None:
+    env = {"CUTFLEET_S3_ENDPOINT": "http://127.0.0.1:9"}
+
+    refused(cutfleet("submit", places.source, "--to", places.to, env=env), UNREACHABLE, "CUTFLEET_S3_ENDPOINT")
+
+
+def test_wrong_credentials(cutfleet: Run, places: Places) -> None:
+    refused(
+        cutfleet("submit", places.source, "--to", places.to, env={"AWS_ACCESS_KEY_ID": "nobody"}),
+        UNREACHABLE,
+        "AWS_ACCESS_KEY_ID",
+        "[store_denied]",
+    )
+
+
+def test_buckets_that_are_not_there(cutfleet: Run, store: Store, places: Places) -> None:
+    put_pictures(store, places, 1)
+
+    refused(cutfleet("submit", "s3://nowhere-at-all/", "--to", places.to), USAGE, "nowhere-at-all", "[bucket_missing]")
+    refused(
+        cutfleet("submit", places.source, "--to", "s3://nowhere-at-all/"), USAGE, "nowhere-at-all", "[bucket_missing]"
+    )
+
+
+def test_a_model_that_nobody_knows(cutfleet: Run, store: Store, places: Places) -> None:
+    put_pictures(store, places, 1)
+
+    refused(cutfleet("submit", places.source, "--to", places.to, "--model", "u3net"), USAGE, "u3net", "u2netp")
+
+
+def test_a_destination_under_its_own_source(cutfleet: Run, store: Store, places: Places) -> None:
+    put_pictures(store, places, 1)
+
+    refused(cutfleet("submit", places.source, "--to", f"{places.source}out/"), USAGE, "[destination_under_source]")
+
+
+def test_a_source_without_pictures(cutfleet: Run, places: Places) -> None:
+    refused(cutfleet("submit", f"{places.source}none/", "--to", places.to), USAGE, "[source_empty]")
+
+
+def test_a_destination_that_may_not_be_written(cutfleet: Run, store: Store, places: Places) -> None:
+    put_pictures(store, places, 1)
+    bucket = Location.parse(places.to).bucket
+    store._s3.put_bucket_policy(
+        Bucket=bucket,
+        Policy=(
+            '{"Version":"2012-10-17","Statement":[{"Effect":"Deny","Principal":"*","Action":"s3:PutObject",'
+            f'"Resource":"arn:aws:s3:::{bucket}/*"}}]}}'
+        ),
+    )
+
+    refused(cutfleet("submit", places.source, "--to", places.to), USAGE, "[output_denied]", "s3:PutObject")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("submit", "photos/", "--to", "s3://out/"), ("s3://BUCKET/PREFIX",)),
+        (("submit", "s3://in/"), ("--to",)),
+        (("submit", "s3://in/p/", "q/a.jpg", "--to", "s3://out/"), ("q/a.jpg", "p/q/a.jpg")),
+        (("status", "20260101-000000-zzzzzz"), ("20260101-000000-zzzzzz", "cutfleet jobs")),
+        (("wait", "20260101-000000-zzzzzz"), ("cutfleet jobs",)),
+    ],
+)
+def test_usage(cutfleet: Run, args: tuple[str, ...], words: tuple[str, ...]) -> None:
+    refused(cutfleet(*args), USAGE, *words)
+
+
+def test_a_bad_setting(cutfleet: Run) -> None:
+    refused(cutfleet("jobs", env={"CUTFLEET_LEASE_S": "soon"}), USAGE, "CUTFLEET_LEASE_S", "soon")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"CUTFLEET_MODEL": "u3net"}, ("u3net", "u2netp")),
+        ({"CUTFLEET_DEVICE": "cuda"}, ("[no_gpu]",)),
+        ({"CUTFLEET_REDIS_URL": "redis://127.0.0.1:9/0"}, ("CUTFLEET_REDIS_URL",)),
+    ],
+)
+def test_a_worker_that_can_not_work_ends_before_it_takes_anything(
+    stack: LocalStack, settings: dict[str, str], words: tuple[str, ...]
+) -> None:
+    from producer.local import inherited_environment
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "workers"],
+        env=inherited_environment() | stack.environment | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=False,
+    )
+
+    assert ran.returncode != 0
+    assert "Traceback" not in ran.stderr
+    for word in words:
+        assert word in ran.stderr
+
+
+def test_help_answers_at_once() -> None:
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        shown = subprocess.run(
+            [sys.executable, "-m", "producer", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        seconds.append(time.perf_counter() - started)
+
+    assert "submit" in shown.stdout
+    assert min(seconds) < 0.5

@@ -1,0 +1,73 @@
+"""Renditions by another recipe, from the stored cutouts: no source is read and no model runs."""
+
+from __future__ import annotations
+
+import json
+
+from conftest import Run
+from factories import Places, decode, fetch, put_pictures
+
+from jobs.ledger import Ledger
+from jobs.store import Location, Store
+from producer.local import LocalStack
+
+
+def test_a_new_recipe_is_rendered_from_the_stored_cutouts_without_the_model(
+    fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
+) -> None:
+    names = put_pictures(store, places, 3)
+    store.put(places.key("page.jpg"), b"<html>", content_type="text/html")
+    first = cutfleet("submit", places.source, "--to", places.to, "--wait").stdout.strip()
+    before = store.head(places.cutout(names[0]), role="output")
+    for name in names:
+        store._s3.delete_object(Bucket=places.key(name).bucket, Key=places.key(name).key)
+
+    ran = cutfleet("render", first, "--recipe", "walmart", "--wait")
+    again = cutfleet("render", first, "--recipe", "walmart", "--wait")
+
+    assert (ran.returncode, again.returncode) == (0, 0), ran.stderr
+    told = json.loads(cutfleet("status", ran.stdout.strip(), "--json").stdout)
+    assert (told["total"], told["done"], told["model"]) == (3, 3, "render")
+    assert sum(told["tally"]["rules"]["walmart"].values()) == 3
+    assert json.loads(cutfleet("status", again.stdout.strip(), "--json").stdout)["skipped"] == 3
+    to = Location.parse(places.to)
+    made = decode(fetch(store, Location(to.bucket, f"{to.key}walmart/{names[0]}.jpg")))
+    assert (made.format, made.size) == ("JPEG", (2200, 2200))
+    after = store.head(places.cutout(names[0]), role="output")
+    assert before is not None and after is not None
+    assert before.etag == after.etag, "the cutout's bytes are the same"
+    for field in ("cf-source", "cf-source-etag", "cf-model", "cf-revision", "cf-mask-etag", "cf-quality"):
+        assert before.metadata[field] == after.metadata[field]
+    made_by, _, renditions = after.metadata["cf-fingerprint"].partition("-")
+    assert before.metadata["cf-fingerprint"].startswith(f"{made_by}-")
+    assert not before.metadata["cf-fingerprint"].endswith(renditions)
+
+
+def test_a_picture_that_was_rendered_again_is_skipped_by_a_submission_of_that_recipe(
+    fleet: LocalStack, cutfleet: Run, store: Store, places: Places
+) -> None:
+    put_pictures(store, places, 1)
+    first = cutfleet("submit", places.source, "--to", places.to, "--wait").stdout.strip()
+    cutfleet("render", first, "--recipe", "ebay", "--wait")
+
+    job = cutfleet("submit", places.source, "--to", places.to, "--recipe", "ebay", "--wait").stdout.strip()
+
+    assert json.loads(cutfleet("status", job, "--json").stdout)["skipped"] == 1
+
+
+def test_a_cutout_that_is_gone_is_told_and_a_job_without_cutouts_refused(
+    fleet: LocalStack, cutfleet: Run, store: Store, places: Places
+) -> None:
+    names = put_pictures(store, places, 1)
+    first = cutfleet("submit", places.source, "--to", places.to, "--wait").stdout.strip()
+    live = cutfleet("submit", places.source, *names, "--to", places.to, "--lane", "live", "--wait").stdout.strip()
+    store._s3.delete_object(Bucket=places.cutout("").bucket, Key=places.cutout(names[0]).key)
+
+    gone = cutfleet("render", first, "--recipe", "ebay", "--wait")
+    refused = cutfleet("render", live, "--recipe", "ebay")
+    as_model = cutfleet("submit", places.source, "--to", places.to, "--model", "render")
+
+    assert gone.returncode == 1
+    assert "\tcutout_missing\t" in cutfleet("status", gone.stdout.strip(), "--failed").stdout
+    assert (refused.returncode, as_model.returncode) == (2, 2)
+    assert "live job keeps no manifest" in refused.stderr and "cutfleet render JOB" in as_model.stderr

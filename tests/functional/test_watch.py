@@ -1,0 +1,325 @@
+"""Pictures that arrive: real SQS clients against a server that speaks its protocol, real events of SeaweedFS."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_plus
+
+import boto3
+import pytest
+from conftest import Run
+from factories import Places, free_port, put_pictures, wait_until
+from moto.server import ThreadedMotoServer
+
+from jobs.broker import task_of
+from jobs.job import Job
+from jobs.ledger import Ledger
+from jobs.mailbox import Letter, Mailbox
+from jobs.recipe import Recipe
+from jobs.store import Location, Store
+from producer import watch
+from producer.events import Arrival
+from producer.local import LocalStack, Process, inherited_environment
+from producer.submit import Request
+from producer.watch import Watcher
+
+TOKEN = "only-for-this-test"  # noqa: S105
+Start = Callable[..., Process]
+
+
+@pytest.fixture(scope="module")
+def sqs() -> Iterator[Any]:
+    """A client of an SQS server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ["AWS_ENDPOINT_URL_SQS"] = f"http://{host}:{port}"
+    credentials = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
+    before = {name: os.environ.get(name) for name in credentials}
+    os.environ.update(credentials)
+    try:
+        yield boto3.client("sqs")
+    finally:
+        server.stop()
+        for name, value in (before | {"AWS_ENDPOINT_URL_SQS": None}).items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def queue(sqs: Any, places: Places) -> str:
+    """URL of a queue that gives a letter again one second after it was received."""
+    name = Location.parse(places.source).bucket
+    return str(sqs.create_queue(QueueName=name, Attributes={"VisibilityTimeout": "1"})["QueueUrl"])
+
+
+@pytest.fixture
+def start_watch(stack: LocalStack, places: Places, tmp_path: Path) -> Iterator[Start]:
+    """Starts `cutfleet watch` on this test's places."""
+    started: list[Process] = []
+
+    def start(*options: str, **environment: str) -> Process:
+        program = [sys.executable, "-m", "producer", "watch", places.source, "--to", places.to, *options]
+        env = inherited_environment() | stack.environment | environment
+        started.append(Process(program, log=tmp_path / f"watch-{len(started)}.log", env=env))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+def watcher_of(places: Places, store: Store, ledger: Ledger) -> Watcher:
+    request = Request(source=places.source, destination=places.to, recipe=Recipe(), lane="live", name="", keys=None)
+    return Watcher(request, store=store, ledger=ledger, lease_s=60)
+
+
+def s3_event(places: Places, key: str, etag: str) -> str:
+    bucket = Location.parse(places.source).bucket
+    found = {"key": quote_plus(key, safe="/"), "size": 5, "eTag": etag, "sequencer": "00617F08299329D189"}
+    record = {"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": bucket}, "object": found}}
+    return json.dumps({"Records": [record]})
+
+
+def send(sqs: Any, queue: str, bodies: Sequence[str]) -> None:
+    for first in range(0, len(bodies), 10):
+        entries = [{"Id": str(i), "MessageBody": body} for i, body in enumerate(bodies[first : first + 10])]
+        sqs.send_message_batch(QueueUrl=queue, Entries=entries)
+
+
+def jobs_of(ledger: Ledger, places: Places) -> list[Job]:
+    return [job for job in ledger.jobs() if job.source == places.source]
+
+
+def total(ledger: Ledger, places: Places) -> int:
+    return sum(job.total for job in jobs_of(ledger, places))
+
+
+def keys_on_queue(ledger: Ledger, job: Job) -> collections.Counter[str]:
+    """What workers will be told, and how often."""
+    return collections.Counter(
+        task_of(message).key for image, message in ledger.entries() if image.startswith(f"{job.id}:")
+    )
+
+
+def letters_left(sqs: Any, queue: str) -> int:
+    names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+    found = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=names)["Attributes"]
+    return sum(int(count) for count in found.values())
+
+
+def test_a_burst_is_taken_once_though_the_watcher_is_killed(
+    stack: LocalStack, ledger: Ledger, places: Places, sqs: Any, queue: str, start_watch: Start
+) -> None:
+    keys = [f"neu/фото {n} +50%.jpg" for n in range(500)]
+    bodies = [s3_event(places, key, f"etag-{n}") for n, key in enumerate(keys)]
+    first = start_watch("--queue", queue)
+
+    send(sqs, queue, bodies[:250] + bodies[:25])
+    wait_until(lambda: total(ledger, places) > 0, what="the first are taken")
+    first.kill()
+    send(sqs, queue, bodies[200:])
+    second = start_watch("--queue", queue)
+    wait_until(lambda: total(ledger, places) >= 500, what="all are taken")
+    second.kill()
+    send(sqs, queue, bodies[::20])
+    start_watch("--queue", queue)
+    wait_until(lambda: letters_left(sqs, queue) == 0, what="the queue is empty")
+
+    (job,) = jobs_of(ledger, places)
+    assert (job.total, job.lane, job.open) == (500, "live", 500)
+    assert keys_on_queue(ledger, job) == collections.Counter(keys)
+
+
+def test_a_letter_is_deleted_only_after_the_ledger_has_it(
+    stack: LocalStack, store: Store, ledger: Ledger, places: Places, sqs: Any, queue: str
+) -> None:
+    class KilledBeforeDelete(Mailbox):
+        def delete(self, letters: Sequence[Letter]) -> None:
+            raise KeyboardInterrupt
+
+    watcher = watcher_of(places, store, ledger)
+    send(sqs, queue, [s3_event(places, f"{n}.jpg", "e") for n in range(12)] + ["no event"])
+
+    with KilledBeforeDelete(queue) as mailbox, pytest.raises(KeyboardInterrupt):
+        watcher.empty(mailbox, wait_s=1)
+    taken_before = total(ledger, places)
+    with Mailbox(queue) as mailbox:
+        wait_until(lambda: watcher.empty(mailbox, wait_s=1) >= 0 and letters_left(sqs, queue) == 1)
+
+    assert taken_before > 0
+    assert total(ledger, places) == 12
+    assert letters_left(sqs, queue) == 1, "what makes no sense is left to the dead letters"
+
+
+def test_one_version_is_taken_once_and_each_new_one_again(store: Store, ledger: Ledger, places: Places) -> None:
+    watcher = watcher_of(places, store, ledger)
+    bucket = Location.parse(places.source).bucket
+
+    def put(etag: str) -> int:
+        return watcher.take([Arrival(bucket, "a.jpg", etag, 5)])
+
+    assert [put("A"), put("A"), put("B"), put("A"), put("A")] == [1, 0, 1, 1, 0]
+    assert watcher.take([Arrival(bucket, "folder/", "A", 0), Arrival("elsewhere", "a.jpg", "A", 5)]) == 0
+
+
+def test_two_watchers_take_a_burst_once(stack: LocalStack, store: Store, places: Places) -> None:
+    bucket = Location.parse(places.source).bucket
+    arrivals = [Arrival(bucket, f"{n}.jpg", "e", 5) for n in range(300)]
+
+    with stack.ledger() as one, stack.ledger() as other:
+        watchers = [watcher_of(places, store, ledger) for ledger in (one, other)]
+        taken: list[int] = []
+        threads = [
+            threading.Thread(target=lambda w=w: taken.extend(w.take(arrivals[i : i + 30]) for i in range(0, 300, 10)))
+            for w in watchers
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        (job,) = jobs_of(one, places)
+        assert sum(taken) == job.total == 300
+        assert set(keys_on_queue(one, job).values()) == {1}
+
+
+def test_a_listing_finds_what_no_event_told_of(store: Store, ledger: Ledger, places: Places) -> None:
+    put_pictures(store, places, 3)
+    watcher = watcher_of(places, store, ledger)
+    watcher.begin(existing=True)
+
+    found = [watcher.sweep(threading.Event()) for _ in range(2)]
+    put_pictures(store, places, 2, start=3)
+    found.append(watcher.sweep(threading.Event()))
+
+    assert found == [3, 0, 2]
+
+
+def test_arrivals_wait_while_too_many_pictures_wait(
+    store: Store, ledger: Ledger, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "BACKLOG", 2)
+    watcher = watcher_of(places, store, ledger)
+    bucket = Location.parse(places.source).bucket
+
+    watcher.take([Arrival(bucket, f"{n}.jpg", "e", 5) for n in range(2)])
+    with pytest.raises(watch.Backlog):
+        watcher.take([Arrival(bucket, "one too many.jpg", "e", 5)])
+
+    assert total(ledger, places) == 2
+
+
+def test_a_cancelled_day_is_followed_by_another_job(
+    stack: LocalStack, store: Store, ledger: Ledger, places: Places
+) -> None:
+    watcher = watcher_of(places, store, ledger)
+    bucket = Location.parse(places.source).bucket
+    watcher.take([Arrival(bucket, "a.jpg", "e", 5)])
+    (first,) = jobs_of(ledger, places)
+    ledger.finish_listing(first.id)
+
+    watcher.take([Arrival(bucket, "b.jpg", "e", 5)])
+
+    assert {job.id: job.total for job in jobs_of(ledger, places)} == {first.id: 1, f"{first.id}-2": 1}
+
+
+@contextmanager
+def seaweedfs_that_tells(endpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalStack]:
+    """SeaweedFS reads its notification settings from the home of its user."""
+    settings = folder / "home" / ".seaweedfs" / "notification.toml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(
+        "[notification.webhook]\nenabled = true\n"
+        f'endpoint = "{endpoint}"\nbearer_token = "{TOKEN}"\nevent_types = ["create", "update", "rename"]\n'
+    )
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    with LocalStack(folder / "stack") as stack:
+        yield stack
+
+
+def test_what_is_put_into_seaweedfs_is_cut_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    places = Places("s3://shop/new/", "s3://shop-cutouts/")
+    telling = seaweedfs_that_tells(f"http://127.0.0.1:{port}/events", tmp_path, monkeypatch)
+
+    with telling as stack, stack.store() as store, stack.ledger() as ledger:
+
+        def start_listening() -> Process:
+            options = ["--listen", f"127.0.0.1:{port}", "--sweep-every", "3600"]
+            program = [sys.executable, "-m", "producer", "watch", places.source, "--to", places.to, *options]
+            env = inherited_environment() | stack.environment | {"CUTFLEET_WATCH_TOKEN": TOKEN}
+            process = Process(program, log=tmp_path / "watch.log", env=env)
+            wait_until(lambda: is_listening(port), what="the watch listens")
+            return process
+
+        for bucket in ("shop", "shop-cutouts"):
+            store.create_bucket(bucket)
+        watching = start_listening()
+        stack.start_dispatcher()
+        stack.start_worker(device="cpu")
+        names = put_pictures(store, places, 2)
+        store.put(places.key("фото (1)+%.jpg"), b"no picture", content_type="image/jpeg")
+        wait_until(lambda: [job.final for job in jobs_of(ledger, places)] == [3], what="three are final")
+        watching.kill()
+        names += put_pictures(store, places, 2, start=2)  # nobody hears of these
+        watching = start_listening()
+        wait_until(lambda: [job.final for job in jobs_of(ledger, places)] == [5], what="five are final")
+        watching.stop()
+
+        (job,) = jobs_of(ledger, places)
+        assert (job.done, job.failed) == (4, 1)
+        assert all(store.head(places.cutout(name), role="output") for name in names)
+
+
+def is_listening(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def test_the_webhook_refuses_strangers_and_nonsense(
+    stack: LocalStack, ledger: Ledger, places: Places, start_watch: Start
+) -> None:
+    port = free_port()
+    start_watch("--listen", f"127.0.0.1:{port}", CUTFLEET_WATCH_TOKEN=TOKEN)
+    wait_until(lambda: is_listening(port), what="the watch listens")
+
+    def post(body: bytes, token: str = TOKEN) -> int:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/events", data=body, headers={"Authorization": f"Bearer {token}"}
+        )
+        try:
+            with urllib.request.urlopen(request) as answer:  # noqa: S310
+                return int(answer.status)
+        except urllib.error.HTTPError as exc:
+            with exc:
+                return exc.code
+
+    event = s3_event(places, "a.jpg", "e").encode()
+    assert post(event, token="wrong") == 401
+    assert post(b"{}") == 400
+    assert post(b" " * 4_000_001) == 413
+    assert total(ledger, places) == 0
+    assert post(event) == 200
+    assert total(ledger, places) == 1
+
+
+def test_a_queue_that_is_not_there_is_named(cutfleet: Run, places: Places, sqs: Any, queue: str) -> None:
+    ran = cutfleet("watch", places.source, "--to", places.to, "--queue", queue + "-not")
+
+    assert ran.returncode == 2
+    assert "There is no SQS queue" in ran.stderr
+    assert "[no_queue]" in ran.stderr

@@ -1,0 +1,268 @@
+"""Telling people: real ledger, real store, real receivers, signatures checked by the library that receivers use."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import http.server
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from conftest import Run
+from factories import Places, wait_until
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from jobs.errors import SettingsError
+from jobs.job import Failure, ImageState, Job
+from jobs.ledger import Ledger
+from jobs.recipe import Recipe
+from jobs.settings import Settings
+from jobs.store import Store
+from producer import submit as submission
+from producer.dispatcher import Dispatcher
+from producer.local import LocalStack
+from producer.webhooks import Deliverer, check_webhook, signed_headers
+
+SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="  # noqa: S105
+OLD_SECRET = "whsec_YWJjZGVmZ2hpamFiY2RlZmdoaWphYmNkZWZnaGlqYWI="  # noqa: S105
+SETTINGS = Settings(webhook_secret=SECRET, webhook_private=True, retry_base_s=0.01)
+
+
+@dataclasses.dataclass
+class Receiver:
+    """Answers with `statuses` in turn, then 200; keeps what was sent."""
+
+    url: str
+    statuses: list[int]
+    got: list[tuple[Mapping[str, str], str]]
+
+    def events(self) -> list[dict[str, Any]]:
+        """What arrived, each with a signature that the receivers' library accepts."""
+        return [Webhook(SECRET).verify(body, dict(headers)) for headers, body in self.got]
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    found = Receiver("", [], [])
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            found.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+            self.send_response(found.statuses.pop(0) if found.statuses else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        found.url = f"http://127.0.0.1:{server.server_port}/hook?token=hidden"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield found
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def quiet_url(stack: LocalStack) -> str:
+    """A database where no other dispatcher delivers."""
+    return stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/3")
+
+
+@pytest.fixture
+def quiet(quiet_url: str) -> Iterator[Ledger]:
+    with Ledger(quiet_url, name="no dispatcher here") as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def deliver(quiet: Ledger, store: Store) -> Iterator[Callable[[], None]]:
+    """One turn of deliveries."""
+    deliverer = Deliverer(quiet, store, SETTINGS)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        yield lambda: void(deliverer.step(pool))
+
+
+def void(_: object) -> None: ...
+
+
+def submitted(
+    places: Places, store: Store, ledger: Ledger, webhook: str, *, pictures: bool = False, count: int = 1
+) -> Job:
+    request = submission.Request(
+        source=places.source,
+        destination=places.to,
+        recipe=Recipe(),
+        lane="live",
+        name="",
+        keys=tuple(f"{n} é.jpg" for n in range(count)),
+        webhook=webhook,
+        webhook_pictures=pictures,
+    )
+    return submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=void)
+
+
+def finish(job: Job, index: int, ledger: Ledger, state: ImageState = ImageState.DONE) -> None:
+    claim = ledger.claim(f"{job.id}:{index}", token=uuid.uuid4().hex, output=f"{job.id}/{index}", lease_s=60)
+    failure = (
+        Failure(f"{index} é.jpg", "not_an_image", "no picture", 1, 0.0, "w") if state == ImageState.FAILED else None
+    )
+    assert ledger.finish(claim, state, failure) == "ok"
+
+
+def close(job: Job, ledger: Ledger, store: Store) -> Job:
+    dispatcher = Dispatcher(ledger, store, SETTINGS)
+
+    def is_closed() -> bool:
+        dispatcher.step()
+        return ledger.job(job.id).closed is not None
+
+    wait_until(is_closed, what="the job is closed")
+    dispatcher.close()
+    return ledger.job(job.id)
+
+
+def test_a_receiver_that_fails_twice_gets_its_third_delivery_signed(
+    places: Places, store: Store, quiet: Ledger, receiver: Receiver, deliver: Callable[[], None]
+) -> None:
+    receiver.statuses = [500, 503]
+    job = submitted(places, store, quiet, receiver.url)
+    finish(job, 0, quiet)
+    job = close(job, quiet, store)
+
+    wait_until(lambda: deliver() or len(receiver.got) == 3, within_s=20, what="three deliveries")
+    deliver()
+
+    events = receiver.events()
+    assert [event["type"] for event in events] == ["job.closed"] * 3
+    assert events[2]["data"]["job"] == job.id
+    assert (events[2]["data"]["done"], events[2]["data"]["state"]) == (1, "closed")
+    assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1, "one event, one id"
+    headers, body = receiver.got[2]
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify(body.replace('"done": 1', '"done": 2'), dict(headers))
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify(body, dict(headers) | {"webhook-timestamp": "1"})
+
+
+def test_each_picture_is_told_with_what_became_of_it(
+    places: Places, store: Store, quiet: Ledger, receiver: Receiver, deliver: Callable[[], None]
+) -> None:
+    job = submitted(places, store, quiet, receiver.url, pictures=True, count=4)
+    states = [ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED, ImageState.FAILED]
+    for index, state in enumerate(states[:2]):
+        finish(job, index, quiet, state)
+    deliver()
+    for index, state in enumerate(states[2:], 2):
+        finish(job, index, quiet, state)
+    close(job, quiet, store)  # its rows are in S3 now, not in the ledger
+    deliver()
+
+    found = {event["data"].get("index"): event for event in receiver.events()}
+    assert {index: event["type"] for index, event in found.items()} == {
+        0: "picture.done",
+        1: "picture.done",
+        2: "picture.skipped",
+        3: "picture.failed",
+        None: "job.closed",
+    }
+    assert found[1]["data"]["review"]
+    assert found[0]["data"]["source"] == str(places.key("0 é.jpg"))
+    assert found[0]["data"]["cutout"] == str(places.cutout("0 é.jpg"))
+    assert (found[3]["data"]["code"], "cutout" in found[3]["data"]) == ("not_an_image", False)
+
+
+def test_replay_tells_all_again_under_the_same_ids(
+    cutfleet: Run,
+    places: Places,
+    store: Store,
+    quiet: Ledger,
+    quiet_url: str,
+    receiver: Receiver,
+    deliver: Callable[[], None],
+) -> None:
+    job = submitted(places, store, quiet, receiver.url, pictures=True, count=2)
+    finish(job, 0, quiet)
+    finish(job, 1, quiet, ImageState.FAILED)
+    close(job, quiet, store)
+    deliver()
+    env = {"CUTFLEET_REDIS_URL": quiet_url, "CUTFLEET_WEBHOOK_SECRET": SECRET, "CUTFLEET_WEBHOOK_PRIVATE": "true"}
+
+    ran = cutfleet("webhooks", "replay", job.id, env=env)
+    deliver()
+
+    assert (ran.returncode, ran.stderr) == (0, f"3 webhooks of job {job.id} are due\n")
+    ids = collections.Counter(headers["webhook-id"] for headers, _ in receiver.got)
+    assert (len(ids), set(ids.values())) == (3, {2})
+
+
+@pytest.mark.parametrize("status", [410, 500])
+def test_what_can_not_be_told_is_counted_and_never_shown(
+    places: Places,
+    store: Store,
+    quiet: Ledger,
+    receiver: Receiver,
+    deliver: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+) -> None:
+    monkeypatch.setattr("producer.webhooks.MAX_TRIES", 2)
+    receiver.statuses = [status] * 2
+    job = submitted(places, store, quiet, receiver.url)
+    finish(job, 0, quiet)
+    close(job, quiet, store)
+
+    with caplog.at_level(logging.DEBUG):
+        wait_until(lambda: deliver() or quiet.job(job.id).untold == 1, what="it is given up")
+
+    assert len(receiver.got) == (1 if status == 410 else 2)
+    assert "given up" in caplog.text
+    assert "hidden" not in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_an_event_that_happens_again_during_its_delivery_is_told_again(
+    places: Places, store: Store, quiet: Ledger
+) -> None:
+    job = submitted(places, store, quiet, "http://127.0.0.1:9/", pictures=True)
+    finish(job, 0, quiet)
+    (event,) = quiet.take_events(limit=10, lease_s=60)
+    assert quiet.take_events(limit=10, lease_s=60) == [], "nobody else gets it"
+
+    quiet.retell(job.id, 0, 1)
+    quiet.finish_event(event, told=True)
+
+    (again,) = quiet.take_events(limit=10, lease_s=60)
+    quiet.finish_event(again, told=True)
+    assert again.id == event.id == f"{job.id}:0"
+
+
+def test_two_secrets_both_sign_while_they_are_changed() -> None:
+    headers = signed_headers("id", b"{}", f"{SECRET} {OLD_SECRET}", now=time.time())
+
+    assert Webhook(SECRET).verify("{}", headers) == Webhook(OLD_SECRET).verify("{}", headers) == {}
+
+
+def test_a_webhook_that_could_not_be_told_is_refused_at_once(cutfleet: Run, places: Places) -> None:
+    with pytest.raises(SettingsError, match="CUTFLEET_WEBHOOK_SECRET"):
+        check_webhook("https://93.184.215.14/", Settings())
+    with pytest.raises(SettingsError, match="private address") as refused:
+        check_webhook("https://127.0.0.1/", Settings(webhook_secret=SECRET))
+    assert refused.value.code == "webhook_refused"
+
+    ran = cutfleet(
+        *["submit", places.source, "--to", places.to, "--webhook", "https://127.0.0.1/"],
+        env={"CUTFLEET_WEBHOOK_SECRET": "whsec_short"},
+    )
+
+    assert ran.returncode == 2
+    assert "CUTFLEET_WEBHOOK_SECRET" in ran.stderr
+    assert "whsec_short" not in ran.stderr

@@ -1,0 +1,95 @@
+"""Edges on composites whose foreground is known: what is checked is the colour error of soft pixels."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from workers.edges import clean_edges
+
+Pixels = NDArray[np.uint8]
+
+
+def gradient(corners: list[list[tuple[int, int, int]]], height: int, width: int) -> Pixels:
+    return np.asarray(
+        cv2.resize(np.array(corners, np.uint8), (width, height), interpolation=cv2.INTER_LINEAR), np.uint8
+    )
+
+
+def soft_shape(height: int, width: int, *, blur: float) -> Pixels:
+    """An ellipse with hairs around it."""
+    alpha = np.zeros((height, width), np.uint8)
+    centre = (width // 2, height // 2)
+    cv2.ellipse(alpha, centre, (width // 4, height // 4), 20, 0, 360, 255, -1)
+    for turn in np.linspace(0, 2 * np.pi, 90, endpoint=False):
+        tip = (int(centre[0] + 0.32 * width * np.cos(turn)), int(centre[1] + 0.32 * height * np.sin(turn)))
+        cv2.line(alpha, centre, tip, 255, 2, cv2.LINE_AA)
+    return np.asarray(cv2.GaussianBlur(alpha, (0, 0), blur), np.uint8)
+
+
+def mixed(subject: Pixels, ground: Pixels, alpha: Pixels) -> Pixels:
+    share = alpha[..., None] / 255
+    return np.rint(subject * share + ground * (1 - share)).astype(np.uint8)
+
+
+def colour_error(rgb: Pixels, truth: Pixels, alpha: Pixels) -> float:
+    soft = (alpha > 12) & (alpha < 243)
+    return float(np.abs(rgb[soft].astype(int) - truth[soft].astype(int)).mean())
+
+
+SUBJECT = gradient([[(180, 60, 40), (210, 140, 60)], [(90, 40, 120), (200, 90, 90)]], 600, 800)
+GROUNDS = {
+    "white": np.full_like(SUBJECT, 255),
+    "green": np.full_like(SUBJECT, (20, 190, 60)),
+    "sky": gradient([[(60, 120, 220), (120, 180, 250)], [(230, 240, 250), (200, 220, 240)]], 600, 800),
+    "stripes": np.tile(np.repeat(np.array([[[10, 40, 30]], [[220, 230, 90]]], np.uint8), 25, axis=0), (12, 800, 1)),
+}
+
+
+@pytest.mark.parametrize("blur", [1.5, 4, 10])
+@pytest.mark.parametrize("ground", GROUNDS)
+def test_the_colour_error_of_soft_pixels_falls_by_half_at_least(ground: str, blur: float) -> None:
+    alpha = soft_shape(600, 800, blur=blur)
+    picture = mixed(SUBJECT, GROUNDS[ground], alpha)
+    before = colour_error(picture, SUBJECT, alpha)
+
+    clean_edges(picture, alpha)
+
+    assert colour_error(picture, SUBJECT, alpha) <= before / 2
+
+
+def test_opaque_and_clear_pixels_are_not_touched() -> None:
+    alpha = soft_shape(600, 800, blur=4)
+    picture = mixed(SUBJECT, GROUNDS["green"], alpha)
+    before = picture.copy()
+
+    clean_edges(picture, alpha)
+
+    untouched = (alpha == 0) | (alpha == 255)
+    assert np.array_equal(picture[untouched], before[untouched])
+    assert not np.array_equal(picture, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (700, 1), (2, 3), (40, 5000)])
+@pytest.mark.parametrize("level", [0, 1, 128, 254, 255])
+def test_odd_shapes_and_flat_masks_pass(shape: tuple[int, int], level: int) -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    before = picture.copy()
+
+    clean_edges(picture, np.full(shape, level, np.uint8))
+
+    assert np.array_equal(picture, before) or 0 < level < 255
+
+
+def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    alpha = soft_shape(600, 800, blur=4)
+    whole = mixed(SUBJECT, GROUNDS["sky"], alpha)
+    banded = whole.copy()
+
+    clean_edges(whole, alpha)
+    monkeypatch.setattr("workers.edges._BAND_PIXELS", 7 * 800)
+    clean_edges(banded, alpha)
+
+    assert np.array_equal(whole, banded)

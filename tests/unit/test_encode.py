@@ -1,0 +1,66 @@
+"""Files that others must read: compared pixel by pixel with what Pillow reads back."""
+
+from __future__ import annotations
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from workers import encode
+from workers.encode import encode_cutout_png, encode_mask_png
+
+
+@pytest.fixture(params=["isal", "zlib"])
+def deflate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both deflaters; with isal absent its test would prove nothing."""
+    if request.param == "zlib":
+        monkeypatch.setattr(encode, "_isal", None)
+    else:
+        assert encode._isal is not None
+    return str(request.param)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9000), (700, 3), (513, 700)])
+def test_a_cutout_reads_back_pixel_by_pixel(shape: tuple[int, int], deflate: str) -> None:
+    random = np.random.default_rng(3)
+    rgb = random.integers(0, 256, (*shape, 3), np.uint8)
+    alpha = random.integers(-200, 256, shape).clip(0).astype(np.uint8)
+
+    data = encode_cutout_png(rgb, alpha, text={"Software": "Cutfleet"})
+
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    pixels = np.asarray(image)
+    assert image.mode == "RGBA"
+    assert image.info["Software"] == "Cutfleet" and image.info["srgb"] == 0
+    assert np.array_equal(pixels[..., 3], alpha)
+    assert np.array_equal(pixels[..., :3], rgb * (alpha > 0)[..., None])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9000), (700, 3), (1100, 1001)])
+def test_a_mask_reads_back_pixel_by_pixel(shape: tuple[int, int], deflate: str) -> None:
+    mask = np.random.default_rng(4).integers(0, 256, shape, np.uint8)
+
+    image = Image.open(io.BytesIO(encode_mask_png(mask)))
+
+    assert image.mode == "L"
+    assert np.array_equal(np.asarray(image), mask)
+
+
+def test_the_stream_is_whole_and_its_checksums_hold(deflate: str) -> None:
+    data = encode_mask_png(np.zeros((5, 7), np.uint8))
+
+    at = 8
+    kinds = []
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        assert zlib.crc32(kind + body) == int.from_bytes(data[at + 8 + size : at + 12 + size], "big")
+        if kind == b"IDAT":
+            assert len(zlib.decompress(body)) == 5 * 8
+        kinds.append(kind)
+        at += 12 + size
+    assert kinds == [b"IHDR", b"IDAT", b"IEND"]

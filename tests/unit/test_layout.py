@@ -1,0 +1,109 @@
+"""The house as drawn: which side may import what, and what only one module may touch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PIXELS = {"torch", "torchvision", "numpy", "PIL", "cv2", "simplejpeg", "isal", "transformers", "kornia", "pillow_heif"}
+ALLOWED = {"jobs": {"jobs"}, "producer": {"producer", "jobs"}, "workers": {"workers", "jobs"}}
+ORDER = [
+    "errors",
+    "settings",
+    "alive",
+    "logs",
+    "metrics",
+    "message",
+    "recipe",
+    "presets",
+    "job",
+    "store",
+    "mailbox",
+    "ledger",
+    "broker",
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_run_one_way(package: str) -> None:
+    for path in modules(package):
+        ours = {name.split(".")[0] for name in imports_of(path)} & set(ALLOWED)
+
+        assert ours <= ALLOWED[package], f"{path} imports {ours - ALLOWED[package]}"
+
+
+@pytest.mark.parametrize("package", ["jobs", "producer"])
+def test_pixels_are_the_workers_business(package: str) -> None:
+    for path in modules(package):
+        heavy = {name.split(".")[0] for name in imports_of(path)} & PIXELS
+
+        assert not heavy, f"{path} imports {heavy}"
+
+
+@pytest.mark.parametrize(
+    ("library", "owners"),
+    [
+        ("boto3", {"jobs/store.py", "jobs/mailbox.py"}),  # S3 and SQS are two services, each with errors of its own
+        ("botocore", {"jobs/store.py", "jobs/mailbox.py"}),
+        ("redis", {"jobs/ledger.py", "workers/consumer.py"}),
+    ],
+)
+def test_a_library_has_one_owner(library: str, owners: set[str]) -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for package in ALLOWED
+        for path in modules(package)
+        if library in {name.split(".")[0] for name in imports_of(path)}
+    }
+
+    assert users <= owners
+
+
+def test_inside_jobs_each_module_imports_only_those_before_it() -> None:
+    for path in modules("jobs"):
+        if path.stem == "__init__":
+            continue
+        used = {name.split(".")[1] for name in imports_of(path) if name.startswith("jobs.")}
+
+        assert path.stem in ORDER, f"{path.stem} has no place in the order"
+        assert used <= set(ORDER[: ORDER.index(path.stem)]), f"{path} imports {used}"
+
+
+def test_only_settings_read_the_environment() -> None:
+    readers = {
+        str(path.relative_to(ROOT))
+        for package in ALLOWED
+        for path in modules(package)
+        if "os.environ" in path.read_text() or "getenv" in path.read_text()
+    }
+
+    # local.py hands its environment on to what it starts; __main__ pins the GPU by writing one variable.
+    assert readers == {"jobs/settings.py", "producer/local.py", "workers/__main__.py"}
+
+
+def test_the_command_loads_nothing_heavy() -> None:
+    heavy = PIXELS | {"boto3", "celery", "pydantic", "rich", "prometheus_client"}
+    program = f"import sys, producer.cli; print(sorted({heavy!r} & set(sys.modules)))"
+
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+
+    assert shown.stdout.strip() == "[]"

@@ -1,0 +1,150 @@
+"""Manifests in every shape that catalogues come in."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pyarrow as arrow
+import pytest
+from pyarrow import parquet
+
+from jobs.errors import SettingsError
+from jobs.store import Location, S3Object, Store
+from producer.sources import named_keys, read_manifest, refuse_line
+
+SOURCE = Location("shop", "photos/")
+ODD = ["photos/a b+c%.jpg", "photos/ключ.jpg", "photos/z.jpg"]
+Told = list[tuple[int, str]]
+
+
+def read(place: Path | str, store: Store, told: Told | None = None, *, after: str = "") -> list[S3Object]:
+    report = refuse_line if told is None else lambda number, reason: told.append((number, reason))
+    return list(read_manifest(str(place), SOURCE, store, report=report, after=after))
+
+
+def keys(rows: list[S3Object]) -> list[str]:
+    return [row.key for row in rows]
+
+
+def test_csv_with_a_header_in_any_order(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    file.write_text('\ufeffSize,Key,ETag\n7,photos/z.jpg,"""e1"""\n,"photos/a b+c%.jpg",\n9,photos/ключ.jpg,e3\n')
+
+    assert read(file, store) == [
+        S3Object("photos/a b+c%.jpg", "", -1),
+        S3Object("photos/z.jpg", "e1", 7),
+        S3Object("photos/ключ.jpg", "e3", 9),
+    ]
+
+
+def test_csv_without_a_header(store: Store, tmp_path: Path) -> None:
+    plain, batch = tmp_path / "plain.csv", tmp_path / "batch.csv"
+    plain.write_text("\n".join(ODD) + "\n")
+    batch.write_text("shop,photos/a+b%2Bc%25.jpg\nshop,photos/%D0%BA%D0%BB%D1%8E%D1%87.jpg\n")
+
+    assert keys(read(plain, store)) == sorted(ODD)
+    assert keys(read(batch, store)) == ["photos/a b+c%.jpg", "photos/ключ.jpg"]
+
+
+def test_gzip_jsonl_with_one_broken_line(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "list.jsonl.gz"
+    lines = [json.dumps({"key": ODD[0], "etag": "e", "more": 1}), '{"key": "photos/', "", json.dumps({"key": ODD[1]})]
+    file.write_bytes(gzip.compress("\n".join(lines).encode()))
+    told: Told = []
+
+    assert keys(read(file, store, told)) == ODD[:2]
+    assert [number for number, _ in told] == [2]
+    with pytest.raises(SettingsError, match=r"Line 2 .*--bad-lines skip"):
+        read(file, store)
+
+
+def test_each_key_counts_once_and_reading_goes_on_behind_a_key(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    file.write_text("key,etag\nphotos/b.jpg,old\nphotos/a.jpg,e\nphotos/b.jpg,new\nphotos/folder/,e\n")
+
+    assert [(row.key, row.etag) for row in read(file, store)] == [("photos/a.jpg", "e"), ("photos/b.jpg", "new")]
+    assert keys(read(file, store, after="photos/a.jpg")) == ["photos/b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("other/a.jpg,e,1", "not under"),
+        (",e,1", "no key"),
+        ("photos/a.jpg,e,many", "many"),
+        ("photos/\udcff.jpg,e,1", "surrogates"),
+    ],
+)
+def test_a_line_that_makes_no_sense_is_told_by_its_number(store: Store, tmp_path: Path, row: str, reason: str) -> None:
+    file = tmp_path / "list.csv"
+    file.write_bytes(f"key,etag,size\nphotos/ok.jpg,e,1\n{row}\n".encode(errors="surrogateescape"))
+    told: Told = []
+
+    assert keys(read(file, store, told)) == ["photos/ok.jpg"]
+    assert told[0][0] == 3
+    assert reason in told[0][1]
+
+
+@pytest.fixture
+def inventory(store: Store) -> str:
+    """An S3 Inventory as AWS lays it out: manifest.json and a gzip CSV without a header, keys URL-encoded."""
+    store.create_bucket("inventories")
+    rows = [
+        '"shop","photos/a+b%2Bc%25.jpg","7","2026-01-01T00:00:00.000Z","0cc1"',
+        '"shop","photos/%D0%BA%D0%BB%D1%8E%D1%87.jpg","8","2026-01-01T00:00:00.000Z","0cc2"',
+    ]
+    part = "shop/daily/data/1.csv.gz"
+    store.put(Location("inventories", part), gzip.compress("\n".join(rows).encode()), content_type="text/csv")
+    manifest = {
+        "sourceBucket": "shop",
+        "destinationBucket": "arn:aws:s3:::inventories",
+        "version": "2016-11-30",
+        "fileFormat": "CSV",
+        "fileSchema": "Bucket, Key, Size, LastModifiedDate, ETag",
+        "files": [{"key": part, "size": 1, "MD5checksum": ""}],
+    }
+    place = Location("inventories", "shop/daily/2026-01-01T01-00Z/manifest.json")
+    store.put(place, json.dumps(manifest).encode(), content_type="application/json")
+    return str(place)
+
+
+def test_an_s3_inventory_is_read_from_where_it_lies(store: Store, inventory: str) -> None:
+    assert read(inventory, store) == [
+        S3Object("photos/a b+c%.jpg", "0cc1", 7),
+        S3Object("photos/ключ.jpg", "0cc2", 8),
+    ]
+
+
+def test_an_inventory_of_another_bucket_is_refused(store: Store, inventory: str) -> None:
+    with pytest.raises(SettingsError, match="'shop', not of 'other'"):
+        list(read_manifest(inventory, Location("other", ""), store, report=refuse_line))
+
+
+def test_parquet(store: Store, tmp_path: Path) -> None:
+    parquet.write_table(arrow.table({"key": ODD, "e_tag": ["1", "2", None], "size": [1, None, 3]}), tmp_path / "list")
+
+    assert read(tmp_path / "list", store) == [
+        S3Object("photos/a b+c%.jpg", "1", 1),
+        S3Object("photos/z.jpg", "", 3),
+        S3Object("photos/ключ.jpg", "2", -1),
+    ]
+
+
+def test_stdin(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"key": "photos/a.jpg"}\n')))
+
+    assert keys(read("-", store)) == ["photos/a.jpg"]
+
+
+def test_a_manifest_that_is_not_there_is_named(store: Store) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.csv"):
+        read("nowhere.csv", store)
+
+
+def test_named_keys_come_once_and_in_order() -> None:
+    named = named_keys(SOURCE, ["photos/b.jpg\n", "photos/a.jpg", "", "photos/b.jpg", "photos/x/"])
+
+    assert keys(list(named)) == ["photos/a.jpg", "photos/b.jpg"]

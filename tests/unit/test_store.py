@@ -1,0 +1,123 @@
+"""Names of objects, conditions on writes, and errors that say whose fault they are."""
+
+from __future__ import annotations
+
+import pytest
+from factories import Places
+
+from jobs.errors import ImageError, OutputError, ServiceUnavailable, SettingsError, SourceError
+from jobs.store import Location, PreconditionFailed, Store, image_names, record_location
+from producer.local import LocalStack
+
+
+@pytest.mark.parametrize(
+    ("source", "key", "relative"),
+    [
+        ("s3://in/photos/", "photos/a.jpg", "a.jpg"),
+        ("s3://in/photos/", "photos/2024/a.jpg", "2024/a.jpg"),
+        ("s3://in/photos", "photos-old/a.jpg", "photos-old/a.jpg"),
+        ("s3://in/photos/20", "photos/2024/a.jpg", "2024/a.jpg"),
+        ("s3://in/", "a.jpg", "a.jpg"),
+        ("s3://in", "deep/a b+%é.jpg", "deep/a b+%é.jpg"),
+    ],
+)
+def test_names_are_relative_to_the_last_slash_of_the_prefix(source: str, key: str, relative: str) -> None:
+    names = image_names(source, "s3://out/made", key)
+
+    assert str(names.cutout) == f"s3://out/made/cutouts/{relative}.png"
+    assert str(names.mask) == f"s3://out/made/masks/{relative}.png"
+
+
+def test_two_formats_of_one_picture_never_meet() -> None:
+    assert image_names("s3://in/", "s3://out/", "a.jpg").cutout != image_names("s3://in/", "s3://out/", "a.png").cutout
+
+
+def test_a_name_that_s3_could_not_hold_is_refused() -> None:
+    with pytest.raises(OutputError, match="1024") as caught:
+        image_names("s3://in/", "s3://out/" + "d" * 100, "k" * 1000)
+
+    assert caught.value.code == "name_too_long"
+
+
+@pytest.mark.parametrize("uri", ["in/photos", "s3:/in", "s3://", "https://in/photos"])
+def test_what_is_no_s3_location_is_refused(uri: str) -> None:
+    with pytest.raises(SettingsError, match="s3://BUCKET/PREFIX"):
+        Location.parse(uri)
+
+
+def test_a_conditional_write_does_not_overwrite_what_came_meanwhile(store: Store, places: Places) -> None:
+    place = places.cutout("a.jpg")
+    first = store.put(place, b"1", content_type="text/plain", conditional=True)
+
+    with pytest.raises(PreconditionFailed):
+        store.put(place, b"2", content_type="text/plain", conditional=True)
+    second = store.put(place, b"2", content_type="text/plain", replaces=first, conditional=True)
+    with pytest.raises(PreconditionFailed):
+        store.put(place, b"3", content_type="text/plain", replaces=first, conditional=True)
+
+    assert store.get(place, role="output", max_bytes=9) == (b"2", second)
+    assert store.honours_conditions(record_location(places.to, "j", "job.json"), b"{}")
+
+
+def test_a_source_that_was_replaced_is_named_as_such(store: Store, places: Places) -> None:
+    listed = store.put(places.key("a.jpg"), b"1", content_type="text/plain")
+    store.put(places.key("a.jpg"), b"2", content_type="text/plain")
+
+    with pytest.raises(SourceError) as caught:
+        store.get(places.key("a.jpg"), role="source", etag=listed, max_bytes=9)
+
+    assert caught.value.code == "source_changed"
+
+
+def test_a_body_above_the_limit_is_refused_before_it_is_read(store: Store, places: Places) -> None:
+    store.put(places.key("a.jpg"), b"x" * 1000, content_type="text/plain")
+
+    with pytest.raises(ImageError, match="CUTFLEET_MAX_BYTES_MB") as caught:
+        store.get(places.key("a.jpg"), role="source", max_bytes=999)
+
+    assert caught.value.code == "too_many_bytes"
+
+
+def test_listing_leaves_folder_markers_out_and_goes_on_behind_a_key(store: Store, places: Places) -> None:
+    for name in ("b/z.jpg", "b/", "a b.jpg", "é.jpg", "b!.jpg"):
+        store.put(places.key(name), b"x", content_type="text/plain")
+    prefix = Location.parse(places.source)
+
+    keys = [found.key for found in store.list_source(prefix)]
+
+    assert sorted(keys) == sorted(["b/z.jpg", "a b.jpg", "é.jpg", "b!.jpg"])
+    assert [found.key for found in store.list_source(prefix, after=keys[1])] == keys[2:]
+
+
+def test_errors_say_whose_fault_they_are(store: Store, places: Places) -> None:
+    nowhere = Location("no-such-bucket-here", "a")
+
+    assert store.head(places.key("missing"), role="source") is None
+    with pytest.raises(SourceError) as missing:
+        store.get(places.key("missing"), role="source", max_bytes=9)
+    with pytest.raises(SourceError) as no_source:
+        list(store.list_source(nowhere))
+    with pytest.raises(OutputError) as no_destination:
+        store.put(nowhere, b"", content_type="text/plain")
+
+    assert missing.value.code == "source_missing"
+    assert no_source.value.code == no_destination.value.code == "bucket_missing"
+
+
+def test_an_endpoint_that_is_not_there_is_named(stack: LocalStack) -> None:
+    with (
+        Store("http://127.0.0.1:9", connections=1, credentials=("a", "b", "us-east-1")) as store,
+        pytest.raises(ServiceUnavailable, match=r"127\.0\.0\.1:9.*CUTFLEET_S3_ENDPOINT"),
+    ):
+        store.head(Location("b", "k"), role="source")
+
+
+def test_wrong_credentials_are_named(stack: LocalStack) -> None:
+    endpoint = stack.environment["CUTFLEET_S3_ENDPOINT"]
+    with (
+        Store(endpoint, connections=1, credentials=("nobody", "wrong", "us-east-1")) as store,
+        pytest.raises(ServiceUnavailable, match="AWS_ACCESS_KEY_ID") as caught,
+    ):
+        list(store.list_source(Location("cutfleet-ready", "")))
+
+    assert caught.value.code == "store_denied"

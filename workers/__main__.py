@@ -1,0 +1,202 @@
+"""`python -m workers`: pin the device, load and warm the model, serve, drain on SIGTERM.
+
+`python -m workers sheet FOLDER` draws a contact sheet of what a job made, `python -m workers compare` measures models
+on one's own pictures. Whatever needs pixels is a command here: `cutfleet` itself never imports an image library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import CutfleetError
+from jobs.logs import set_up_logs
+from jobs.presets import PRESETS
+from jobs.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from workers.models import LoadedModel
+
+log = logging.getLogger("workers")
+
+COMMANDS = ("compare", "sheet")
+EXIT_DEVICE_LOST = 70
+EXIT_BUG = 71
+EXIT_DRAIN_DEADLINE = 75
+GPU_SLOTS, GPU_BATCH = 24, 8
+SLOTS_PER_CORE = 2
+DRAIN_SHARE = 0.8
+"""Of the grace; the rest is for giving back what did not finish."""
+
+
+def main(argv: list[str]) -> int:
+    if argv:
+        if argv[0] in COMMANDS:
+            return int(importlib.import_module(f"workers.{argv[0]}").main(argv[1:]))
+        print(
+            f"python -m workers: unknown command {argv[0]!r}. Known: {', '.join(COMMANDS)}; no command: serve.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        settings = load_settings()
+        set_up_logs(settings.log_format)
+        return serve(settings)
+    except CutfleetError as exc:
+        print(f"python -m workers: {exc} [{exc.code}]", file=sys.stderr)
+        return 2
+
+
+def serve(settings: Settings) -> int:
+    """Returns the exit code. Raises `ModelError` before anything is taken off a queue."""
+    if settings.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(settings.gpu)  # before torch is imported
+    from jobs.alive import AliveFile
+    from jobs.broker import consume, make_app
+    from jobs.ledger import Ledger
+    from jobs.store import Store
+    from workers.alone import claim_device, claim_name
+    from workers.consumer import harden
+    from workers.facts import Facts, Rate, flower_name, node_name, worker_facts
+    from workers.leases import Leases
+    from workers.metrics import WorkerMetrics
+    from workers.nvml import find_gpu
+    from workers.pipeline import limit_threads
+    from workers.predictor import Predictor
+    from workers.tasks import Bench, register
+
+    started = time.monotonic()
+    alive = AliveFile(settings.alive_file)
+    cores = len(os.sched_getaffinity(0))
+    device, _held_gpu = claim_device(settings)  # held as long as this function runs
+    on_gpu = device.type == "cuda"
+    node = node_name(settings, on_gpu=on_gpu)
+    _held_name = claim_name(node)
+    model = _load(settings, device)
+    slots = settings.slots or (GPU_SLOTS if on_gpu else SLOTS_PER_CORE * cores)
+    limit_threads(torch_threads=1 if on_gpu else cores)
+    metrics = WorkerMetrics()
+    rate = Rate()
+    draining = threading.Event()
+    with (
+        Predictor(model, batch_limit=settings.batch_limit or (GPU_BATCH if on_gpu else 1)) as predictor,
+        Ledger(settings.redis_url, name=settings.redis_name) as ledger,
+        Store(settings.s3_endpoint, connections=slots + 4) as store,
+    ):
+        metrics.listen(ledger=ledger, store=store)
+        predictor.warm_up()
+
+        def facts() -> Facts:
+            return worker_facts(model, predictor, rate, slots=slots, draining=draining.is_set())
+
+        ledger.ping()
+        with (
+            Leases(ledger, node=node, lease_s=settings.lease_s, facts=facts) as leases,
+            metrics.serve(settings.metrics_port),
+        ):
+            metrics.watch(model, predictor, leases, gpu=find_gpu(model.device), slots=slots, draining=draining)
+            bench = Bench(
+                settings=settings,
+                node=node,
+                ledger=ledger,
+                store=store,
+                model=model,
+                predictor=predictor,
+                leases=leases,
+                metrics=metrics,
+                draining=draining,
+            )
+            app = make_app(settings.redis_url)
+            consume(app, model.name, renders=not on_gpu)
+            app.conf.update({f"cutfleet_{name}": value for name, value in facts().items()})  # Flower: a worker's Config
+            harden(app, alive)
+            register(app, bench)
+            seconds = round(time.monotonic() - started, 1)
+            log.info("ready", extra={"action": "start", "node": node, "seconds": seconds, **facts()})
+            return _run(app, bench, slots, name=flower_name(node, facts()))
+
+
+def _load(settings: Settings, device: torch.device) -> LoadedModel:
+    """The model under the name that its queues bear: a preset's own, else the name with the hash of its weights."""
+    from workers.models import load
+
+    model = load(
+        settings.model,
+        device=device.type,
+        dtype=settings.dtype,
+        accept_licence=settings.accept_licence,
+        compiled=settings.compile,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.model_revision,
+    )
+    return model if settings.model in PRESETS else replace(model, name=model.served_name)
+
+
+def _run(app: Any, bench: Any, slots: int, *, name: str) -> int:
+    """Celery's worker in this thread until it is told to go. On SIGTERM:
+
+    1. Celery stops consuming and `draining` is set: no new image starts.
+    2. Images past fetching finish and are recorded; the others give their claim back.
+    3. After most of the grace, what still runs is given back and the process leaves regardless.
+    """
+    from celery import signals
+
+    def on_shutdown(**_: Any) -> None:
+        log.info("draining", extra={"action": "drain", "in_flight": bench.leases.in_flight()})
+        bench.draining.set()
+        deadline = threading.Timer(DRAIN_SHARE * bench.settings.drain_s, _leave, args=(bench,))
+        deadline.daemon = True
+        deadline.start()
+
+    threading.excepthook = _end_on_a_bug
+    signals.setup_logging.connect(_keep_our_logs)
+    signals.worker_shutting_down.connect(on_shutdown)
+    threading.Thread(target=_watch_device, args=(bench,), name="watch", daemon=True).start()
+    worker = app.Worker(
+        hostname=name,
+        pool="threads",
+        concurrency=slots,
+        quiet=True,
+        without_gossip=True,
+        without_mingle=True,
+        task_events=True,
+    )
+    worker.start()
+    log.info("gone", extra={"action": "drain", "node": bench.node})
+    return int(worker.exitcode or 0)
+
+
+def _keep_our_logs(**_: Any) -> None:
+    """A receiver of this signal keeps Celery from setting up logging of its own."""
+
+
+def _end_on_a_bug(failed: threading.ExceptHookArgs) -> None:
+    """A thread of ours that is gone (leases, device, watch) would leave a worker that only looks alive."""
+    log.critical("thread ended by a bug", exc_info=failed.exc_value, extra={"action": "end"})
+    logging.shutdown()
+    os._exit(EXIT_BUG)
+
+
+def _leave(bench: Any) -> None:
+    log.error("the grace is over: giving back what still runs", extra={"action": "drain"})
+    bench.leases.release_all()
+    os._exit(EXIT_DRAIN_DEADLINE)
+
+
+def _watch_device(bench: Any) -> None:
+    bench.predictor.lost.wait()
+    log.error("the device is lost: this process ends, its supervisor starts another", extra={"action": "device"})
+    logging.shutdown()
+    os._exit(EXIT_DEVICE_LOST)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

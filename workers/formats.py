@@ -1,0 +1,146 @@
+"""What format the bytes are, told by their first bytes and never by a name, and how each is opened."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pillow_heif
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from jobs.errors import PictureError
+
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+"""Formats whose further pictures are frames or pages. In MPO and HEIF they are views, depth maps and thumbnails."""
+
+SUPPORTED = "JPEG, PNG, WebP, AVIF, HEIC, TIFF, GIF, BMP and JPEG 2000"
+
+_PLUGINS = (  # named here because opening imports none: each registers itself when imported
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # pictures run beside each other, one thread each
+
+_MAGIC = (
+    (re.compile(rb"\xff\xd8\xff"), "JPEG"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG"),
+    (re.compile(rb"RIFF....WEBP", re.S), "WEBP"),
+    (re.compile(rb"GIF8[79]a"), "GIF"),
+    (re.compile(rb"BM.{4}\0\0\0\0", re.S), "BMP"),
+    (re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"), "JPEG2000"),
+)
+_UNSUPPORTED = (
+    (re.compile(rb"II\*\0.{4}CR|IIRO|IIU\0|FUJIFILMCCD-RAW", re.S), "a camera's raw file"),
+    (re.compile(rb".{4}ftypcrx ", re.S), "a camera's raw file"),
+    (re.compile(rb"8BPS"), "a Photoshop file"),
+    (re.compile(rb"\0\0[\1\2]\0.\0|\0\0[\1\2]\0..\0\0", re.S), "an icon"),
+    (re.compile(rb"%PDF|%!PS|\xc5\xd0\xd3\xc6"), "PDF or PostScript"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
+    (
+        re.compile(
+            rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml.{0,1000}?)?(?:<!--.{0,1000}?-->\s*|<!DOCTYPE.{0,1000}?>\s*)*<svg",
+            re.S | re.I,
+        ),
+        "SVG",
+    ),
+    (re.compile(rb"P[1-7]\s|#\?RADIANCE|v/1\x01|DDS |qoif|icns|SIMPLE  =|\x1f\x8b|IIMM"), "a format of few readers"),
+    (re.compile(rb".{4}ftyp", re.S), "a video or another media container"),
+)
+_WEB_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head|body)\b", re.I)
+_TIFF = re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+")
+_HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
+_AVIF_BRANDS = {b"avif", b"avis"}
+_REDUCED = 1
+"""TIFF 6.0, NewSubfileType bit 0: a reduced version of another picture in the file."""
+
+
+def sniff_format(data: bytes) -> str:
+    """Raises `PictureError`: `unsupported_format` for pictures of other formats, else `not_an_image`."""
+    head = data[:4096]
+    for magic, kind in _MAGIC:
+        if magic.match(head):
+            return kind
+    brands = _brands(head)
+    if brands & _AVIF_BRANDS:
+        return "AVIF"
+    if brands & _HEIF_BRANDS:
+        return "HEIF"
+    for magic, words in _UNSUPPORTED:
+        if magic.match(head):
+            raise _unsupported(words)
+    if _TIFF.match(head):
+        return "TIFF"
+    if data[-18:-2] == b"TRUEVISION-XFILE":
+        raise _unsupported("a Targa file")
+    raise PictureError(_no_picture(head, len(data)))
+
+
+def open_image(data: bytes, kind: str) -> Image.Image:
+    """Reads the header only. Raises what Pillow raises, and `PictureError` (`unsupported_format`)."""
+    image = Image.open(io.BytesIO(data), formats=(kind,))
+    if kind == "TIFF" and image.tag_v2.get(254, 0) & _REDUCED:  # type: ignore[attr-defined]  # TIFF only
+        raise _unsupported("a raw file whose first page is a thumbnail")
+    return image
+
+
+def is_cut_short(data: bytes, kind: str) -> bool:
+    """Whether the container says that it is longer than what is here."""
+    if kind == "WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if kind == "JPEG2000" and data.startswith(b"\xff\x4f"):
+        return not data.endswith(b"\xff\xd9")
+    if kind in ("AVIF", "HEIF", "JPEG2000"):
+        return _box_end(data) > len(data)
+    return False
+
+
+def _no_picture(head: bytes, size_bytes: int) -> str:
+    if not head:
+        return "The file is empty: upload it again."
+    if _WEB_PAGE.match(head):
+        return "The file is a web page, as a failed download leaves one: fetch the picture again."
+    return f"The file is no picture: {size_bytes} bytes that begin with {bytes(head[:16])!r}."
+
+
+def _unsupported(words: str) -> PictureError:
+    return PictureError(f"The file is {words}; we read {SUPPORTED}.", code="unsupported_format")
+
+
+def _brands(head: bytes) -> set[bytes]:
+    """ISO/IEC 14496-12, 4.3: major brand, version, compatible brands."""
+    if head[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    return {head[8:12]} | {head[at : at + 4] for at in range(16, end, 4)}
+
+
+def _box_end(data: bytes) -> int:
+    """Where the last top-level box ends by its own size; a size of 0 means the end of the file."""
+    at = 0
+    while 0 <= at <= len(data) - 8:
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if size < 8:
+            return len(data)
+        at += size
+    return at

@@ -1,0 +1,93 @@
+"""The images this worker holds. One thread renews their leases and says in the ledger that the worker is alive: a
+process that is frozen or killed does neither, and its images go to others when the lease ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from jobs.errors import CutfleetError, ServiceUnavailable
+from jobs.ledger import Claim, Ledger
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 5.0
+
+
+class Leases:
+    """Safe for threads. `facts` is asked for what the worker says of itself."""
+
+    def __init__(
+        self, ledger: Ledger, *, node: str, lease_s: float, facts: Callable[[], Mapping[str, str | int | float]]
+    ) -> None:
+        self.lease_s = lease_s
+        self._ledger = ledger
+        self._node = node
+        self._facts = facts
+        self._held: dict[str, Claim] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._pulse, name="leases", daemon=True)
+
+    def __enter__(self) -> Leases:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @contextmanager
+    def hold(self, claim: Claim) -> Iterator[None]:
+        """Renews the claim until the block ends; finishing, deferring or releasing it is the block's business."""
+        with self._lock:
+            self._held[claim.image] = claim
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.pop(claim.image, None)
+
+    def is_ours(self, claim: Claim) -> bool:
+        """Asks the ledger, and renews: false when another worker has the image by now."""
+        return not self._ledger.renew({claim.image: claim.token}, lease_s=self.lease_s)
+
+    def in_flight(self) -> int:
+        return len(self._held)
+
+    def release_all(self) -> None:
+        """Gives back everything held, at the end of the grace: what still runs here publishes nothing any more."""
+        for claim in self._claims():
+            try:
+                self._ledger.release(claim, lease_s=self.lease_s)
+            except CutfleetError as exc:
+                log.error("not released: %s", exc, extra={"action": "drain", "image": claim.image, "code": exc.code})
+
+    def _claims(self) -> list[Claim]:
+        with self._lock:
+            return list(self._held.values())
+
+    def _pulse(self) -> None:
+        next_heartbeat = 0.0
+        while True:
+            try:
+                self._renew()
+                if time.monotonic() >= next_heartbeat:
+                    facts = {**self._facts(), "in_flight": self.in_flight()}
+                    self._ledger.heartbeat(self._node, facts, ttl_s=int(3 * HEARTBEAT_S))
+                    next_heartbeat = time.monotonic() + HEARTBEAT_S
+            except ServiceUnavailable as exc:
+                log.warning(str(exc), extra={"action": "renew", "code": exc.code})
+            if self._stop.wait(min(self.lease_s / 4, HEARTBEAT_S / 2)):
+                return
+
+    def _renew(self) -> None:
+        held = {claim.image: claim.token for claim in self._claims()}
+        for image in self._ledger.renew(held, lease_s=self.lease_s):
+            with self._lock:
+                current = self._held.get(image)
+            if current is not None and current.token == held[image]:
+                log.warning("lease lost: another worker may have it", extra={"action": "renew", "image": image})

@@ -1,0 +1,91 @@
+"""How sure we are of a mask, in figures. All are read off the mask reduced to `_SIDE` at its longest side, so that they
+mean the same at any size and cost a few milliseconds at most.
+
+subject_share     sum(alpha) / (255 N), N all pixels: share of the frame
+uncertain_share   count(0.05 < alpha < 0.95) / count(alpha >= 0.05): how much of the subject is neither in nor out
+border_top, border_right, border_bottom, border_left
+                  count(alpha >= 0.5) / n along that outermost line: the subject runs out of the frame there
+pieces            8-connected regions of alpha >= 0.5 with at least 1 % of the subject's pixels
+holes             4-connected regions of alpha < 0.5 that touch no border, with at least 0.1 % of the subject's pixels
+edge_width_px     2 count(0.05 < alpha < 0.95) / (border pixels of alpha >= 0.5, both sides), in source pixels: small
+                  is sharp; a straight edge that rises over w pixels gives about 0.9 w
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.recipe import Review
+
+Pixels = NDArray[np.uint8]
+
+_SIDE = 256
+_CLEAR, _HALF, _SURE = 13, 128, 242
+"""0.05, 0.5 and 0.95 of 255."""
+_PIECE_SHARE, _HOLE_SHARE = 0.01, 0.001
+_BORDERS = ("border_top", "border_right", "border_bottom", "border_left")
+
+
+def measure_mask(alpha: Pixels) -> Mapping[str, float]:
+    """`alpha`: (H, W) uint8. The figures above, rounded to four digits."""
+    small, scale = _reduced(alpha)
+    solid = (small >= _HALF).astype(np.uint8)
+    subject = int(solid.sum())
+    uncertain = int(((small > _CLEAR) & (small < _SURE)).sum())
+    sides = (solid[0], solid[:, -1], solid[-1], solid[:, 0])
+    figures = {
+        "subject_share": float(small.mean()) / 255,
+        "uncertain_share": uncertain / max(1, int((small >= _CLEAR).sum())),
+        **{name: float(line.mean()) for name, line in zip(_BORDERS, sides, strict=True)},
+        "pieces": float(_count_regions(solid, subject * _PIECE_SHARE)),
+        "holes": float(_count_holes(solid, subject * _HOLE_SHARE)),
+        "edge_width_px": 2 * uncertain * scale / max(1, _border_pixels(solid)),
+    }
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def review_reasons(figures: Mapping[str, float], review: Review) -> tuple[str, ...]:
+    """Why a person should look: `empty`, `full`, `cut_off`, `pieces`, `holes`, `uncertain`; worst first."""
+    reasons = {
+        "empty": figures["subject_share"] < review.min_subject,
+        "full": figures["subject_share"] > review.max_subject,
+        "uncertain": figures["uncertain_share"] > review.max_uncertain,
+        "cut_off": max(figures[name] for name in _BORDERS) > review.max_border,
+        "pieces": figures["pieces"] > review.max_pieces,
+        "holes": figures["holes"] > review.max_holes,
+    }
+    return tuple(name for name, holds in reasons.items() if holds)
+
+
+def _reduced(alpha: Pixels) -> tuple[Pixels, float]:
+    """And how many source pixels one of its pixels is wide."""
+    scale = max(1.0, max(alpha.shape) / _SIDE)
+    height, width = (max(1, round(side / scale)) for side in alpha.shape)
+    if scale > 4:
+        alpha = np.asarray(cv2.resize(alpha, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR), np.uint8)
+    return np.asarray(cv2.resize(alpha, (width, height), interpolation=cv2.INTER_AREA), np.uint8), scale
+
+
+def _count_regions(solid: Pixels, least: float) -> int:
+    _, _, stats, _ = cv2.connectedComponentsWithStats(solid, connectivity=8)
+    return int((stats[1:, cv2.CC_STAT_AREA] >= max(1.0, least)).sum())
+
+
+def _count_holes(solid: Pixels, least: float) -> int:
+    height, width = solid.shape
+    _, _, stats, _ = cv2.connectedComponentsWithStats(1 - solid, connectivity=4)
+    left, top, wide, high, area = stats[1:].T
+    inside = (left > 0) & (top > 0) & (left + wide < width) & (top + high < height)
+    return int((inside & (area >= max(1.0, least))).sum())
+
+
+def _border_pixels(solid: Pixels) -> int:
+    """Pixels on either side of the outline, the frame's own border not counted."""
+    kernel = np.ones((3, 3), np.uint8)
+    widest = cv2.dilate(solid, kernel, borderType=cv2.BORDER_REPLICATE)
+    least = cv2.erode(solid, kernel, borderType=cv2.BORDER_REPLICATE)
+    return int(np.count_nonzero(widest != least))

@@ -1,0 +1,245 @@
+"""The one task: claim an image, fetch it, cut it out, publish, record. What an error means is decided here and
+nowhere else.
+
+Killed at any line, the image's lease ends and another worker does it again: publishing is conditional, recording counts
+once, and an image whose results are there already is only recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from celery import Celery
+from celery.exceptions import Reject
+
+from jobs.broker import TASK_NAME
+from jobs.errors import (
+    CutfleetError,
+    DeviceLost,
+    ImageError,
+    JobError,
+    PictureFailed,
+    ServiceUnavailable,
+    TransientError,
+)
+from jobs.job import Failure, ImageState, Job
+from jobs.ledger import Claim, Ledger
+from jobs.message import ImageTask
+from jobs.presets import RENDER
+from jobs.recipe import Recipe
+from jobs.settings import Settings
+from jobs.store import Names, Store, image_names, rendition_names, source_digest
+from workers.decode import Limits
+from workers.leases import Leases
+from workers.metrics import WorkerMetrics
+from workers.models import LoadedModel
+from workers.pipeline import cut_out
+from workers.predictor import Predictor
+from workers.publish import Outcome, Provenance, Target, find_existing, is_complete, outcome_of, publish
+from workers.rerender import render_again
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+MAX_RETRY_PAUSE_S = 900.0
+MAX_HOLD_PAUSE_S = 15.0
+
+
+class Draining(Exception):
+    """The worker is going: the image is given back, no try used up."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What every task of this process works with. `draining` is set once the worker is told to go."""
+
+    settings: Settings
+    node: str
+    ledger: Ledger
+    store: Store
+    model: LoadedModel
+    predictor: Predictor
+    leases: Leases
+    metrics: WorkerMetrics
+    draining: threading.Event
+
+    @functools.cached_property
+    def limits(self) -> Limits:
+        return Limits(
+            max_pixels=int(self.settings.max_pixels_mp * 1e6), max_bytes=int(self.settings.max_bytes_mb * 1e6)
+        )
+
+    @functools.cached_property
+    def find_job(self) -> Callable[[str], Job]:
+        """What never changes of a job: source, destination, recipe, whether the store honours conditions."""
+        return functools.lru_cache(maxsize=256)(self.ledger.job)
+
+
+def register(app: Celery, bench: Bench) -> None:
+    """Makes `bench` do what arrives under the task's name."""
+
+    @app.task(name=TASK_NAME, ignore_result=True)  # type: ignore[untyped-decorator]  # Celery has no types
+    def image(task: Mapping[str, Any]) -> str:
+        return do_image(ImageTask.from_fields(task), bench)
+
+
+def do_image(task: ImageTask, bench: Bench) -> str:
+    """Returns the outcome for Flower. Raises `PictureFailed` after a failure is recorded."""
+    if bench.draining.is_set():
+        raise Reject("draining", requeue=True)
+    started = time.monotonic()
+    try:
+        job = bench.find_job(task.job)
+    except JobError:
+        return "gone"
+    names = image_names(job.source, job.destination, task.key)
+    claim = bench.ledger.claim(task.id, token=uuid.uuid4().hex, output=str(names.cutout), lease_s=bench.leases.lease_s)
+    bench.metrics.claimed(claim, task.lane)
+    if claim.verdict != "go":
+        return claim.verdict
+    with bench.leases.hold(claim):
+        outcome, error = _settle(task, job, names, claim, bench)
+    bench.metrics.ended(task.lane, outcome, error.code if error else None)
+    facts = {"action": "image", "job": task.job, "image": task.index, "key": task.key, "attempt": claim.tries + 1}
+    seconds = round(time.monotonic() - started, 3)
+    if error is None:
+        log.info(outcome, extra=facts | {"seconds": seconds})
+        return outcome
+    log.warning("%s: %s", outcome, error, extra=facts | {"seconds": seconds, "code": error.code})
+    if outcome == "failed":
+        raise PictureFailed(error.code)
+    return outcome
+
+
+def _settle(task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench) -> tuple[str, CutfleetError | None]:
+    """Does the image and records what became of it."""
+    try:
+        do = _render_and_publish if job.model == RENDER else _cut_and_publish
+        state, remark = _hold_while_store_is_away(lambda: do(task, job, names, claim, bench), bench)
+    except Draining:
+        given_back = bench.ledger.release(claim, lease_s=bench.leases.lease_s)
+        return ("released" if given_back == "ok" else given_back), None
+    except ImageError as exc:
+        return _fail(task, claim, exc, bench)
+    except TransientError as exc:
+        return _try_later(task, claim, exc, bench)
+    except DeviceLost:
+        raise  # the process ends; the lease tells the dispatcher
+    except Exception as exc:
+        log.exception("a bug, or a fault nobody thought of", extra={"action": "image", "image": task.id})
+        return _try_later(task, claim, TransientError(f"{type(exc).__name__}: {exc}", code="internal"), bench)
+    recorded = _insist(lambda: bench.ledger.finish(claim, state, remark=remark), bench)
+    return (state.name.lower() if recorded == "ok" else recorded), None
+
+
+def _cut_and_publish(task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench) -> Outcome:
+    """The story: what is there, fetch, cut out, publish."""
+    recipe = Recipe.from_json(job.recipe)
+    places = rendition_names(recipe, job.source, job.destination, task.key)
+    target = Target(names=names, renditions=places, recipe=recipe, conditional=job.conditional)
+    existing = find_existing(target, bench.store)
+    if existing.cutout is not None:
+        provenance = _provenance(task, recipe, names, bench, etag=task.etag or _etag_now(names, bench.store))
+        if is_complete(existing, provenance, target, bench.store):
+            return existing.outcome(job.id, task.key)
+    with bench.metrics.stage("fetch"):
+        data, etag = bench.store.get(
+            names.source, role="source", etag=task.etag, max_bytes=int(bench.settings.max_bytes_mb * 1e6)
+        )
+    if bench.draining.is_set():
+        raise Draining
+    provenance = _provenance(task, recipe, names, bench, etag=etag)
+    outputs = cut_out(
+        data,
+        recipe,
+        bench.predictor,
+        limits=bench.limits,
+        live=task.lane == "live",
+        text=provenance.to_text(),
+    )
+    bench.metrics.stages(outputs.seconds)
+    with bench.metrics.stage("publish"):
+        publish(
+            outputs,
+            target,
+            provenance,
+            store=bench.store,
+            existing=existing,
+            is_ours=lambda: bench.leases.is_ours(claim),
+        )
+    return outcome_of(outputs.remark(task.key))
+
+
+def _render_and_publish(task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench) -> Outcome:
+    recipe = Recipe.from_json(job.recipe)
+    places = rendition_names(recipe, job.source, job.destination, task.key)
+    target = Target(names=names, renditions=places, recipe=recipe, conditional=job.conditional)
+    return render_again(
+        task, target, store=bench.store, limits=bench.limits, is_ours=lambda: bench.leases.is_ours(claim)
+    )
+
+
+def _provenance(task: ImageTask, recipe: Recipe, names: Names, bench: Bench, *, etag: str) -> Provenance:
+    model = bench.model
+    return Provenance(
+        source=source_digest(names.source),
+        source_etag=etag,
+        fingerprint=recipe.fingerprint(model_revision=model.revision, input_size=model.input_size),
+        model=model.name,
+        revision=model.revision,
+        licence=model.terms,
+        job=task.job,
+    )
+
+
+def _etag_now(names: Names, store: Store) -> str:
+    found = store.head(names.source, role="source")
+    return found.etag if found else ""
+
+
+def _fail(task: ImageTask, claim: Claim, error: CutfleetError, bench: Bench) -> tuple[str, CutfleetError | None]:
+    failure = Failure(task.key, error.code, str(error), claim.tries + 1, time.time(), bench.node)
+    recorded = _insist(lambda: bench.ledger.finish(claim, ImageState.FAILED, failure), bench)
+    return ("failed", error) if recorded == "ok" else (recorded, None)
+
+
+def _try_later(task: ImageTask, claim: Claim, error: TransientError, bench: Bench) -> tuple[str, CutfleetError | None]:
+    """Full jitter: a random share of a pause that doubles with each try, so that many do not come back at once."""
+    if claim.tries + 1 >= bench.settings.max_tries:
+        return _fail(task, claim, error, bench)
+    longest = min(MAX_RETRY_PAUSE_S, bench.settings.retry_base_s * 2**claim.tries)
+    pause_s = random.uniform(0, longest)  # noqa: S311  (spreads load, keeps no secret)
+    _insist(lambda: bench.ledger.defer(claim, pause_s=pause_s), bench)
+    return "deferred", error
+
+
+def _hold_while_store_is_away(work: Callable[[], T], bench: Bench) -> T:
+    """When S3 as a whole fails, no image is to blame: keep the lease, wait, and use up no try."""
+    pause_s = 1.0
+    while True:
+        try:
+            return work()
+        except ServiceUnavailable as exc:
+            log.error("holding: %s", exc, extra={"action": "hold", "code": exc.code})
+            if bench.draining.wait(pause_s):
+                raise Draining from exc
+            pause_s = min(2 * pause_s, MAX_HOLD_PAUSE_S)
+
+
+def _insist(record: Callable[[], str], bench: Bench) -> str:
+    """Redis may be away for a moment. After a lease nobody waits for our word: the image is done again, cheaply."""
+    deadline = time.monotonic() + bench.leases.lease_s
+    while True:
+        try:
+            return record()
+        except ServiceUnavailable:
+            if time.monotonic() > deadline or bench.draining.wait(0.5):
+                raise

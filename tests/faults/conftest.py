@@ -23,6 +23,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Iterator[
         yield fleet
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_running(fleet: Fleet) -> Iterator[None]:
+    yield
+    fleet.forget()
+
+
 @pytest.fixture
 def places(fleet: Fleet) -> Places:
     return make_places(fleet)
@@ -40,8 +46,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Refer
     with Fleet(tmp_path_factory.mktemp("reference"), zygote) as fleet:
         places = make_places(fleet)
         names = put_pictures(fleet.store, places, PICTURES)
-        fleet.start_dispatcher()
-        fleet.workers.start()
-        prove(fleet, submit_to(fleet, places), places, names=names, reference={})
-        assert fleet.workers.dismiss() == [0]
+        with fleet.dispatcher():
+            fleet.workers.start()
+            prove(fleet, submit_to(fleet, places), places, names=names, reference={})
+            assert fleet.workers.dismiss() == [0]
         return masks(fleet, places, names)

@@ -1,4 +1,4 @@
-"""A fleet for harming: servers, dispatcher and stand-in workers of one test file, supervised as systemd would."""
+"""A fleet for harming: servers, dispatchers and stand-in workers of one test file, supervised as systemd would."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+import redis
 from factories import Places, wait_until
 from faults.terms import MODEL
 from numpy.typing import NDArray
 
 from jobs.ledger import Ledger
 from jobs.store import Location, Store
-from producer.local import LocalStack, Process, inherited_environment
+from producer.local import LocalStack, inherited_environment
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -40,7 +41,7 @@ Reference = dict[str, NDArray[np.uint8]]
 class Zygote:
     """`standin.py`, once for the whole run: it has imported everything and forks a worker when told to."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, env: Mapping[str, str] | None = None) -> None:
         self.ended: dict[int, int] = {}
         """Exit codes by process id, in order of their ends; negative: the signal that killed."""
         self._started: list[int] = []
@@ -51,17 +52,19 @@ class Zygote:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=inherited_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+                env=inherited_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | dict(env or {}),
                 cwd=ROOT,
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def fork(self, env: Mapping[str, str], log: Path) -> int:
+    def fork(self, env: Mapping[str, str], log: Path, command: Sequence[str] = ()) -> int:
+        """`command`: what `cutfleet` is told; nothing: it is a worker."""
         assert self._process.stdin is not None
         with self._changed:
             known = len(self._started)
-            self._process.stdin.write(json.dumps({"env": dict(env), "log": str(log)}).encode() + b"\n")
+            request = {"env": dict(env), "log": str(log), "command": list(command)}
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
             assert self._changed.wait_for(lambda: len(self._started) > known, timeout=60), "no worker was forked"
             return self._started[known]
@@ -86,13 +89,17 @@ class Zygote:
                 self._changed.notify_all()
 
 
-class Workers:
-    """The stand-in workers of one stack. A supervised one that ends is started again with the settings it had."""
+class Forks:
+    """Processes of one kind, forked for one stack. A supervised one that ends is started again with the settings it
+    had."""
 
-    def __init__(self, stack: LocalStack, zygote: Zygote) -> None:
+    command: tuple[str, ...] = ()
+    """What `cutfleet` is told; nothing: it is a worker."""
+
+    def __init__(self, stack: LocalStack, zygote: Zygote, log: str) -> None:
         self._stack = stack
         self._zygote = zygote
-        self._log = stack.folder / "logs" / "workers.log"
+        self._log = stack.folder / "logs" / log
         self._pids: list[int] = []
         self._supervised: dict[int, dict[str, str]] = {}
         self._lock = threading.Lock()
@@ -100,8 +107,8 @@ class Workers:
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
         self._supervisor.start()
 
-    def start(self, *, supervised: bool = False, ready: bool = True, **settings: str) -> int:
-        """Returns the process id when the worker says in the ledger that it is ready. Settings as for `LocalStack`."""
+    def start(self, *, supervised: bool = False, **settings: str) -> int:
+        """Returns the process id. Settings as for `LocalStack`."""
         env = self._stack.environment | {
             f"CUTFLEET_{name.upper()}": text for name, text in (SETTINGS | settings).items()
         }
@@ -109,28 +116,28 @@ class Workers:
             pid = self._fork(env)
             if supervised:
                 self._supervised[pid] = env
-        if ready:
-            with self._stack.ledger() as ledger:
-                wait_until(lambda: is_ready(ledger, pid), what=f"worker {pid} is ready: {self.words()}")
         return pid
 
     def alive(self) -> list[int]:
         return [pid for pid in list(self._pids) if pid not in self._zygote.ended]
 
     def ends(self) -> dict[int, int]:
-        """Exit codes of the workers that ended, by process id; negative: the signal that killed."""
+        """Exit codes of those that ended, by process id; negative: the signal that killed."""
         return {pid: code for pid, code in list(self._zygote.ended.items()) if pid in self._pids}
 
-    def wait_for(self, pid: int, *, within_s: float = 30) -> int:
+    def wait_for(self, pid: int, *, within_s: float = 60) -> int:
         wait_until(lambda: pid in self._zygote.ended, within_s=within_s, what=f"{pid} ends: {self.words()}")
         return self._zygote.ended[pid]
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        self.wait_for(pid)
 
     def words(self) -> str:
         return self._log.read_text(errors="replace")[-3000:] if self._log.exists() else ""
 
-    def published(self, places: Places) -> Counter[str]:
-        """How often a cutout was written, by its s3:// name."""
-        return Counter(re.findall(rf"^published ({re.escape(places.to)}.*)$", self._log.read_text(), re.M))
+    def text(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def dismiss(self, number: int = signal.SIGTERM) -> list[int]:
         """Sends all of them away, none started again. Returns the exit codes."""
@@ -147,7 +154,7 @@ class Workers:
         self.dismiss(signal.SIGKILL)
 
     def _fork(self, env: Mapping[str, str]) -> int:
-        pid = self._zygote.fork(env, self._log)
+        pid = self._zygote.fork(env, self._log, self.command)
         self._pids.append(pid)
         return pid
 
@@ -159,16 +166,43 @@ class Workers:
                     self._supervised[self._fork(env)] = env
 
 
+class Workers(Forks):
+    """Stand-in workers, each with a name of its own."""
+
+    def start(self, *, supervised: bool = False, ready: bool = True, **settings: str) -> int:
+        """With `ready`, returns when the worker says in the ledger that it is."""
+        pid = super().start(
+            supervised=supervised, **{"node": f"w{os.getpid()}-{next(_numbers)}", "slots": "4"} | settings
+        )
+        if ready:
+            with self._stack.ledger() as ledger:
+                wait_until(lambda: is_ready(ledger, pid), what=f"worker {pid} is ready: {self.words()}")
+        return pid
+
+    def published(self, places: Places) -> Counter[str]:
+        """How often a cutout was written, by its s3:// name."""
+        return Counter(re.findall(rf"^published ({re.escape(places.to)}.*)$", self.text(), re.M))
+
+    def begun(self, job: str) -> Counter[str]:
+        """How often an image of the job was claimed."""
+        return Counter(re.findall(rf"^claimed ({re.escape(job)}:\d+)$", self.text(), re.M))
+
+
+class Dispatchers(Forks):
+    command = ("dispatch",)
+
+
 class Fleet:
-    """One stack, one dispatcher, workers on demand."""
+    """One stack, its dispatchers and workers, on demand."""
 
     def __init__(self, folder: Path, zygote: Zygote) -> None:
         self.stack = LocalStack(folder)
-        self._zygote = zygote
+        self.zygote = zygote
 
     def __enter__(self) -> Self:
         self.stack.__enter__()
-        self.workers = Workers(self.stack, self._zygote)
+        self.workers = Workers(self.stack, self.zygote, "workers.log")
+        self.dispatchers = Dispatchers(self.stack, self.zygote, "dispatchers.log")
         self.ledger: Ledger = self.stack.ledger()
         self.store: Store = self.stack.store()
         return self
@@ -177,21 +211,26 @@ class Fleet:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.workers.stop()
+        self.dispatchers.stop()
         self.ledger.close()
         self.store.close()
         self.stack.stop()
 
-    def start_dispatcher(self, **settings: str) -> Process:
-        return self.stack.start_dispatcher(**(SETTINGS | settings))
-
     @contextmanager
-    def dispatcher(self, **settings: str) -> Iterator[Process]:
-        process = self.start_dispatcher(**settings)
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.stop()
+    def dispatcher(self, **settings: str) -> Iterator[int]:
+        """A supervised one, by its process id at first."""
+        yield self.dispatchers.start(supervised=True, **settings)
+        self.dispatchers.dismiss()
+
+    def forget(self) -> None:
+        """Whatever a test that failed has left running."""
+        for forks in (self.workers, self.dispatchers):
+            forks.dismiss(signal.SIGKILL)
+
+    def active(self) -> int:
+        """The fencing token of the dispatcher that is active, 0 when none is."""
+        with redis.Redis(port=self.stack.redis_port, decode_responses=True) as client:
+            return int(client.get("cf:dispatcher:epoch") or 0) if client.exists("cf:dispatcher") else 0
 
     def run(self, *args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """The `cutfleet` command."""
@@ -219,6 +258,7 @@ def make_places(fleet: Fleet) -> Places:
 
 
 def submit_to(fleet: Fleet, places: Places, *more: str) -> str:
+    """Submits everything under the source; returns the job's id."""
     ran = fleet.run("submit", places.source, "--to", places.to, "--model", MODEL, *more)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()

@@ -2,11 +2,12 @@
 
     python tests/faults/standin.py
 
-imports everything once, then forks one worker for each line on stdin, {"env": {...}, "log": PATH}, and writes
-{"started": PID} and {"ended": PID, "code": N} on stdout. The worker is `workers.__main__.main` as it is. Stand-ins are
-the device (grey level from the picture's own pixels, `CUTFLEET_TEST_DEVICE_MS` a picture) and the broker's long times.
+imports everything once, then forks a process for each line on stdin, {"env": {...}, "log": PATH, "command": [...]},
+and writes {"started": PID} and {"ended": PID, "code": N} on stdout. It is `workers.__main__.main` as it is, or, with a
+command, `cutfleet`. Stand-ins are the device (grey level from the picture's own pixels, `CUTFLEET_TEST_DEVICE_MS` a
+picture) and long times: of the broker, of the S3 client and of the dispatcher's lock.
 
-`CUTFLEET_TEST_FAILPOINTS=NAME=FILE,...`: the first worker that passes the place NAME makes FILE and kills itself with
+`CUTFLEET_TEST_FAILPOINTS=NAME=FILE,...`: the first process that passes the place NAME makes FILE and kills itself with
 SIGKILL; `CUTFLEET_TEST_FREEZEPOINTS`: freezes itself with SIGSTOP. Pictures that hold one of the poisons of `terms` do
 what it says, wherever they are decoded.
 """
@@ -23,13 +24,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import botocore.config
+import redis
 import torch
-from faults.terms import DEVICE_GREY, EXHAUST, HANG, MODEL, SEGFAULT, VISIBILITY_S
+from faults.terms import DEVICE_GREY, EXHAUST, HANG, LOCK_S, MODEL, SEGFAULT, SOCKET_S, VISIBILITY_S
 from torch import Tensor
 
 import jobs.broker
+import producer.cli
+import producer.dispatcher
+import workers.__main__
+import workers.consumer
 import workers.decode
 import workers.models
+import workers.tasks
 from jobs.ledger import Ledger
 from jobs.store import Store
 from workers.models import LoadedModel
@@ -77,7 +85,7 @@ def _is_first(flag: str) -> bool:
     return True
 
 
-def _around(owner: type, name: str, *, before: str = "", after: Callable[[tuple[Any, ...], Any], str]) -> None:
+def _around(owner: Any, name: str, *, before: str = "", after: Callable[[tuple[Any, ...], Any], str]) -> None:
     real = getattr(owner, name)
 
     def call(*args: Any, **options: Any) -> Any:
@@ -97,12 +105,22 @@ def _put_place(args: tuple[Any, ...], _: Any) -> str:
     return "after_cutout"
 
 
+def _claim_place(_: tuple[Any, ...], claim: Any) -> str:
+    if claim.verdict != "go":
+        return ""
+    print(f"claimed {claim.image}", flush=True)
+    return "after_claim"
+
+
 def _arm() -> None:
-    _around(Ledger, "claim", after=lambda _, claim: "after_claim" if claim.verdict == "go" else "")
+    _around(Ledger, "claim", after=_claim_place)
     _around(Store, "get", after=lambda *_: "after_fetch")
     _around(Predictor, "predict", after=lambda *_: "after_model")
     _around(Store, "put", after=_put_place)
     _around(Ledger, "finish", before="before_commit", after=lambda *_: "before_ack")
+    for name in ("create_job", "add_part", "submit_live", "feed", "close_job"):
+        _around(Ledger, name, before=f"before_{name}", after=lambda *_, name=name: f"after_{name}")
+    _around(producer.dispatcher, "write_report", after=lambda *_: "after_report")
 
 
 def _poison(data: bytes) -> None:
@@ -115,17 +133,32 @@ def _poison(data: bytes) -> None:
         hoard.append(b"x" * 50_000_000)
 
 
+class _Impatient(botocore.config.Config):  # type: ignore[misc]  # it has no types
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"connect_timeout": 2, "read_timeout": SOCKET_S})
+
+
 def _shorten() -> None:
-    """Times of the broker that only make tests wait: a dead worker's messages come back within seconds."""
+    """Times that only make tests wait: a dead worker's messages come back within seconds, a dead dispatcher's lock too,
+    and who waits for a server in vain gives up sooner."""
     jobs.broker.VISIBILITY_S = VISIBILITY_S
-    real = jobs.broker.make_app
+    workers.consumer.VisibilityLease.every_s = VISIBILITY_S / 4
+    producer.dispatcher.LOCK_S = LOCK_S
+    workers.tasks.MAX_HOLD_PAUSE_S = 1.0
+    botocore.config.Config = _Impatient  # type: ignore[misc]
+    real_app, real_url = jobs.broker.make_app, redis.Redis.from_url
 
     def make_app(redis_url: str) -> Any:
-        app = real(redis_url)
-        app.conf.broker_transport_options |= {"unacked_restore_interval": 1, "health_check_interval": 2}
+        app = real_app(redis_url)
+        times = {"visibility_timeout": VISIBILITY_S, "unacked_restore_interval": 1}
+        app.conf.broker_transport_options |= times | {"health_check_interval": 2, "socket_timeout": SOCKET_S}
         return app
 
+    def from_url(url: str, **options: Any) -> Any:
+        return real_url(url, **options | {"socket_timeout": SOCKET_S})
+
     jobs.broker.make_app = make_app
+    redis.Redis.from_url = from_url  # type: ignore[method-assign]
 
 
 _sniff = workers.decode.sniff_format
@@ -148,9 +181,9 @@ def _run(request: dict[str, Any]) -> None:
         os.dup2(source, target)
     os.environ.update(request["env"])
     _arm()
-    from workers.__main__ import main
-
-    sys.exit(main([]))
+    if request["command"]:
+        producer.cli.main(request["command"], prog_name="cutfleet")
+    sys.exit(workers.__main__.main([]))
 
 
 def _warm_imports() -> None:
@@ -159,10 +192,10 @@ def _warm_imports() -> None:
     from celery.concurrency.thread import TaskPool  # noqa: F401
     from celery.worker.consumer import Consumer  # noqa: F401
 
-    import workers.consumer
+    import producer.submit
+    import producer.webhooks
     import workers.leases
-    import workers.pipeline
-    import workers.tasks  # noqa: F401
+    import workers.pipeline  # noqa: F401
 
 
 def _tell(**facts: int) -> None:

@@ -193,7 +193,7 @@ def _warm_imports() -> None:
     from celery.worker.consumer import Consumer  # noqa: F401
 
     import producer.submit
-    import producer.webhooks
+    import producer.webhooks  # noqa: F401
     import workers.leases
     import workers.pipeline  # noqa: F401
 

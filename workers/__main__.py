@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from jobs.errors import CutfleetError
+from jobs.errors import CutfleetError, SettingsError
 from jobs.logs import set_up_logs
 from jobs.presets import PRESETS
 from jobs.settings import Settings, load_settings
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("workers")
 
 COMMANDS = ("compare", "sheet")
+EXIT_SETTINGS = 2
+"""Starting again can't help: supervisors should stop at this one, and at no other."""
+EXIT_UNREACHABLE = 4
 EXIT_DEVICE_LOST = 70
 EXIT_BUG = 71
 EXIT_DRAIN_DEADLINE = 75
@@ -52,7 +55,7 @@ def main(argv: list[str]) -> int:
         return serve(settings)
     except CutfleetError as exc:
         print(f"python -m workers: {exc} [{exc.code}]", file=sys.stderr)
-        return 2
+        return EXIT_SETTINGS if isinstance(exc, SettingsError) else EXIT_UNREACHABLE
 
 
 def serve(settings: Settings) -> int:

@@ -11,7 +11,7 @@ from conftest import ROOT, Run
 from factories import Places, put_pictures
 
 from jobs.store import Location, Store
-from producer.local import LocalStack
+from producer.local import LocalStack, inherited_environment
 
 USAGE, UNREACHABLE = 2, 4
 
@@ -117,7 +117,6 @@ def test_a_bad_setting(cutfleet: Run) -> None:
 def test_a_worker_that_can_not_work_ends_before_it_takes_anything(
     stack: LocalStack, settings: dict[str, str], words: tuple[str, ...]
 ) -> None:
-    from producer.local import inherited_environment
 
     ran = subprocess.run(
         [sys.executable, "-m", "workers"],
@@ -146,3 +145,20 @@ def test_help_answers_at_once() -> None:
 
     assert "submit" in shown.stdout
     assert min(seconds) < 0.5
+
+
+def test_a_worker_without_redis_leaves_with_a_code_that_has_it_started_again(stack: LocalStack) -> None:
+    env = inherited_environment() | stack.environment | {"CUTFLEET_REDIS_URL": "redis://127.0.0.1:9/0"}
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "workers"],
+        env=env | {"CUTFLEET_DEVICE": "cpu", "CUTFLEET_LOG_FORMAT": "json"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=ROOT,
+        check=False,
+    )
+
+    assert ran.returncode == UNREACHABLE, ran.stderr
+    assert "CUTFLEET_REDIS_URL" in ran.stderr

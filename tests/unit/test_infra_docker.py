@@ -1,0 +1,71 @@
+"""The images without an engine: what is copied exists, and the lock files hold what is needed and nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "infra/docker"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCKS = {"producer.txt": "flower", "worker-cuda.txt": "worker"}
+HEAVY = {"torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "transformers", "kornia", "simplejpeg"}
+
+
+def locked(name: str) -> dict[str, str]:
+    """Version by package. Fails on one without a hash."""
+    entries = re.findall(r"^(\S+?)==(\S+) \\\n((?:    --hash=\S+(?: \\)?\n)*)", (FOLDER / name).read_text(), re.M)
+    assert entries
+    for package, _, hashes in entries:
+        assert "--hash=sha256:" in hashes, package
+    return {canonicalize_name(package): version for package, version, _ in entries}
+
+
+def dockerfile(image: str) -> str:
+    return (FOLDER / f"{image}.Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_covers_what_the_project_asks_for(name: str) -> None:
+    found = locked(name)
+
+    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"][LOCKS[name]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(found.get(canonicalize_name(requirement.name), "0")), (
+            f"{text}: make locks"
+        )
+
+
+def test_the_producer_installs_nothing_of_pixels() -> None:
+    names = locked("producer.txt")
+
+    assert not {name for name in names if name in HEAVY or name.startswith(("nvidia-", "cuda-", "triton"))}
+    assert locked("worker-cuda.txt").keys() >= HEAVY
+
+
+@pytest.mark.parametrize(("image", "packages"), [("producer", {"jobs", "producer"}), ("worker", {"jobs", "workers"})])
+def test_what_is_copied_exists_and_is_one_side_only(image: str, packages: set[str]) -> None:
+    lines = [line.split()[1:-1] for line in dockerfile(image).splitlines() if re.match(r"COPY (?!--from)", line)]
+    sources = {source.replace("${LOCK}", "worker-cuda.txt") for line in lines for source in line}
+
+    assert {source for source in sources if not (ROOT / source).exists()} == set()
+    assert {source for source in sources if (ROOT / source).is_dir()} == packages
+
+
+@pytest.mark.parametrize("image", ["producer", "worker"])
+def test_an_image_is_no_root_and_gets_its_signals(image: str) -> None:
+    text = dockerfile(image)
+    entry = re.search(r"^ENTRYPOINT (.+)$", text, re.M)
+
+    assert entry is not None
+    assert json.loads(entry[1]), "exec form: no shell swallows SIGTERM"
+    assert re.search(r"^USER 10001:10001$", text, re.M)
+    assert "HEALTHCHECK" in text
+    assert f"VERSION={PROJECT['version']}" in text
+    assert "--require-hashes" in text

@@ -1,0 +1,95 @@
+"""The systemd units say what the code beside them says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jobs.settings import PREFIX, Settings
+from workers.__main__ import EXIT_BUG, EXIT_DEVICE_LOST, EXIT_DRAIN_DEADLINE, EXIT_SETTINGS, EXIT_UNREACHABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "infra/systemd"
+WORKER, DISPATCHER = "cutfleet-worker@.service", "cutfleet-dispatcher.service"
+
+
+def directives(unit: str) -> dict[str, list[str]]:
+    """Each directive's values. Fails on a line that is none, such as a comment behind a value's end would leave."""
+    found: dict[str, list[str]] = {}
+    for line in (FOLDER / unit).read_text().splitlines():
+        if line and not line.startswith(("#", "[")):
+            name, mark, value = line.partition("=")
+            assert mark, line
+            assert re.fullmatch(r"[A-Z][A-Za-z]+", name), line
+            assert " #" not in value, f"systemd knows no comment at a line's end: {line}"
+            found.setdefault(name, []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("unit", [WORKER, DISPATCHER])
+def test_it_starts_again_after_everything_but_a_mistake_in_its_settings(unit: str) -> None:
+    said = directives(unit)
+
+    assert said["Restart"] == ["always"]
+    assert said["StartLimitIntervalSec"] == ["0"]
+    assert said["RestartPreventExitStatus"] == [str(EXIT_SETTINGS)]
+    assert EXIT_SETTINGS not in (EXIT_UNREACHABLE, EXIT_DEVICE_LOST, EXIT_BUG)
+
+
+def test_a_worker_has_longer_to_stop_than_it_takes_to_drain_and_is_asked_alone() -> None:
+    said = directives(WORKER)
+
+    assert float(said["TimeoutStopSec"][0]) > Settings.model_fields["drain_s"].default
+    assert said["KillMode"] == ["mixed"]
+    assert said["SuccessExitStatus"] == [str(EXIT_DRAIN_DEADLINE)]
+    assert said["OOMPolicy"] == ["continue"], "a decoder's death is not the worker's"
+
+
+def test_an_instance_has_the_gpu_of_its_number_and_can_reach_it() -> None:
+    said = directives(WORKER)
+
+    assert "CUTFLEET_GPU=%i" in " ".join(said["Environment"]).split()
+    assert "CUTFLEET_DEVICE=cuda" in " ".join(said["Environment"]).split()
+    assert not {"PrivateDevices", "DevicePolicy", "ProtectClock", "MemoryDenyWriteExecute"} & set(said)
+
+
+def test_what_they_start_is_there() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+    assert directives(WORKER)["ExecStart"] == ["/opt/cutfleet/bin/python -m workers"]
+    program, command = directives(DISPATCHER)["ExecStart"][0].split()
+    assert Path(program).name in scripts
+    assert command == "dispatch"
+
+
+def test_the_environment_file_leaves_the_units_own_settings_to_the_unit() -> None:
+    names = re.findall(rf"^#?({PREFIX}[A-Z_0-9]+)=", (FOLDER / "cutfleet.env").read_text(), re.MULTILINE)
+    own = [pair.split("=")[0] for pair in " ".join(directives(WORKER)["Environment"]).split()]
+
+    assert not set(names) & set(own), "a file's value wins over the unit's: every worker would have one GPU"
+    assert f"{PREFIX}REDIS_URL" in names
+
+
+@pytest.mark.parametrize("code", [EXIT_SETTINGS, EXIT_UNREACHABLE, EXIT_DEVICE_LOST, EXIT_BUG, EXIT_DRAIN_DEADLINE])
+def test_the_page_explains_each_exit_code(code: int) -> None:
+    assert f"| {code} | " in (FOLDER / "README.md").read_text()
+
+
+def test_systemd_takes_them_where_it_can_be_asked(tmp_path: Path) -> None:
+    programs = r"/opt/cutfleet/bin/\w+|/usr/bin/nvidia-modprobe"
+    for unit in (WORKER, DISPATCHER):
+        text = (FOLDER / unit).read_text()
+        assert re.search(programs, text)
+        (tmp_path / unit.replace("@", "@0")).write_text(re.sub(programs, "/bin/true", text))
+    analyze = shutil.which("systemd-analyze")
+
+    if analyze is not None:
+        ran = subprocess.run(
+            [analyze, "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True, check=False
+        )
+        assert (ran.returncode, ran.stderr) == (0, "")

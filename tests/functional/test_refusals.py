@@ -117,7 +117,6 @@ def test_a_bad_setting(cutfleet: Run) -> None:
 def test_a_worker_that_can_not_work_ends_before_it_takes_anything(
     stack: LocalStack, settings: dict[str, str], words: tuple[str, ...]
 ) -> None:
-
     ran = subprocess.run(
         [sys.executable, "-m", "workers"],
         env=inherited_environment() | stack.environment | settings,

@@ -45,7 +45,7 @@ def asked() -> list[list[str]]:
         for line in block.splitlines()
     ]
     names = "|".join(main.commands)
-    calls = [re.search(rf"\bcutfleet ((?:{names})\b.*)", line) for line in lines]
+    calls = [re.search(rf"\bcutfleet ((?:{names})\b.*)", re.sub(r"\s#.*", "", line)) for line in lines]
     return [shlex.split(found[1], comments=True) for found in calls if found]
 
 

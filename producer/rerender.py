@@ -41,7 +41,7 @@ def render(
         if not count:
             raise JobError(
                 f"Job {job.id} has no cutouts to render from"
-                + ("." if job.parts else ": a live job keeps no manifest. Submit its pictures with --recipe."),
+                + ("." if job.parts else " yet. A live job can be rendered again once it is closed."),
                 code="nothing_to_render",
             )
         request = Request(

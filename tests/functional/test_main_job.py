@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from jobs.store import Location, Store, source_digest
 from producer import manifest
 from producer import submit as submission
 from producer.local import LocalStack
+from workers.models import load
+from workers.models.registry import PACKAGED
 
 
 def submit(cutfleet: Run, places: Places, *more: str, code: int = 0) -> str:
@@ -31,9 +34,9 @@ def counts(cutfleet: Run, job: str) -> dict[str, int]:
     return {name: summary[name] for name in names if summary[name] or name == "total"}
 
 
-def pictures_predicted(ledger: Ledger) -> int:
-    """How many pictures went through the models of all workers so far (as of their last heartbeats)."""
-    return sum(int(facts["pictures"]) for facts in ledger.workers().values())
+def pictures_predicted(ledger: Ledger, model: str) -> int:
+    """How many pictures went through the workers of `model` so far (as of their last heartbeats)."""
+    return sum(int(facts["pictures"]) for facts in ledger.workers().values() if facts["model"] == model)
 
 
 def names_under(store: Store, uri: str) -> set[str]:
@@ -80,25 +83,29 @@ def test_a_cutout_says_where_it_comes_from(fleet: LocalStack, cutfleet: Run, sto
 
 
 def test_what_is_there_already_is_skipped_without_the_model(
-    fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
+    fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places, tmp_path: Path
 ) -> None:
+    weights = tmp_path / "own.safetensors"  # a model of this test's own: nobody else's pictures are counted
+    weights.write_bytes(PACKAGED["u2netp"].read_bytes())
+    model = load(str(weights)).served_name
+    worker = fleet.start_worker(device="cpu", model=str(weights), slots="2")
     names = put_pictures(store, places, 5)
-    submit(cutfleet, places)
-    wait_until(lambda: sum(int(facts["in_flight"]) for facts in ledger.workers().values()) == 0)
-    wait_until(lambda: pictures_predicted(ledger) >= 5)
-    before = pictures_predicted(ledger)
+    submit(cutfleet, places, "--model", model)
 
-    again = submit(cutfleet, places)
+    again = submit(cutfleet, places, "--model", model)
     store.put(places.key(names[2]), picture(seed=99), content_type="image/jpeg")
-    third = submit(cutfleet, places)
+    third = submit(cutfleet, places, "--model", model)
     store.put(places.mask(names[3]), b"not the mask", content_type="image/png")
-    fourth = submit(cutfleet, places, code=1)
+    fourth = submit(cutfleet, places, "--model", model, code=1)
 
     assert counts(cutfleet, again) == {"total": 5, "skipped": 5}
     assert counts(cutfleet, third) == {"total": 5, "skipped": 4, "done": 1}
     assert counts(cutfleet, fourth) == {"total": 5, "skipped": 4, "failed": 1}, "a foreign mask is not overwritten"
-    wait_until(lambda: pictures_predicted(ledger) >= before + 2)
-    assert pictures_predicted(ledger) == before + 2
+    wait_until(lambda: pictures_predicted(ledger, model) >= 7)
+    assert pictures_predicted(ledger, model) == 7, (
+        "the first five, the one replaced, the one whose mask was not its own"
+    )
+    worker.stop()
 
 
 def test_what_is_no_picture_fails_with_code_and_reason(

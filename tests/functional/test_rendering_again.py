@@ -60,14 +60,23 @@ def test_a_cutout_that_is_gone_is_told_and_a_job_without_cutouts_refused(
 ) -> None:
     names = put_pictures(store, places, 1)
     first = cutfleet("submit", places.source, "--to", places.to, "--wait").stdout.strip()
-    live = cutfleet("submit", places.source, *names, "--to", places.to, "--lane", "live", "--wait").stdout.strip()
+    waiting = cutfleet("submit", places.source, "--to", places.to, "--model", "u2net").stdout.strip()
     store._s3.delete_object(Bucket=places.cutout("").bucket, Key=places.cutout(names[0]).key)
 
     gone = cutfleet("render", first, "--recipe", "ebay", "--wait")
-    refused = cutfleet("render", live, "--recipe", "ebay")
+    refused = cutfleet("render", waiting, "--recipe", "ebay")
     as_model = cutfleet("submit", places.source, "--to", places.to, "--model", "render")
 
     assert gone.returncode == 1
     assert "\tcutout_missing\t" in cutfleet("status", gone.stdout.strip(), "--failed").stdout
     assert (refused.returncode, as_model.returncode) == (2, 2)
-    assert "live job keeps no manifest" in refused.stderr and "cutfleet render JOB" in as_model.stderr
+    assert "[nothing_to_render]" in refused.stderr and "cutfleet render JOB" in as_model.stderr
+
+
+def test_a_live_job_is_rendered_again_too(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    names = put_pictures(store, places, 1)
+    live = cutfleet("submit", places.source, *names, "--to", places.to, "--lane", "live", "--wait").stdout.strip()
+
+    again = cutfleet("render", live, "--recipe", "ebay", "--wait")
+
+    assert again.returncode == 0, again.stderr

@@ -33,6 +33,7 @@ from producer.local import LocalStack, Process, inherited_environment
 from producer.submit import Request
 from producer.watch import Watcher
 
+ASLEEP = "u2net"
 TOKEN = "only-for-this-test"  # noqa: S105
 Start = Callable[..., Process]
 
@@ -64,11 +65,12 @@ def queue(sqs: Any, places: Places) -> str:
 
 @pytest.fixture
 def start_watch(stack: LocalStack, places: Places, tmp_path: Path) -> Iterator[Start]:
-    """Starts `cutfleet watch` on this test's places."""
+    """Starts `cutfleet watch` on this test's places, for a model that nobody serves: what it takes stays open."""
     started: list[Process] = []
 
     def start(*options: str, **environment: str) -> Process:
-        program = [sys.executable, "-m", "producer", "watch", places.source, "--to", places.to, *options]
+        program = [sys.executable, "-m", "producer", "watch", places.source, "--to", places.to, "--model", ASLEEP]
+        program += options
         env = inherited_environment() | stack.environment | environment
         started.append(Process(program, log=tmp_path / f"watch-{len(started)}.log", env=env))
         return started[-1]
@@ -80,7 +82,9 @@ def start_watch(stack: LocalStack, places: Places, tmp_path: Path) -> Iterator[S
 
 
 def watcher_of(places: Places, store: Store, ledger: Ledger) -> Watcher:
-    request = Request(source=places.source, destination=places.to, recipe=Recipe(), lane="live", name="", keys=None)
+    request = Request(
+        source=places.source, destination=places.to, recipe=Recipe(model=ASLEEP), lane="live", name="", keys=None
+    )
     return Watcher(request, store=store, ledger=ledger, lease_s=60)
 
 

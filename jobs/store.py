@@ -266,6 +266,18 @@ class Store:
         )
         return str(answer["ETag"]).strip('"')
 
+    def answers(self, prefix: Location) -> bool:
+        """Whether the store is there: it answers a listing of `prefix`, whatever it says."""
+        try:
+            self._guard(
+                lambda: self._s3.list_objects_v2(Bucket=prefix.bucket, Prefix=prefix.key, MaxKeys=1), prefix, "source"
+            )
+        except (ServiceUnavailable, TransientError):
+            return False
+        except CutfleetError:
+            return True
+        return True
+
     def honours_conditions(self, location: Location, body: bytes) -> bool:
         """Writes `location`, then once more if nothing is there: False when the store did so all the same."""
         self.put(location, body, content_type="application/json")

@@ -71,7 +71,8 @@ class Dispatcher:
             except Fenced:
                 self._stand_by()
             except CutfleetError as exc:
-                self._quiet_until = time.monotonic() + self._lease_s  # leases could not be renewed meanwhile
+                if exc.code.startswith("redis_"):
+                    self._quiet_until = time.monotonic() + self._lease_s  # leases could not be renewed meanwhile
                 if exc.code != failing:
                     log.error(str(exc), extra={"action": "dispatch", "code": exc.code})
                 failing = exc.code

@@ -36,7 +36,7 @@ from jobs.message import ImageTask
 from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import Settings
-from jobs.store import Names, Store, image_names, rendition_names, source_digest
+from jobs.store import Location, Names, Store, image_names, record_location, rendition_names, source_digest
 from workers.decode import Limits
 from workers.leases import Leases
 from workers.metrics import WorkerMetrics
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_RETRY_PAUSE_S = 900.0
 MAX_HOLD_PAUSE_S = 15.0
+PROBES = 3
 
 
 class Draining(Exception):
@@ -123,7 +124,7 @@ def _settle(task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench)
     """Does the image and records what became of it."""
     try:
         do = _render_and_publish if job.model == RENDER else _cut_and_publish
-        state, remark = _hold_while_store_is_away(lambda: do(task, job, names, claim, bench), bench)
+        state, remark = _hold_while_store_is_away(lambda: do(task, job, names, claim, bench), job, bench)
     except Draining:
         given_back = bench.ledger.release(claim, lease_s=bench.leases.lease_s)
         return ("released" if given_back == "ok" else given_back), None
@@ -221,17 +222,28 @@ def _try_later(task: ImageTask, claim: Claim, error: TransientError, bench: Benc
     return "deferred", error
 
 
-def _hold_while_store_is_away(work: Callable[[], T], bench: Bench) -> T:
+def _hold_while_store_is_away(work: Callable[[], T], job: Job, bench: Bench) -> T:
     """When S3 as a whole fails, no image is to blame: keep the lease, wait, and use up no try."""
     pause_s = 1.0
     while True:
         try:
             return work()
-        except ServiceUnavailable as exc:
+        except (ServiceUnavailable, TransientError) as exc:
+            if not _is_away(exc, job, bench.store):
+                raise TransientError(str(exc), code=exc.code) from exc
             log.error("holding: %s", exc, extra={"action": "hold", "code": exc.code})
             if bench.draining.wait(pause_s):
                 raise Draining from exc
             pause_s = min(2 * pause_s, MAX_HOLD_PAUSE_S)
+
+
+def _is_away(error: CutfleetError, job: Job, store: Store) -> bool:
+    """Whether it is a service that fails, and not one of its objects: source and destination are asked for something
+    else, several times, since a store that is overloaded answers now and then."""
+    if not error.code.startswith("store_"):
+        return isinstance(error, ServiceUnavailable)
+    places = (Location.parse(job.source), record_location(job.destination, job.id, ""))
+    return not all(store.answers(place) for place in places * PROBES)
 
 
 def _insist(record: Callable[[], str], bench: Bench) -> str:

@@ -222,6 +222,14 @@ class Fleet:
         yield self.dispatchers.start(supervised=True, **settings)
         self.dispatchers.dismiss()
 
+    def fork_submit(self, places: Places, **settings: str) -> int:
+        """`cutfleet submit` as a fork, for its failpoints; returns its exit code."""
+        submits = Forks(self.stack, self.zygote, "submit.log")
+        submits.command = ("submit", places.source, "--to", places.to, "--model", MODEL)
+        code = submits.wait_for(submits.start(**settings))
+        submits.stop()
+        return code
+
     def forget(self) -> None:
         """Whatever a test that failed has left running."""
         for forks in (self.workers, self.dispatchers):

@@ -14,7 +14,6 @@ from faults.truth import prove
 
 from jobs.store import Location
 
-
 SOME = 16
 
 

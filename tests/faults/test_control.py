@@ -46,8 +46,7 @@ class Plain:
 
     def stop(self) -> None:
         for worker in self._workers:
-            if worker.poll() is None:
-                worker.kill()
+            worker.kill()
         self.redis.flushdb()
         self.redis.close()
 

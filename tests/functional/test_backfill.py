@@ -1,0 +1,96 @@
+"""A large backfill: killed while it is submitted, and a hundred thousand pictures counted to the last one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from factories import wait_until
+
+from jobs.job import ImageState
+from jobs.ledger import Ledger
+from producer.local import LocalStack, inherited_environment
+from producer.manifest import PART_ROWS, read_part
+from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, say_alive
+
+PARTS = 10
+
+
+def consume(url: str, stop: threading.Event) -> None:
+    """Workers whose work takes no time."""
+    consumer = Consumer(url)
+    while not stop.is_set():
+        claims = consumer.take(50)
+        consumer.finish(claims)
+        if not claims:
+            stop.wait(0.02)
+    consumer.close()
+
+
+def killed_while_listing(command: list[str], env: dict[str, str], ledger: Ledger, *, parts: int) -> str:
+    """Runs a submission and kills it once `parts` parts of the manifest are recorded; returns the job's id."""
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    wait_until(lambda: any(job.parts >= parts for job in ledger.jobs()), what=f"{parts} parts are recorded")
+    process.kill()
+    assert process.wait() != 0, "it was killed, not done"
+    job = ledger.jobs()[0]
+    assert not job.listed
+    assert job.parts < PARTS
+    return job.id
+
+
+@pytest.mark.timeout(300)
+def test_a_submission_killed_twice_lists_every_key_once_and_ends_exact(tmp_path: Path) -> None:
+    keys = [f"photos/{number:06d}.jpg" for number in range(PARTS * PART_ROWS)]
+    listed = tmp_path / "keys.csv"
+    listed.write_text("\n".join([*reversed(keys), *keys[::20]]))
+    submit = [sys.executable, "-m", "producer", "submit", SOURCE, "--to", DESTINATION, "--model", MODEL]
+    submit += ["--from", str(listed)]
+    with LocalStack(tmp_path / "stack") as own, own.ledger() as ledger, own.store() as store:
+        own.start_dispatcher()
+        store.create_bucket("out")
+        say_alive(ledger, node="bare", slots=500)
+        env = inherited_environment() | own.environment
+        stop = threading.Event()
+        worker = threading.Thread(target=consume, args=(own.environment["CUTFLEET_REDIS_URL"], stop))
+        worker.start()
+        try:
+            job = killed_while_listing(submit, env, ledger, parts=3)
+            wait_until(lambda: ledger.job(job).done > 0, what="workers work before the listing is complete")
+            assert killed_while_listing([*submit, "--resume", job], env, ledger, parts=6) == job
+
+            subprocess.run([*submit, "--resume", job], cwd=ROOT, env=env, check=True, capture_output=True)
+            wait_until(lambda: ledger.job(job).closed is not None, within_s=200, what="the job is closed")
+        finally:
+            stop.set()
+            worker.join()
+
+        found = ledger.job(job)
+        assert [task.key for number in range(found.parts) for task in read_part(store, found, number)] == keys
+        assert (found.total, found.done, found.failed, found.skipped) == (len(keys), len(keys), 0, 0)
+        assert set(ledger.states(job, 0, len(keys))) == {ImageState.DONE}
+
+
+@pytest.mark.timeout(300)
+def test_a_hundred_thousand_pictures_some_delivered_twice_are_counted_exactly(tmp_path: Path) -> None:
+    told = tmp_path / "rows.json"
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.bench.scale", "--pictures", "100000", "--json", str(told)],
+        cwd=ROOT,
+        env=inherited_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ran.returncode == 0, ran.stderr
+    rows = {row["name"]: row["value"] for row in json.loads(told.read_text())}
+    assert rows["pictures, every count exact"] == 100_000
+    assert 4_000 < rows["delivered twice"] < 6_000
+    assert rows["Redis, greatest memory"] < 64

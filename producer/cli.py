@@ -20,7 +20,7 @@ from jobs.errors import CutfleetError, JobError, ServiceUnavailable, SettingsErr
 if TYPE_CHECKING:
     import threading
 
-    from jobs.job import Job
+    from jobs.job import Failure, Job
     from jobs.ledger import Ledger
     from jobs.message import Lane
     from jobs.recipe import Recipe
@@ -146,16 +146,22 @@ def submit(
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--failed", is_flag=True, help="List the pictures that failed: key, code, reason.")
 @click.option("--flagged", is_flag=True, help="List the pictures to look at: key, why, rules that were not passed.")
-def status(what: str, as_json: bool, failed: bool, flagged: bool) -> None:
+@click.option("--watch", "live", is_flag=True, help="A live screen until the job is closed.")
+def status(what: str, as_json: bool, failed: bool, flagged: bool, live: bool) -> None:
     """What became of a job, or of one source picture."""
     from dataclasses import asdict
 
+    if live and (as_json or failed or flagged or what.startswith("s3://")):
+        raise SettingsError("--watch shows a job, and goes with no other option.")
     if what.startswith("s3://"):
         _picture_status(what, as_json)
         return
+    if live:
+        _watch_job(what)
+        return
     with _ledger() as (_, ledger):
         job = ledger.job(what)
-        failures = sorted(ledger.failures(what), key=lambda pair: pair[0]) if failed else []
+        failures = _failures(job, ledger) if failed else []
         remarks = list(ledger.remarks(what).values()) if flagged else []
         if as_json:
             rows = [{"key": f.key, "code": f.code, "message": f.message, "tries": f.tries} for _, f in failures]
@@ -578,6 +584,26 @@ def _show_job(job: Job, ledger: Ledger, *, err: bool = False) -> None:
     served = job.closed is not None or _is_served(job, ledger)
     for line in job_lines(job, served=served, tally=ledger.tally(job.id)):
         click.echo(line, err=err)
+
+
+def _failures(job: Job, ledger: Ledger) -> list[tuple[int, Failure]]:
+    """In order of index. The store is asked only for what the ledger no longer holds."""
+    if not job.spills:
+        return sorted(ledger.failures(job.id), key=lambda pair: pair[0])
+    from producer.dead import failures_of
+
+    with _services() as (_, _, store):
+        return sorted(failures_of(job, ledger=ledger, store=store), key=lambda pair: pair[0])
+
+
+def _watch_job(job: str) -> None:
+    from rich.console import Console
+
+    from producer.live import watch_job
+
+    with _ledger() as (_, ledger):
+        ledger.job(job)
+        watch_job(job, ledger, console=Console())
 
 
 def _picture_status(uri: str, as_json: bool) -> None:

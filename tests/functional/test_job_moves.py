@@ -3,13 +3,16 @@ The test claims and finishes images itself, through the ledger; dispatcher, ledg
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 
 import pytest
+from conftest import Run
 from factories import Places, fetch, put_pictures, wait_until
+from rich.console import Console
 
-from jobs.broker import task_of
+from jobs.broker import task_of, worker_queues
 from jobs.errors import JobError
 from jobs.job import Failure, ImageState, Job
 from jobs.ledger import Ledger
@@ -19,6 +22,7 @@ from jobs.store import Location, Store
 from producer import dead
 from producer import submit as submission
 from producer.dispatcher import Dispatcher
+from producer.live import Codes, Pace, screen, watch_job
 from producer.local import LocalStack
 
 LEASE_S = 60.0
@@ -185,7 +189,13 @@ def test_a_job_that_mostly_fails_is_paused_until_a_person_has_looked(
 
 
 def test_more_failures_than_redis_should_hold_stand_in_s3_and_are_found_there(
-    ledger: Ledger, store: Store, dispatcher: Dispatcher, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    stack: LocalStack,
+    cutfleet: Run,
+    ledger: Ledger,
+    store: Store,
+    dispatcher: Dispatcher,
+    make_job: MakeJob,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dead, "MAX_HELD", 10)
     monkeypatch.setattr("producer.dispatcher.MAX_HELD", 10)
@@ -202,8 +212,59 @@ def test_more_failures_than_redis_should_hold_stand_in_s3_and_are_found_there(
     letters = dict(dead.failures_of(spilled, ledger=ledger, store=store))
     assert sorted(letters) == list(range(40))
     assert letters[3].key == "p00003.jpg"
+    env = {"CUTFLEET_REDIS_URL": stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/7")}
+    shown = cutfleet("status", job.id, "--failed", env=env).stdout
+    assert [line.split("\t")[0] for line in shown.splitlines()] == [f"p{number:05d}.jpg" for number in range(40)]
     assert dead.retry(spilled, None, ledger=ledger, store=store) == 40
     dispatcher.step()
     work(ledger, lambda key: ImageState.FAILED if key == "p00003.jpg" else ImageState.DONE)
     closed = close(dispatcher, ledger, job)
     assert [index for index, _ in dead.failures_of(closed, ledger=ledger, store=store)] == [3]
+
+
+def test_the_live_screen_shows_rate_time_left_queues_workers_failures_and_review(
+    ledger: Ledger, dispatcher: Dispatcher, make_job: MakeJob
+) -> None:
+    job = make_job(20)
+    dispatcher.step()
+    facts = {"model": job.model, "slots": 4, "in_flight": 3, "pictures": 77, "rate": 9.5}
+    ledger.heartbeat("gpu0@host", facts, ttl_s=60)
+    pace, codes, console = Pace(), Codes(), Console(record=True, width=200, file=io.StringIO())
+    pace.look(0, 0)
+    work(ledger, lambda key: ImageState.FAILED if key < "p00002" else ImageState.REVIEW)
+    found = ledger.job(job.id)
+    pace.look(5, found.final)
+
+    survey = ledger.survey(worker_queues(job.model))
+    console.print(screen(found, pace, survey, ledger.workers(), codes.of(found, ledger)))
+
+    shown = console.export_text()
+    assert "rate:      4.0 a second, 0 s left" in shown
+    assert f"20 on backfill.{job.model}; 0 held by workers" in shown
+    assert "failures:  2 damaged" in shown
+    assert "18 to review" in shown
+    assert [line.split() for line in shown.splitlines() if "gpu0@host" in line] == [["gpu0@host", "3", "77", "9.5"]]
+
+
+def test_pace_forgets_what_is_long_past() -> None:
+    pace = Pace()
+    pace.look(0, 0)
+    assert (pace.rate, pace.remaining_s(10)) == (None, None)
+    pace.look(10_000, 50)
+    assert pace.rate is None, "the night before does not count"
+
+    pace.look(10_010, 150)
+
+    assert (pace.rate, pace.remaining_s(100)) == (10, 10)
+
+
+def test_the_live_screen_ends_with_its_job(ledger: Ledger, dispatcher: Dispatcher, make_job: MakeJob) -> None:
+    job = make_job(3)
+    dispatcher.step()
+    work(ledger, lambda _: ImageState.DONE)
+    close(dispatcher, ledger, job)
+    console = Console(record=True, width=200, file=io.StringIO())
+
+    assert watch_job(job.id, ledger, console=console).done == 3
+
+    assert "closed" in console.export_text()

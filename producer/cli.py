@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 ALL_DONE, SOME_FAILED, USAGE, DEADLINE, UNREACHABLE = range(5)
 WRONG = SOME_FAILED
 _WEIGHT = click.IntRange(1, 1000)
+_MB = click.FloatRange(min=0)
+_DATE = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
 _RATE = click.FloatRange(min=0, min_open=True)
 
 
@@ -69,12 +72,18 @@ def main() -> None:
 )
 @click.option("--name", metavar="TEXT", default="", help="What the job is called in lists.")
 @click.option(
-    "--resume", metavar="JOB", help="List on where a stopped submission of JOB ended; the same source and keys."
+    "--resume", metavar="JOB", help="List on where a stopped submission of JOB ended; the same source, keys and limits."
 )
 @click.option("--from", "manifest", metavar="FILE|s3://...|-", help="Keys from CSV, JSONL, Parquet or an S3 Inventory.")
 @click.option(
     "--bad-lines", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Of a manifest."
 )
+@click.option("--include", metavar="PATTERN", multiple=True, help="Of a listing: only keys like this, as `*.jpg`.")
+@click.option("--exclude", metavar="PATTERN", multiple=True, help="Of a listing: no keys like this.")
+@click.option("--min-mb", type=_MB, metavar="MB", help="Of a listing: no smaller objects.")
+@click.option("--max-mb", type=_MB, metavar="MB", help="Of a listing: no larger objects.")
+@click.option("--since", type=_DATE, metavar="DATE", help="Of a listing: last written then or later (UTC).")
+@click.option("--until", type=_DATE, metavar="DATE", help="Of a listing: last written before (UTC).")
 @click.option("--weight", type=_WEIGHT, default=1, show_default=True, help="Its share against other jobs'.")
 @click.option("--rate", type=_RATE, metavar="N", help="Feed at most N pictures a second.")
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Pause after the first N; `unpause` goes on.")
@@ -93,6 +102,12 @@ def submit(
     resume: str | None,
     manifest: str | None,
     bad_lines: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    min_mb: float | None,
+    max_mb: float | None,
+    since: datetime | None,
+    until: datetime | None,
     weight: int,
     rate: float | None,
     sample: int | None,
@@ -103,12 +118,22 @@ def submit(
     """Make a job of everything under a prefix, of the KEYs named (complete, as S3 lists them; `-` reads them from
     stdin, one a line), or of a manifest. The last line on stdout is the job's id."""
     from producer import submit as submission
-    from producer.sources import refuse_line
+    from producer.sources import EVERYTHING, Only, refuse_line
 
     if resume is None and destination is None:
         raise SettingsError("Say where the results go: --to s3://BUCKET/PREFIX.")
     if keys and manifest is not None:
         raise SettingsError("Name keys or give a manifest (--from), not both.")
+    only = Only(
+        include=include,
+        exclude=exclude,
+        min_bytes=round(1e6 * (min_mb or 0)),
+        max_bytes=None if max_mb is None else round(1e6 * max_mb),
+        since=since.replace(tzinfo=UTC).timestamp() if since else None,
+        until=until.replace(tzinfo=UTC).timestamp() if until else None,
+    )
+    if only != EVERYTHING and (keys or manifest is not None):
+        raise SettingsError("Patterns and limits are for a listing: leave lines out of the manifest itself.")
     named = tuple(_read_keys(keys)) if keys else None
     bad_line = refuse_line if bad_lines == "stop" else _tell_bad_line
     with _services() as (settings, ledger, store):
@@ -116,7 +141,14 @@ def submit(
         with _progress("listing") as found:
             if resume is not None:
                 job = submission.resume(
-                    resume, keys=named, manifest=manifest, bad_line=bad_line, store=store, ledger=ledger, listed=found
+                    resume,
+                    keys=named,
+                    manifest=manifest,
+                    only=only,
+                    bad_line=bad_line,
+                    store=store,
+                    ledger=ledger,
+                    listed=found,
                 )
             else:
                 request = submission.Request(
@@ -127,6 +159,7 @@ def submit(
                     name=name or source,
                     keys=named,
                     manifest=manifest,
+                    only=only,
                     bad_line=bad_line,
                     weight=weight,
                     rate=rate,

@@ -13,6 +13,8 @@ A key must be complete, as S3 lists it, and stand under the source's prefix.
 from __future__ import annotations
 
 import csv
+import dataclasses
+import fnmatch
 import gzip
 import itertools
 import json
@@ -40,9 +42,35 @@ def refuse_line(number: int, reason: str) -> None:
     raise SettingsError(f"Line {number} of the manifest: {reason}. To leave such lines out: --bad-lines skip.")
 
 
-def list_prefix(store: Store, source: Location, *, after: str = "") -> Iterator[S3Object]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Only:
+    """Which objects of a listing are taken. Patterns are a shell's, of the complete key; `*` also matches `/`. `since`
+    and `until`: when it was last written, in seconds since 1970, the second one excluded."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_bytes: int = 0
+    max_bytes: int | None = None
+    since: float | None = None
+    until: float | None = None
+
+    def takes(self, found: S3Object) -> bool:
+        if self.include and not any(fnmatch.fnmatchcase(found.key, pattern) for pattern in self.include):
+            return False
+        if any(fnmatch.fnmatchcase(found.key, pattern) for pattern in self.exclude):
+            return False
+        if found.size < self.min_bytes or (self.max_bytes is not None and found.size > self.max_bytes):
+            return False
+        after = self.since is None or found.modified >= self.since
+        return after and (self.until is None or found.modified < self.until)
+
+
+EVERYTHING = Only()
+
+
+def list_prefix(store: Store, source: Location, *, after: str = "", only: Only = EVERYTHING) -> Iterator[S3Object]:
     """In the store's order; folder markers are left out."""
-    return store.list_source(source, after=after)
+    return filter(only.takes, store.list_source(source, after=after))
 
 
 def named_keys(source: Location, keys: Iterable[str], *, after: str = "") -> Iterator[S3Object]:

@@ -24,7 +24,7 @@ from jobs.presets import PRESETS, RENDER
 from jobs.recipe import Recipe
 from jobs.store import Location, S3Object, Store, destination_prefix, record_location
 from producer.manifest import PART_ROWS, in_parts, listed_before, manifest_line, write_part
-from producer.sources import Report, list_prefix, named_keys, read_manifest, refuse_line
+from producer.sources import EVERYTHING, Only, Report, list_prefix, named_keys, read_manifest, refuse_line
 
 NAMED_BY_HASH = re.compile(r"[A-Za-z0-9_.-]+@[0-9a-f]{12}")
 """What a worker calls a model that is no preset: `cutfleet workers` shows it."""
@@ -34,8 +34,9 @@ _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a person asks for. `keys` and `manifest` None: everything under `source`. `bad_line` is told of a line of
-    the manifest that makes no sense, by number and reason, and may raise. `weight`, `rate`, `sample`: see `Job`."""
+    """What a person asks for. `keys` and `manifest` None: everything under `source` that `only` takes.
+    `bad_line` is told of a line of the manifest that makes no sense, by number and reason, and may raise. `weight`,
+    `rate`, `sample`: see `Job`."""
 
     source: str
     destination: str
@@ -44,6 +45,7 @@ class Request:
     name: str
     keys: tuple[str, ...] | None
     manifest: str | None = None
+    only: Only = EVERYTHING
     bad_line: Report = refuse_line
     weight: int = 1
     rate: float | None = None
@@ -80,13 +82,14 @@ def resume(
     *,
     keys: tuple[str, ...] | None = None,
     manifest: str | None = None,
+    only: Only = EVERYTHING,
     bad_line: Report = refuse_line,
     store: Store,
     ledger: Ledger,
     listed: Callable[[int], None],
 ) -> Job:
-    """Lists on from where a killed `submit` with the same keys or manifest stopped. Safe to repeat; nothing happens to
-    a job that is listed."""
+    """Lists on from where a killed `submit` with the same keys, manifest or limits stopped. Safe to repeat; nothing
+    happens to a job that is listed."""
     job = ledger.job(job_id)
     if job.listed:
         return job
@@ -101,6 +104,7 @@ def resume(
         name=job.name,
         keys=keys,
         manifest=manifest,
+        only=only,
         bad_line=bad_line,
     )
     rows = (row for row in _rows(request, store, after=last) if row.key not in seen)
@@ -157,7 +161,7 @@ def _rows(request: Request, store: Store, *, after: str) -> Iterator[S3Object]:
         return read_manifest(request.manifest, source, store, report=request.bad_line, after=after)
     if request.keys is not None:
         return named_keys(source, request.keys, after=after)
-    return list_prefix(store, source, after=after)
+    return list_prefix(store, source, after=after, only=request.only)
 
 
 def _new_job(request: Request, *, conditional: bool) -> Job:

@@ -14,6 +14,7 @@ from jobs.recipe import Recipe
 from jobs.store import Store
 from producer.feeding import MIN_WINDOW, Allowance, Feeder, Shares
 from producer.local import LocalStack
+from producer.manifest import read_part
 from producer.submit import Request, submit
 
 
@@ -181,3 +182,19 @@ def test_tune_changes_a_running_job_and_refuses_a_closed_one(
 
     assert refused.returncode == 2
     assert "[job_closed]" in refused.stderr
+
+
+def test_a_submission_takes_what_patterns_sizes_and_dates_say(
+    stack: LocalStack, cutfleet: Run, alone: Ledger, store: Store, places: Places
+) -> None:
+    env = {"CUTFLEET_REDIS_URL": stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/2")}
+    for name, size in (("a.jpg", 10), ("b.jpg", 20_000), ("c.txt", 10), ("old/d.jpg", 10)):
+        store.put(places.key(name), b"x" * size, content_type="image/jpeg")
+    limits = ["--include", "*.jpg", "--exclude", "old/*", "--max-mb", "0.01", "--since", "2020-01-01"]
+
+    job = cutfleet("submit", places.source, "--to", places.to, *limits, env=env).stdout.strip()
+
+    assert [task.key for task in read_part(store, alone.job(job), 0)] == ["a.jpg"]
+    refused = cutfleet("submit", places.source, "a.jpg", "--to", places.to, *limits, env=env)
+    assert refused.returncode == 2
+    assert "for a listing" in refused.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import time
 from pathlib import Path
 
 import pyarrow as arrow
@@ -13,7 +14,7 @@ from pyarrow import parquet
 
 from jobs.errors import SettingsError
 from jobs.store import Location, S3Object, Store
-from producer.sources import named_keys, read_manifest, refuse_line
+from producer.sources import Only, list_prefix, named_keys, read_manifest, refuse_line
 
 SOURCE = Location("shop", "photos/")
 ODD = ["photos/a b+c%.jpg", "photos/ключ.jpg", "photos/z.jpg"]
@@ -148,3 +149,38 @@ def test_named_keys_come_once_and_in_order() -> None:
     named = named_keys(SOURCE, ["photos/b.jpg\n", "photos/a.jpg", "", "photos/b.jpg", "photos/x/"])
 
     assert keys(list(named)) == ["photos/a.jpg", "photos/b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("only", "taken"),
+    [
+        (Only(), ["a.jpg", "b.png", "thumbs/a.jpg"]),
+        (Only(include=("*.jpg",)), ["a.jpg", "thumbs/a.jpg"]),
+        (Only(include=("photos/a*", "*.png")), ["a.jpg", "b.png"]),
+        (Only(include=("*.jpg",), exclude=("*/thumbs/*",)), ["a.jpg"]),
+        (Only(min_bytes=3), ["b.png", "thumbs/a.jpg"]),
+        (Only(max_bytes=3), ["a.jpg", "b.png"]),
+        (Only(since=20), ["b.png", "thumbs/a.jpg"]),
+        (Only(since=20, until=30), ["b.png"]),
+    ],
+)
+def test_a_listing_takes_what_patterns_sizes_and_dates_say(only: Only, taken: list[str]) -> None:
+    listing = [
+        S3Object("photos/a.jpg", "e", 2, modified=10),
+        S3Object("photos/b.png", "e", 3, modified=20),
+        S3Object("photos/thumbs/a.jpg", "e", 4, modified=30),
+    ]
+
+    assert [found.key for found in listing if only.takes(found)] == [f"photos/{name}" for name in taken]
+
+
+def test_what_is_listed_is_limited_by_its_real_size_and_date(store: Store) -> None:
+    store.create_bucket("limited")
+    for name, size in (("small.jpg", 1), ("large.jpg", 2000), ("note.txt", 2000)):
+        store.put(Location("limited", name), b"x" * size, content_type="image/jpeg")
+
+    def listed(only: Only) -> list[str]:
+        return keys(list(list_prefix(store, Location("limited", ""), only=only)))
+
+    assert listed(Only(include=("*.jpg",), min_bytes=1000, since=time.time() - 86_400)) == ["large.jpg"]
+    assert listed(Only(until=time.time() - 86_400)) == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+from pathlib import Path
 from typing import Literal
 
 import cv2
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from jobs.recipe import Rendition, Rules, load_recipe
 from workers.profiles import Check
@@ -224,3 +227,49 @@ def test_a_background_that_is_not_exact_fails() -> None:
 
     assert verdicts(sound.checks)["background"] == "pass"
     assert verdicts(bad.checks)["background"] == "fail"
+
+
+GOLDEN = Path(__file__).parent / "golden"
+MARKETPLACES = ("amazon-main", "google-shopping", "ebay", "shopify", "walmart")
+
+
+def golden_of(name: str) -> tuple[str, Image.Image]:
+    """What a marketplace's picture is, in words, and how it looks, 64 pixels wide."""
+    (rendition,) = load_recipe(name).renditions
+    rgb, alpha = cutout(1300, 1000, box=(200, 150, 1000, 800))
+    y, x = np.mgrid[0:1000, 0:1300]
+    rgb[..., 1] = (x // 8) % 256
+    rgb[..., 2] = (y // 4) % 256
+    subject = find_subject(alpha)
+    assert subject is not None
+    made = render(rgb, alpha, rendition, subject=subject)
+    with Image.open(io.BytesIO(made.body)) as image:
+        told = {"format": image.format, "mode": image.mode, "size": image.size, "checks": made.findings}
+        return json.dumps(told), image.convert("RGB").resize((64, 64), Image.Resampling.BOX)
+
+
+@pytest.mark.parametrize("name", MARKETPLACES)
+def test_each_marketplace_gets_the_picture_it_got_before(name: str) -> None:
+    """If this fails on purpose: raise `PIPELINE_VERSION` where pixels have changed, look at the new picture, and write
+    the golden files with `PYTHONPATH=. python tests/unit/test_encode_renditions.py`.
+    """
+    with Image.open(GOLDEN / f"{name}.png") as before:
+        told, now = golden_of(name)
+
+        assert without_bytes(before.info["told"]) == without_bytes(told)
+        difference = np.abs(np.asarray(before).astype(int) - np.asarray(now).astype(int))
+    assert difference.max() <= 2, "processors and libraries round differently"
+
+
+def without_bytes(told: str) -> dict[str, object]:
+    """The size of a JPEG is its library's business."""
+    fields = json.loads(told)
+    return fields | {"checks": [check for check in fields["checks"] if check[0] != "megabytes"]}
+
+
+if __name__ == "__main__":
+    for name in MARKETPLACES:
+        told, picture = golden_of(name)
+        info = PngInfo()
+        info.add_text("told", told)
+        picture.save(GOLDEN / f"{name}.png", pnginfo=info)

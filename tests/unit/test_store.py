@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from factories import Places
+from moto.server import ThreadedMotoServer
 
 from jobs.errors import ImageError, OutputError, ServiceUnavailable, SettingsError, SourceError
+from jobs.recipe import Delivery
 from jobs.store import Location, PreconditionFailed, Store, image_names, record_location
 from producer.local import LocalStack
 
@@ -121,3 +123,27 @@ def test_wrong_credentials_are_named(stack: LocalStack) -> None:
         list(store.list_source(Location("cutfleet-ready", "")))
 
     assert caught.value.code == "store_denied"
+
+
+def test_storage_class_cache_header_and_key_reach_the_store() -> None:
+    """A server of AWS's behaviour, since the embedded one keeps no keys."""
+    delivery = Delivery(cache_control="max-age=60", storage_class="STANDARD_IA", kms_key="alias/pictures")
+    place = Location("kept", "cutouts/a.jpg.png")
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        with Store(f"http://{host}:{port}", connections=2, credentials=("a", "b", "us-east-1")) as store:
+            store.create_bucket(place.bucket)
+
+            store.put(place, b"x", content_type="image/png", delivery=delivery)
+
+            kept = store._s3.head_object(Bucket=place.bucket, Key=place.key)
+    finally:
+        server.stop()
+    assert (kept["ServerSideEncryption"], kept["SSEKMSKeyId"]) == ("aws:kms", "alias/pictures")
+    assert (kept["StorageClass"], kept["CacheControl"], kept["ContentType"]) == (
+        "STANDARD_IA",
+        "max-age=60",
+        "image/png",
+    )

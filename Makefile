@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+PROMETHEUS := $(BIN)/prometheus
 
 .PHONY: demo test check bench readme locks clean
 
 demo: $(READY)
 	$(BIN)/cutfleet demo $(PHOTOS)
 
-test: $(READY)
+test: $(READY) $(PROMETHEUS)
 	$(BIN)/python -m pytest
 
 check: $(READY)
@@ -28,6 +29,9 @@ locks: $(READY)
 
 clean:
 	rm -rf $(VENV) demo-output
+
+$(PROMETHEUS): | $(READY)
+	tests/get-prometheus.sh $(BIN)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -593,11 +593,9 @@ def _tell_submitted(job: Job, ledger: Ledger) -> None:
 
 
 def _is_served(job: Job, ledger: Ledger) -> bool:
-    from jobs.presets import RENDER
+    from producer.fleet import count_served
 
-    if job.model == RENDER:
-        return any(facts.get("renders") == "1" for facts in ledger.workers().values())
-    return any(facts["model"] == job.model for facts in ledger.workers().values())
+    return job.model in count_served(ledger.workers())
 
 
 def _wait(job_id: str, ledger: Ledger, *, timeout_s: float | None) -> int:

@@ -17,10 +17,11 @@ from jobs.broker import lane_queue, worker_queues
 from jobs.errors import CutfleetError
 from jobs.job import Job
 from jobs.ledger import Ledger
-from jobs.presets import PRESETS
+from jobs.presets import PRESETS, RENDER
 from jobs.settings import load_settings
 from jobs.store import Location, S3Object, Store, destination_prefix, record_location
 from producer.findings import REMEDIES, Finding, caught, error, failed, ok, timed_ms, tried, warning
+from producer.fleet import count_served
 from producer.submit import check_places
 
 PINGS = 20
@@ -220,7 +221,7 @@ def _fleet(ledger: Ledger, jobs: list[Job]) -> Iterator[Finding]:
     for node, facts in workers.items():
         yield from _worker(node, facts)
     yield from _alike(workers)
-    yield from _queues(ledger, jobs, {facts["model"] for facts in workers.values()})
+    yield from _queues(ledger, jobs, set(count_served(workers)))
 
 
 def _worker(node: str, facts: Mapping[str, str]) -> Iterator[Finding]:
@@ -289,7 +290,7 @@ def _queues(ledger: Ledger, jobs: Sequence[Job], served: set[str]) -> Iterator[F
                 "queues",
                 "model_not_served",
                 f"{count} pictures wait for {model}, which no running worker serves.",
-                f"Start a worker with CUTFLEET_MODEL={model}.",
+                "Start a worker on a CPU." if model == RENDER else f"Start a worker with CUTFLEET_MODEL={model}.",
             )
         elif sizes[live][1] > LIVE_WAITS_S:
             yield warning(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from collections.abc import Mapping
 
-from jobs.presets import PRESETS, describe_state
+from jobs.presets import PRESETS, RENDER, describe_state
 from producer.show import print_columns
 
 _NUMBERS: Mapping[str, type[int] | type[float]] = {
     **dict.fromkeys(("batch_limit", "slots", "in_flight", "pictures", "waiting", "pid"), int),
     **dict.fromkeys(("rate", "idle_s"), float),
 }
+
+
+def count_served(workers: Mapping[str, Mapping[str, str]]) -> collections.Counter[str]:
+    """How many workers take pictures for each model; one on a CPU also makes renditions again."""
+    served = collections.Counter(facts["model"] for facts in workers.values())
+    return served + collections.Counter({RENDER: sum(facts.get("renders") == "1" for facts in workers.values())})
 
 
 def show_workers(workers: Mapping[str, Mapping[str, str]], *, as_json: bool) -> None:

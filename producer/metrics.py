@@ -8,7 +8,8 @@ cutfleet_images{state}                          in the window: ready (on a queue
 cutfleet_queue_images{lane, model}              length of each queue; lane may be suspect
 cutfleet_queue_oldest_seconds{lane, model}      age of the message that is next, 0 when there is none
 cutfleet_jobs{state}                            listing, running, paused, cancelling
-cutfleet_workers{model}                         workers whose heartbeat is fresh
+cutfleet_workers{model}                         workers whose heartbeat is fresh, by what they serve: one on a
+                                                CPU also counts for `render`
 cutfleet_redis_memory_used_bytes, cutfleet_redis_memory_limit_bytes   `maxmemory`, or the machine's memory without one
 cutfleet_reclaimed_images_total                 images whose worker fell silent, published again
 cutfleet_republished_images_total               images whose message was lost, published again
@@ -30,8 +31,9 @@ from jobs.job import Job, JobState
 from jobs.ledger import Ledger, Survey
 from jobs.message import LANES
 from jobs.metrics import Metrics
+from producer.fleet import count_served
 
-SURVEY_EVERY_S = 5.0
+SURVEY_EVERY_S = 2.0
 STALE_S = 30.0
 """As old as this, a dispatcher that hangs on Redis would show what is long past."""
 
@@ -64,7 +66,7 @@ class DispatcherMetrics(Metrics):
         now = time.monotonic()
         if self.view is not None and now < self.view.at + SURVEY_EVERY_S:
             return
-        workers = collections.Counter(facts["model"] for facts in ledger.workers().values())
+        workers = count_served(ledger.workers())
         models = sorted({job.model for job in jobs} | set(workers))
         info = ledger.info()
         self.view = _View(

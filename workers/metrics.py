@@ -18,6 +18,7 @@ cutfleet_gpu_busy_ratio, cutfleet_gpu_memory_used_bytes, cutfleet_gpu_memory_tot
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,13 +30,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from jobs.ledger import Claim
-from jobs.message import Lane
+from jobs.message import LANES, Lane
 from jobs.metrics import Metrics
 from workers.leases import Leases
 from workers.models import LoadedModel
 from workers.nvml import Gpu
 from workers.predictor import Predictor
 
+ENDS = ("done", "review", "skipped", "failed")
+"""Shown from the start, at 0: Prometheus takes what a series begins with for no increase."""
 STAGE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 WAIT_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14_400, 86_400)
 """A live picture waits for moments, one of a backfill for as long as its window is deep."""
@@ -47,6 +50,8 @@ class WorkerMetrics(Metrics):
         self._images = Counter(
             "cutfleet_images", "Images by what became of them.", ["outcome", "lane"], registry=self.registry
         )
+        for outcome, lane in itertools.product(ENDS, LANES):
+            self._images.labels(outcome, lane)
         self._errors = Counter(
             "cutfleet_image_errors", "Images failed or deferred.", ["outcome", "code"], registry=self.registry
         )

@@ -5,7 +5,7 @@
 imports everything once, then forks a process for each line on stdin, {"env": {...}, "log": PATH, "command": [...]},
 and writes {"started": PID} and {"ended": PID, "code": N} on stdout. It is `workers.__main__.main` as it is, or, with a
 command, `cutfleet`. Stand-ins are the device (grey level from the picture's own pixels, `CUTFLEET_TEST_DEVICE_MS` a
-picture) and long times: of the broker, of the S3 client and of the dispatcher's lock.
+picture; what NVML says of it) and long times: of the broker, of the S3 client and of the dispatcher's lock.
 
 `CUTFLEET_TEST_FAILPOINTS=NAME=FILE,...`: the first process that passes the place NAME makes FILE and kills itself with
 SIGKILL; `CUTFLEET_TEST_FREEZEPOINTS`: freezes itself with SIGSTOP. Pictures that hold one of the poisons of `terms` do
@@ -37,10 +37,12 @@ import workers.__main__
 import workers.consumer
 import workers.decode
 import workers.models
+import workers.nvml
 import workers.tasks
 from jobs.ledger import Ledger
 from jobs.store import Store
 from workers.models import LoadedModel
+from workers.nvml import Gpu, GpuUse
 from workers.predictor import Predictor
 
 SIZE = (64, 64)
@@ -67,6 +69,16 @@ def load(*args: object, **options: object) -> LoadedModel:
         dtype=torch.float32,
         forward=forward,
     )
+
+
+class Card(Gpu):
+    """A GPU of 16 GiB, as NVML would show it."""
+
+    def __init__(self) -> None:
+        pass
+
+    def use(self) -> GpuUse:
+        return GpuUse(0.5, 3 * 2**30, 16 * 2**30)
 
 
 def _pass(place: str) -> None:
@@ -170,6 +182,7 @@ def _sniff_poison(data: bytes) -> str:
 
 
 workers.decode.sniff_format = _sniff_poison  # here, so that a child that decodes, which imports this file, has it too
+workers.nvml.find_gpu = lambda _: Card()
 workers.models.load = load  # type: ignore[assignment]  # the stand-in has the same use
 _shorten()
 

@@ -113,7 +113,7 @@ def test_flower_has_a_login_and_changes_nothing() -> None:
 def test_images_are_pinned_to_a_version() -> None:
     for service in SERVICES.values():
         if not service["image"].startswith("cutfleet-"):
-            assert re.search(r":\d+\.\d+", service["image"])
+            assert re.search(r":v?\d+\.\d+", service["image"])
 
 
 @pytest.mark.parametrize("name", ["producer", "worker"])

@@ -18,6 +18,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torchvision.ops  # noqa: F401  (torch.ops.torchvision is there from then on)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -107,3 +107,13 @@ def test_the_command_loads_nothing_heavy() -> None:
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
 
     assert shown.stdout.strip() == "[]"
+
+
+def test_a_worker_loads_the_compiler_only_for_the_models_that_need_it() -> None:
+    heavy = {"torchvision", "torch._dynamo", "transformers", "kornia", "onnxruntime"}
+    modules = "workers.tasks, workers.consumer, workers.models"
+    program = f"import sys, {modules}; print(sorted({heavy!r} & set(sys.modules)))"
+
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+
+    assert shown.stdout.strip() == "[]"

@@ -7,7 +7,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import deform_conv2d
 
 from jobs.presets import PatchOrder
 from workers.models.swin import SIZES, Swin
@@ -163,7 +162,10 @@ class _DeformableConv(nn.Module):
     """A convolution that looks where `offset_conv` points, each tap weighted by `modulator_conv` (0 to 2)."""
 
     def __init__(self, kernel: int) -> None:
+        from torchvision.ops import deform_conv2d  # here: it brings torch's compiler, seconds that u2net does not need
+
         super().__init__()
+        self._deform = deform_conv2d
         taps, padding = kernel * kernel, kernel // 2
         self.offset_conv = nn.Conv2d(_INNER, 2 * taps, kernel, padding=padding)
         self.modulator_conv = nn.Conv2d(_INNER, taps, kernel, padding=padding)
@@ -172,7 +174,7 @@ class _DeformableConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """bfloat16 goes through float32: `deform_conv2d` has no kernel for it, and float16 would lose its range."""
         exact = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-        out: Tensor = deform_conv2d(
+        out: Tensor = self._deform(
             x.to(exact),
             self.offset_conv(x).to(exact),
             self.regular_conv.weight.to(exact),

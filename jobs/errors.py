@@ -58,7 +58,8 @@ class ImageError(CutfleetError):
 
 class PictureError(ImageError):
     """Codes: not_an_image, unsupported_format, truncated, damaged, too_many_pixels, too_many_bytes, animated,
-    too_small, crashed_decoder, mask_not_finite."""
+    too_small, mask_not_finite; of a suspect, which is worked on alone (`workers/quarantine.py`): crashed_decoder,
+    crashed_device, memory_exhausted, stalled, killed."""
 
     code = "not_an_image"
 
@@ -89,8 +90,14 @@ class OutOfMemory(TransientError):
 
 
 class DeviceLost(CutfleetError):
+    """`on_device`: the image was in the batch that the device failed with."""
+
     code = "device_lost"
     retry = True
+
+    def __init__(self, message: str, *, on_device: bool = False) -> None:
+        super().__init__(message)
+        self.on_device = on_device
 
 
 class PictureFailed(Exception):

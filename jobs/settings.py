@@ -50,6 +50,12 @@ class Settings(BaseSettings):
     model_revision: str = Field("", description="The 40-digit revision of a model repository, where one is pinned.")
     max_pixels_mp: float = Field(100, gt=0, description="Larger pictures are refused before decoding (megapixels).")
     max_bytes_mb: float = Field(100, gt=0, description="Larger objects are refused before download (MB).")
+    memory_mb: int = Field(
+        0,
+        ge=0,
+        description="Resident memory above which a worker drains and exits 0 (MB); bounds the pictures in flight. "
+        "0: three quarters of the machine's or container's, shared by its GPUs.",
+    )
     lease_s: float = Field(60, ge=1, description="How long a silent worker keeps an image, in seconds.")
     drain_s: float = Field(60, ge=1, description="Grace after SIGTERM before a worker leaves regardless, in seconds.")
     max_tries: int = Field(8, ge=1, le=100, description="Tries of an image before it is `failed`.")

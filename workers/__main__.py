@@ -31,7 +31,6 @@ COMMANDS = ("compare", "sheet")
 EXIT_SETTINGS = 2
 """Starting again can't help: supervisors should stop at this one, and at no other."""
 EXIT_UNREACHABLE = 4
-EXIT_DEVICE_LOST = 70
 EXIT_BUG = 71
 EXIT_DRAIN_DEADLINE = 75
 GPU_SLOTS, GPU_BATCH = 24, 8
@@ -70,11 +69,14 @@ def serve(settings: Settings) -> int:
     from workers.consumer import harden
     from workers.facts import Facts, Rate, flower_name, node_name, worker_facts
     from workers.leases import Leases
+    from workers.memory import MemoryBudget, picture_budget, resident_bytes, resident_limit
     from workers.metrics import WorkerMetrics
     from workers.nvml import find_gpu
     from workers.pipeline import limit_threads
     from workers.predictor import Predictor
+    from workers.quarantine import Room
     from workers.tasks import Bench, register
+    from workers.watchdog import Watchdog
 
     started = time.monotonic()
     alive = AliveFile(settings.alive_file)
@@ -96,6 +98,8 @@ def serve(settings: Settings) -> int:
     ):
         metrics.listen(ledger=ledger, store=store)
         predictor.warm_up()
+        limit = resident_limit(settings.memory_mb, on_gpu=on_gpu)
+        budget = picture_budget(limit, own_bytes=resident_bytes())
 
         def facts() -> Facts:
             return worker_facts(model, predictor, rate, slots=slots, draining=draining.is_set())
@@ -116,6 +120,9 @@ def serve(settings: Settings) -> int:
                 leases=leases,
                 metrics=metrics,
                 draining=draining,
+                room=Room(leaving=draining),
+                memory=MemoryBudget(budget, leaving=draining),
+                watchdog=Watchdog(predictor, leases, draining=draining, limit_bytes=limit),
             )
             app = make_app(settings.redis_url)
             consume(app, model.name, renders=not on_gpu)
@@ -123,7 +130,8 @@ def serve(settings: Settings) -> int:
             harden(app, alive)
             register(app, bench)
             seconds = round(time.monotonic() - started, 1)
-            log.info("ready", extra={"action": "start", "node": node, "seconds": seconds, **facts()})
+            memory = {"memory_mb": limit // 1_000_000, "pictures_mb": budget // 1_000_000}
+            log.info("ready", extra={"action": "start", "node": node, "seconds": seconds, **memory, **facts()})
             return _run(app, bench, slots, name=flower_name(node, facts()))
 
 
@@ -162,7 +170,7 @@ def _run(app: Any, bench: Any, slots: int, *, name: str) -> int:
     threading.excepthook = _end_on_a_bug
     signals.setup_logging.connect(_keep_our_logs)
     signals.worker_shutting_down.connect(on_shutdown)
-    threading.Thread(target=_watch_device, args=(bench,), name="watch", daemon=True).start()
+    threading.Thread(target=bench.watchdog.watch, name="watch", daemon=True).start()
     worker = app.Worker(
         hostname=name,
         pool="threads",
@@ -174,7 +182,7 @@ def _run(app: Any, bench: Any, slots: int, *, name: str) -> int:
     )
     worker.start()
     log.info("gone", extra={"action": "drain", "node": bench.node})
-    return int(worker.exitcode or 0)
+    return int(worker.exitcode or bench.watchdog.exit_code)
 
 
 def _keep_our_logs(**_: Any) -> None:
@@ -189,16 +197,12 @@ def _end_on_a_bug(failed: threading.ExceptHookArgs) -> None:
 
 
 def _leave(bench: Any) -> None:
+    code = bench.watchdog.exit_code or EXIT_DRAIN_DEADLINE
     log.error("the grace is over: giving back what still runs", extra={"action": "drain"})
+    left_s = (1 - DRAIN_SHARE) / 2 * bench.settings.drain_s
+    threading.Timer(left_s, os._exit, args=(code,)).start()  # Redis may be away too
     bench.leases.release_all()
-    os._exit(EXIT_DRAIN_DEADLINE)
-
-
-def _watch_device(bench: Any) -> None:
-    bench.predictor.lost.wait()
-    log.error("the device is lost: this process ends, its supervisor starts another", extra={"action": "device"})
-    logging.shutdown()
-    os._exit(EXIT_DEVICE_LOST)
+    os._exit(code)
 
 
 if __name__ == "__main__":

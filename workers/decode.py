@@ -75,6 +75,16 @@ def decode_picture(data: bytes, *, limits: Limits, animation: Literal["first", "
         return _read(image, data, limits)
 
 
+def count_pixels(data: bytes, limits: Limits) -> int:
+    """As the header says, for who must know before decoding; 0 where decoding will refuse it, and say why."""
+    try:
+        with open_image(data, sniff_format(data)) as image:
+            pixels = image.width * image.height
+            return pixels if pixels <= limits.max_pixels else 0
+    except Exception:  # whatever a decoder raises: decoding raises it again, and gives it its name
+        return 0
+
+
 @contextlib.contextmanager
 def _decoder_errors(kind: str) -> Iterator[None]:
     try:

@@ -17,6 +17,10 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
 
 
+class Draining(Exception):
+    """The worker is going: the image is given back, no try used up."""
+
+
 class Leases:
     """Safe for threads. `facts` is asked for what the worker says of itself."""
 

@@ -1,7 +1,8 @@
 """What a worker shows Prometheus, beside what `jobs/metrics.py` lists. One picture costs it some ten microseconds.
 
 cutfleet_images_total{outcome, lane}            what became of each image taken off a queue: done, review, skipped,
-                                                failed, deferred, released, cancelled; busy, taken, final, gone, stale
+                                                failed, deferred, released, blamed (a process ended, perhaps over
+                                                it), cancelled; suspect, busy, taken, final, gone, stale
 cutfleet_image_errors_total{outcome, code}      failed and deferred ones by code
 cutfleet_queue_wait_seconds{lane}               histogram: from publishing to the claim, by the Redis server's clock
 cutfleet_stage_seconds{stage}                   histogram: fetch, decode, device (waiting for it included), encode,

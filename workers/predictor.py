@@ -140,7 +140,7 @@ class Predictor:
             except FutureTimeout:
                 silent_s = time.monotonic() - self.last_progress
                 if silent_s > self._stall_s and not request.answer.done():
-                    self._lose(DeviceLost(f"The device has made no progress for {silent_s:.0f} s."))
+                    self._lose(f"The device has made no progress for {self._stall_s:g} s.")
 
     def _serve(self) -> None:
         while self._has_work():
@@ -151,9 +151,7 @@ class Predictor:
                 if batch := self._take():
                     self._run(batch)
             except Exception as exc:  # whatever the device raises, callers must hear of it
-                lost = DeviceLost(f"The device failed: {type(exc).__name__}: {exc}")
-                lost.__cause__ = exc
-                self._lose(lost)
+                self._lose(f"The device failed: {type(exc).__name__}: {exc}", cause=exc)
                 return
 
     def _has_work(self) -> bool:
@@ -231,15 +229,18 @@ class Predictor:
             "Use a smaller model, float16, or a larger device."
         )
 
-    def _lose(self, error: DeviceLost) -> None:
+    def _lose(self, why: str, *, cause: Exception | None = None) -> None:
+        """Who was in the batch learns it: one of them may be the reason. `why`: the same for the same fault."""
         with self._changed:
             self.lost.set()
-            everyone = [*self._running, *self._live, *self._backfill]
+            running, waiting = self._running, [*self._live, *self._backfill]
             self._running = []
             self._live.clear()
             self._backfill.clear()
             self._changed.notify_all()
-        for request in everyone:
+        for request in (*running, *waiting):
+            error = DeviceLost(why, on_device=request in running)
+            error.__cause__ = cause
             request.fail(error)
 
     def _lane(self, request: _Request) -> deque[_Request]:

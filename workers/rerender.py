@@ -14,16 +14,17 @@ import numpy as np
 from jobs.errors import SourceError, TransientError
 from jobs.message import ImageTask
 from jobs.store import Store
-from workers.decode import Limits, decode_picture
+from workers.decode import Limits
 from workers.pipeline import render_outputs
 from workers.publish import Outcome, Provenance, Target, find_existing, is_complete, outcome_of, publish
+from workers.seat import Seat
 
 _BYTES_PER_PIXEL = 5
 """Most that a cutout of ours may take: four, and what filters and headers add."""
 
 
 def render_again(
-    task: ImageTask, target: Target, *, store: Store, limits: Limits, is_ours: Callable[[], bool]
+    task: ImageTask, target: Target, seat: Seat, *, store: Store, limits: Limits, is_ours: Callable[[], bool]
 ) -> Outcome:
     """Raises `SourceError` `cutout_missing`, `PictureError`, and what `publish` raises. Safe to repeat."""
     existing = find_existing(target, store)
@@ -38,12 +39,14 @@ def render_again(
     data, etag = store.get(target.names.cutout, role="output", max_bytes=max_bytes)
     if etag != existing.cutout.etag:
         raise TransientError(f"{target.names.cutout} was replaced meanwhile.", code="output_conflict")
-    picture = decode_picture(data, limits=dataclasses.replace(limits, max_bytes=max_bytes), animation="first")
-    alpha = np.full(picture.rgb.shape[:2], 255, np.uint8) if picture.alpha is None else picture.alpha
-    outputs = render_outputs(picture, alpha, target.recipe, text=provenance.to_text())
-    outputs = dataclasses.replace(outputs, cutout=data)
-    publish(outputs, target, provenance, store=store, existing=existing, is_ours=is_ours)
-    return outcome_of(outputs.remark(task.key))
+    with seat.room(data):
+        with seat.computing():
+            picture = seat.decode(data, limits=dataclasses.replace(limits, max_bytes=max_bytes), animation="first")
+            alpha = np.full(picture.rgb.shape[:2], 255, np.uint8) if picture.alpha is None else picture.alpha
+            outputs = render_outputs(picture, alpha, target.recipe, text=provenance.to_text())
+        outputs = dataclasses.replace(outputs, cutout=data)
+        publish(outputs, target, provenance, store=store, existing=existing, is_ours=is_ours)
+        return outcome_of(outputs.remark(task.key))
 
 
 def _provenance(told: Mapping[str, str], target: Target, job: str) -> Provenance:

@@ -2,7 +2,8 @@
 nowhere else.
 
 Killed at any line, the image's lease ends and another worker does it again: publishing is conditional, recording counts
-once, and an image whose results are there already is only recorded.
+once, and an image whose results are there already is only recorded. One that two workers went down with is a suspect:
+it comes on a queue of its own and is worked on alone (`workers/quarantine.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from jobs.errors import (
     DeviceLost,
     ImageError,
     JobError,
+    PictureError,
     PictureFailed,
     ServiceUnavailable,
     TransientError,
@@ -38,13 +40,17 @@ from jobs.recipe import Recipe
 from jobs.settings import Settings
 from jobs.store import Location, Names, Store, image_names, record_location, rendition_names, source_digest
 from workers.decode import Limits
-from workers.leases import Leases
+from workers.leases import Draining, Leases
+from workers.memory import MemoryBudget
 from workers.metrics import WorkerMetrics
 from workers.models import LoadedModel
 from workers.pipeline import cut_out
 from workers.predictor import Predictor
 from workers.publish import Outcome, Provenance, Target, find_existing, is_complete, outcome_of, publish
+from workers.quarantine import DECODE_S, ChildDecoder, Fatal, Room
 from workers.rerender import render_again
+from workers.seat import Seat
+from workers.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +58,8 @@ T = TypeVar("T")
 MAX_RETRY_PAUSE_S = 900.0
 MAX_HOLD_PAUSE_S = 15.0
 PROBES = 3
-
-
-class Draining(Exception):
-    """The worker is going: the image is given back, no try used up."""
+INSIST_PAUSE_S = 0.5
+_MAX_BLAME = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,12 +75,19 @@ class Bench:
     leases: Leases
     metrics: WorkerMetrics
     draining: threading.Event
+    room: Room
+    memory: MemoryBudget
+    watchdog: Watchdog
 
     @functools.cached_property
     def limits(self) -> Limits:
         return Limits(
             max_pixels=int(self.settings.max_pixels_mp * 1e6), max_bytes=int(self.settings.max_bytes_mb * 1e6)
         )
+
+    @functools.cached_property
+    def child(self) -> ChildDecoder:
+        return ChildDecoder(leaving=self.draining, deadline_s=DECODE_S)
 
     @functools.cached_property
     def find_job(self) -> Callable[[str], Job]:
@@ -87,27 +98,37 @@ class Bench:
 def register(app: Celery, bench: Bench) -> None:
     """Makes `bench` do what arrives under the task's name."""
 
-    @app.task(name=TASK_NAME, ignore_result=True)  # type: ignore[untyped-decorator]  # Celery has no types
-    def image(task: Mapping[str, Any]) -> str:
-        return do_image(ImageTask.from_fields(task), bench)
+    @app.task(name=TASK_NAME, bind=True, ignore_result=True)  # type: ignore[untyped-decorator]  # Celery has no types
+    def image(self: Any, task: Mapping[str, Any]) -> str:
+        queue = str(self.request.delivery_info["routing_key"])
+        return do_image(ImageTask.from_fields(task), bench, alone=queue.startswith("suspect."))
 
 
-def do_image(task: ImageTask, bench: Bench) -> str:
-    """Returns the outcome for Flower. Raises `PictureFailed` after a failure is recorded."""
+def do_image(task: ImageTask, bench: Bench, *, alone: bool) -> str:
+    """`alone`: it comes as a suspect, so that nothing is to run beside it. Returns the outcome for Flower. Raises
+    `PictureFailed` after a failure is recorded, `Reject` when this worker can't take it now."""
     if bench.draining.is_set():
         raise Reject("draining", requeue=True)
+    with bench.room.alone() if alone else bench.room.shared() as entered:
+        if not entered:
+            raise Reject("draining, or busy with a suspect", requeue=True)
+        return _do_image(task, bench, alone=alone)
+
+
+def _do_image(task: ImageTask, bench: Bench, *, alone: bool) -> str:
     started = time.monotonic()
     try:
         job = bench.find_job(task.job)
     except JobError:
         return "gone"
     names = image_names(job.source, job.destination, task.key)
-    claim = bench.ledger.claim(task.id, token=uuid.uuid4().hex, output=str(names.cutout), lease_s=bench.leases.lease_s)
+    token, lease_s = uuid.uuid4().hex, bench.leases.lease_s
+    claim = bench.ledger.claim(task.id, token=token, output=str(names.cutout), lease_s=lease_s, alone=alone)
     bench.metrics.claimed(claim, task.lane)
     if claim.verdict != "go":
         return claim.verdict
     with bench.leases.hold(claim):
-        outcome, error = _settle(task, job, names, claim, bench)
+        outcome, error = _settle(task, job, names, claim, bench, alone=alone)
     bench.metrics.ended(task.lane, outcome, error.code if error else None)
     facts = {"action": "image", "job": task.job, "image": task.index, "key": task.key, "attempt": claim.tries + 1}
     seconds = round(time.monotonic() - started, 3)
@@ -120,20 +141,40 @@ def do_image(task: ImageTask, bench: Bench) -> str:
     return outcome
 
 
-def _settle(task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench) -> tuple[str, CutfleetError | None]:
+def _settle(
+    task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench, *, alone: bool
+) -> tuple[str, CutfleetError | None]:
     """Does the image and records what became of it."""
+
+    def blame(error: Fatal) -> tuple[str, CutfleetError | None]:
+        return _blame(task, claim, error, bench, alone=alone)
+
+    seat = Seat(
+        claim=claim,
+        live=task.lane == "live",
+        alone=alone,
+        blame=blame,
+        memory=bench.memory,
+        watchdog=bench.watchdog,
+        predictor=bench.predictor,
+        child=bench.child,
+        limits=bench.limits,
+    )
     try:
         do = _render_and_publish if job.model == RENDER else _cut_and_publish
-        state, remark = _hold_while_store_is_away(lambda: do(task, job, names, claim, bench), job, bench)
+        state, remark = _hold_while_store_is_away(lambda: do(task, job, names, seat, bench), job, bench)
     except Draining:
-        given_back = bench.ledger.release(claim, lease_s=bench.leases.lease_s)
-        return ("released" if given_back == "ok" else given_back), None
+        return _give_back(claim, bench), None
+    except Fatal as exc:
+        return blame(exc)
+    except MemoryError:
+        return blame(Fatal("The worker's memory ran out while it was computed.", code="memory_exhausted"))
+    except DeviceLost as exc:  # the process ends (`workers/watchdog.py`); this says with which image
+        return blame(Fatal(str(exc), code="crashed_device")) if exc.on_device else (_give_back(claim, bench), exc)
     except ImageError as exc:
         return _fail(task, claim, exc, bench)
     except TransientError as exc:
         return _try_later(task, claim, exc, bench)
-    except DeviceLost:
-        raise  # the process ends; the lease tells the dispatcher
     except Exception as exc:
         log.exception("a bug, or a fault nobody thought of", extra={"action": "image", "image": task.id})
         return _try_later(task, claim, TransientError(f"{type(exc).__name__}: {exc}", code="internal"), bench)
@@ -141,7 +182,7 @@ def _settle(task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench)
     return (state.name.lower() if recorded == "ok" else recorded), None
 
 
-def _cut_and_publish(task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench) -> Outcome:
+def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench: Bench) -> Outcome:
     """The story: what is there, fetch, cut out, publish."""
     recipe = Recipe.from_json(job.recipe)
     places = rendition_names(recipe, job.source, job.destination, task.key)
@@ -158,33 +199,29 @@ def _cut_and_publish(task: ImageTask, job: Job, names: Names, claim: Claim, benc
     if bench.draining.is_set():
         raise Draining
     provenance = _provenance(task, recipe, names, bench, etag=etag)
-    outputs = cut_out(
-        data,
-        recipe,
-        bench.predictor,
-        limits=bench.limits,
-        live=task.lane == "live",
-        text=provenance.to_text(),
-    )
-    bench.metrics.stages(outputs.seconds)
-    with bench.metrics.stage("publish"):
-        publish(
-            outputs,
-            target,
-            provenance,
-            store=bench.store,
-            existing=existing,
-            is_ours=lambda: bench.leases.is_ours(claim),
-        )
-    return outcome_of(outputs.remark(task.key))
+    with seat.room(data):
+        with seat.computing():
+            text, limits = provenance.to_text(), bench.limits
+            outputs = cut_out(data, recipe, seat, limits=limits, live=seat.live, text=text, decode=seat.decode)
+        bench.metrics.stages(outputs.seconds)
+        with bench.metrics.stage("publish"):
+            publish(
+                outputs,
+                target,
+                provenance,
+                store=bench.store,
+                existing=existing,
+                is_ours=lambda: bench.leases.is_ours(seat.claim),
+            )
+        return outcome_of(outputs.remark(task.key))
 
 
-def _render_and_publish(task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench) -> Outcome:
+def _render_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench: Bench) -> Outcome:
     recipe = Recipe.from_json(job.recipe)
     places = rendition_names(recipe, job.source, job.destination, task.key)
     target = Target(names=names, renditions=places, recipe=recipe, conditional=job.conditional)
     return render_again(
-        task, target, store=bench.store, limits=bench.limits, is_ours=lambda: bench.leases.is_ours(claim)
+        task, target, seat, store=bench.store, limits=bench.limits, is_ours=lambda: bench.leases.is_ours(seat.claim)
     )
 
 
@@ -204,6 +241,22 @@ def _provenance(task: ImageTask, recipe: Recipe, names: Names, bench: Bench, *, 
 def _etag_now(names: Names, store: Store) -> str:
     found = store.head(names.source, role="source")
     return found.etag if found else ""
+
+
+def _give_back(claim: Claim, bench: Bench) -> str:
+    given_back = _insist(lambda: bench.ledger.release(claim, lease_s=bench.leases.lease_s), bench)
+    return "released" if given_back == "ok" else given_back
+
+
+def _blame(
+    task: ImageTask, claim: Claim, error: Fatal, bench: Bench, *, alone: bool
+) -> tuple[str, CutfleetError | None]:
+    """The second time, and alone, the image fails; else another worker takes it, and knows what it is blamed for."""
+    told = PictureError(str(error)[:_MAX_BLAME], code=error.code)
+    if alone and claim.blamed == str(told):
+        return _fail(task, claim, told, bench)
+    recorded = _insist(lambda: bench.ledger.vanish(claim, str(told), lease_s=bench.leases.lease_s), bench)
+    return ("blamed" if recorded == "ok" else recorded), told
 
 
 def _fail(task: ImageTask, claim: Claim, error: CutfleetError, bench: Bench) -> tuple[str, CutfleetError | None]:
@@ -253,5 +306,6 @@ def _insist(record: Callable[[], str], bench: Bench) -> str:
         try:
             return record()
         except ServiceUnavailable:
-            if time.monotonic() > deadline or bench.draining.wait(0.5):
+            if time.monotonic() > deadline:
                 raise
+            time.sleep(INSIST_PAUSE_S)

@@ -9,12 +9,14 @@ picture; what NVML says of it) and long times: of the broker, of the S3 client a
 
 `CUTFLEET_TEST_FAILPOINTS=NAME=FILE,...`: the first process that passes the place NAME makes FILE and kills itself with
 SIGKILL; `CUTFLEET_TEST_FREEZEPOINTS`: freezes itself with SIGSTOP. Pictures that hold one of the poisons of `terms` do
-what it says, wherever they are decoded.
+what it says, wherever they are decoded. `CUTFLEET_TEST_STALL_S`: what the watchdog, the device and a child's deadline
+call no progress.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import select
@@ -27,7 +29,7 @@ from typing import Any
 import botocore.config
 import redis
 import torch
-from faults.terms import DEVICE_GREY, EXHAUST, HANG, LOCK_S, MODEL, SEGFAULT, SOCKET_S, VISIBILITY_S
+from faults.terms import DEVICE_GREY, DEVICE_HANGS, EXHAUST, HANG, LOCK_S, MODEL, SEGFAULT, SOCKET_S, VISIBILITY_S
 from torch import Tensor
 
 import jobs.broker
@@ -54,7 +56,10 @@ def load(*args: object, **options: object) -> LoadedModel:
     def forward(x: Tensor) -> Tensor:
         time.sleep(device_s * len(x))
         grey = (x * 0.5 + 0.5).mean(dim=1, keepdim=True)
-        if ((grey * 255).flatten(1).amin(1) > DEVICE_GREY - 1).any():
+        levels = grey.flatten(1).amin(1) * 255
+        while ((levels > DEVICE_HANGS - 1) & (levels < DEVICE_HANGS + 1)).any():
+            time.sleep(1)
+        if (levels > DEVICE_GREY - 1).any():
             raise RuntimeError("an illegal memory access was encountered")
         return grey
 
@@ -187,6 +192,18 @@ workers.models.load = load  # type: ignore[assignment]  # the stand-in has the s
 _shorten()
 
 
+def _stall_sooner() -> None:
+    import workers.predictor
+    import workers.tasks
+    import workers.watchdog
+
+    text = os.environ.get("CUTFLEET_TEST_STALL_S")
+    if text:
+        workers.tasks.DECODE_S = float(text)
+        for module, name in ((workers.predictor, "Predictor"), (workers.watchdog, "Watchdog")):
+            setattr(module, name, functools.partial(getattr(module, name), stall_s=float(text)))
+
+
 def _run(request: dict[str, Any]) -> None:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -194,6 +211,7 @@ def _run(request: dict[str, Any]) -> None:
         os.dup2(source, target)
     os.environ.update(request["env"])
     _arm()
+    _stall_sooner()
     if request["command"]:
         producer.cli.main(request["command"], prog_name="cutfleet")
     sys.exit(workers.__main__.main([]))

@@ -13,3 +13,5 @@ SEGFAULT, HANG, EXHAUST = b"#segfault#", b"#hang#", b"#exhaust#"
 """Behind the end of a JPEG, where decoders ignore them: what the stand-in's decoder does with the picture."""
 DEVICE_GREY = 251
 """A picture all of this level breaks the stand-in device."""
+DEVICE_HANGS = 241
+"""A picture all of this level hangs it."""

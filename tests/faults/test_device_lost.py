@@ -1,0 +1,51 @@
+"""The device fails or hangs: the process ends and another goes on; who broke it twice is named."""
+
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Iterator
+
+import pytest
+from factories import Places, put_pictures
+from faults.fleet import Fleet, Reference, Submit
+from faults.terms import DEVICE_GREY, DEVICE_HANGS
+from faults.truth import prove
+from PIL import Image
+
+EXIT_DEVICE_LOST = 70
+MOST_DEATHS = 3
+
+
+@pytest.fixture(autouse=True)
+def nobody_stays(fleet: Fleet) -> Iterator[None]:
+    yield
+    fleet.workers.dismiss(signal.SIGKILL)
+
+
+def grey(level: int) -> bytes:
+    body = io.BytesIO()
+    Image.new("RGB", (160, 120), (level, level, level)).save(body, "PNG")
+    return body.getvalue()
+
+
+@pytest.mark.parametrize(("level", "words"), [(DEVICE_GREY, "illegal memory access"), (DEVICE_HANGS, "no progress")])
+def test_the_same_fault_of_the_device_again_convicts_the_picture_and_no_other_of_its_batch(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, level: int, words: str
+) -> None:
+    names = put_pictures(fleet.store, places, 10)
+    fleet.store.put(places.key(names[4]), grey(level), content_type="image/png")
+    known = fleet.workers.ends()
+    fleet.workers.start(supervised=True, slots="6", batch_limit="4", test_stall_s="3", test_device_ms="20")
+
+    with fleet.dispatcher():
+        job = submit()
+        truth = prove(fleet, job, places, names=names, reference=reference, within_s=90)
+
+    assert {index: state for index, state in truth.states.items() if state != "done"} == {4: "failed"}
+    [(_, failure)] = fleet.ledger.failures(job)
+    assert failure.code == "crashed_device"
+    assert words in failure.message
+    deaths = [code for pid, code in fleet.workers.ends().items() if pid not in known]
+    assert 2 <= len(deaths) <= MOST_DEATHS
+    assert set(deaths) == {EXIT_DEVICE_LOST}

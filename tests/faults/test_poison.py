@@ -1,0 +1,144 @@
+"""Pictures that take their worker down: each is named after at most three deaths, and its neighbours are done."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from factories import Places, picture, put_pictures, wait_until
+from faults.fleet import Fleet, Reference, Submit
+from faults.terms import EXHAUST, HANG, SEGFAULT
+from faults.truth import prove
+
+from jobs.broker import lane_queue
+from jobs.job import Failure
+
+MOST_DEATHS = 3
+SETTINGS = {"slots": "4", "max_pixels_mp": "10", "memory_mb": "1500", "test_stall_s": "3"}
+
+
+@pytest.fixture(autouse=True)
+def nobody_stays(fleet: Fleet) -> Iterator[None]:
+    yield
+    fleet.workers.dismiss(signal.SIGKILL)
+
+
+def failures(fleet: Fleet, job: str) -> list[Failure]:
+    return [failure for _, failure in fleet.ledger.failures(job)]
+
+
+@pytest.mark.parametrize(
+    ("poison", "code"), [(SEGFAULT, "crashed_decoder"), (HANG, "stalled"), (EXHAUST, "memory_exhausted")]
+)
+def test_a_picture_that_takes_workers_down_is_named_and_its_neighbours_are_done(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, poison: bytes, code: str
+) -> None:
+    names = put_pictures(fleet.store, places, 10)
+    fleet.store.put(places.key(names[5]), picture(seed=5) + poison, content_type="image/jpeg")
+    before = len(fleet.workers.ends())
+    fleet.workers.start(supervised=True, **SETTINGS)
+
+    with fleet.dispatcher():
+        job = submit()
+        truth = prove(fleet, job, places, names=names, reference=reference, within_s=90)
+
+    assert {index: state for index, state in truth.states.items() if state != "done"} == {5: "failed"}
+    assert [(failure.key, failure.code) for failure in failures(fleet, job)] == [(names[5], code)]
+    assert len(fleet.workers.ends()) - before <= MOST_DEATHS
+    told = fleet.run("dead", job)
+    assert names[5] in told.stdout and code in told.stdout
+
+
+def test_a_child_that_is_killed_convicts_the_picture_only_when_it_happens_again(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 2)
+    fleet.store.put(places.key(names[0]), picture(seed=0) + HANG, content_type="image/jpeg")
+    with fleet.dispatcher():
+        job = submit()
+        make_suspects(fleet, job, names)
+        worker = fleet.workers.start(slots="2")
+        for _ in range(2):
+            wait_until(lambda: bool(decoding(worker)), what="a child decodes")
+            os.kill(decoding(worker)[0], signal.SIGKILL)
+            wait_until(lambda: not decoding(worker))
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert (truth.states[0], truth.states[1]) == ("failed", "done")
+    assert [failure.code for failure in failures(fleet, job)] == ["killed"]
+    assert fleet.workers.dismiss() == [0]
+
+
+def test_a_worker_that_is_told_to_go_takes_its_suspect_back_unconvicted(
+    fleet: Fleet, places: Places, submit: Submit
+) -> None:
+    names = put_pictures(fleet.store, places, 1)
+    fleet.store.put(places.key(names[0]), picture(seed=0) + HANG, content_type="image/jpeg")
+    with fleet.dispatcher():
+        job = submit()
+        make_suspects(fleet, job, names)
+        worker = fleet.workers.start(slots="2")
+        wait_until(lambda: bool(decoding(worker)), what="a child decodes")
+
+        assert fleet.workers.dismiss() == [0]
+
+        assert fleet.ledger.job(job).open == 1
+        assert fleet.ledger.place(f"{job}:0") == "waiting"
+        fleet.ledger.cancel(job)
+        wait_until(lambda: fleet.ledger.job(job).closed is not None)
+
+
+def test_workers_killed_again_and_again_convict_no_innocent_picture(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    """So many kills that pictures become suspects, and are worked on alone."""
+    chance = random.Random(11)
+    names = put_pictures(fleet.store, places, 16)
+    suspects = set()
+    with fleet.dispatcher():
+        job = submit()
+        make_suspects(fleet, job, names[:8])
+        fleet.workers.start(supervised=True, slots="4", test_device_ms="100")
+        for _ in range(4):
+            target = min(len(names), fleet.ledger.job(job).final + chance.randint(1, 3))
+            wait_until(lambda target=target: fleet.ledger.job(job).final >= target)
+            suspects |= {image for image in vanished(fleet) if vanished(fleet).get(image, 0) >= 2}
+            victim = fleet.workers.alive()[0]
+            os.kill(victim, signal.SIGKILL)
+            fleet.workers.wait_for(victim)
+        truth = prove(fleet, job, places, names=names, reference=reference, within_s=90)
+
+    assert truth.counts["done"] == len(names)
+    assert suspects, "nobody was a suspect: the test proves nothing"
+
+
+def make_suspects(fleet: Fleet, job: str, names: list[str]) -> None:
+    """As if two workers had gone down with each of these, the first of the job."""
+    wait_until(lambda: fleet.ledger.job(job).window >= len(names))
+    for index, name in enumerate(names):
+        for _ in range(2):
+            claim = fleet.ledger.claim(f"{job}:{index}", token="t", output=f"s3://x/{name}", lease_s=60, alone=True)
+            fleet.ledger.vanish(claim, "somebody pulled the plug", lease_s=60)
+    assert fleet.ledger.queue_depth(lane_queue("suspect", "stand-in")) >= len(names)
+
+
+def vanished(fleet: Fleet) -> dict[str, int]:
+    counts: dict[str, str] = fleet.ledger._redis.hgetall("cf:vanished")  # type: ignore[assignment]  # covers asyncio too
+    return {image: int(count) for image, count in counts.items()}
+
+
+def decoding(worker: int) -> list[int]:
+    """Children of the worker that decode."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            text, command = status.read_text(), status.with_name("cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if f"PPid:\t{worker}\n" in text and b"spawn_main" in command:
+            found.append(int(status.parent.name))
+    return found

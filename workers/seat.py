@@ -1,0 +1,76 @@
+"""The place that one image has in its worker: its share of memory, its turn on the device, the watchdog's eye on it. A
+suspect has all of the worker to itself, and its bytes are decoded in another process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal
+
+import numpy as np
+
+from jobs.errors import DeviceLost
+from jobs.ledger import Claim
+from workers.decode import Limits, Picture, count_pixels, decode_picture
+from workers.leases import Draining
+from workers.memory import BYTES_PER_PIXEL, MemoryBudget
+from workers.pipeline import Decoder, Pixels
+from workers.predictor import Predictor
+from workers.quarantine import Fatal
+from workers.watchdog import Watchdog
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seat:
+    """A `MaskPredictor` and a `Decoder` for this image. `blame` records that it may be why this process ends."""
+
+    claim: Claim
+    live: bool
+    alone: bool
+    blame: Callable[[Fatal], object]
+    memory: MemoryBudget
+    watchdog: Watchdog
+    predictor: Predictor
+    child: Decoder
+    limits: Limits
+
+    @contextmanager
+    def room(self, data: bytes) -> Iterator[None]:
+        """Memory for the picture, from before it is decoded until it is published. Raises `Draining`. The header of a
+        suspect is not read in this process; it has nothing beside it."""
+        if self.alone:
+            yield
+            return
+        with self.computing():
+            size_bytes = len(data) + BYTES_PER_PIXEL * count_pixels(data, self.limits)
+        with self.memory.take(size_bytes, live=self.live) as taken:
+            if not taken:
+                raise Draining
+            yield
+
+    def computing(self) -> AbstractContextManager[None]:
+        return self.watchdog.computing(self.claim, self.blame)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.predictor.input_size
+
+    def predict(self, rgb: Pixels, *, live: bool = False) -> Pixels:
+        with self.watchdog.waiting(self.claim):
+            if self.alone:
+                self._try_device()
+            return self.predictor.predict(rgb, live=live)
+
+    def decode(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> Picture:
+        if not self.alone:
+            return decode_picture(data, limits=limits, animation=animation)
+        with self.watchdog.waiting(self.claim):
+            return self.child(data, limits=limits, animation=animation)
+
+    def _try_device(self) -> None:
+        """A device that fails with a blank picture has failed by itself: the suspect is not to blame."""
+        try:
+            self.predictor.predict(np.zeros((*self.input_size, 3), np.uint8))
+        except DeviceLost as exc:
+            raise DeviceLost(str(exc)) from exc

@@ -13,6 +13,7 @@ from faults.terms import DEVICE_GREY, DEVICE_HANGS
 from faults.truth import prove
 from PIL import Image
 
+pytestmark = pytest.mark.timeout(300)
 EXIT_DEVICE_LOST = 70
 MOST_DEATHS = 3
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from jobs.settings import PREFIX, Settings
-from workers.__main__ import EXIT_BUG, EXIT_DEVICE_LOST, EXIT_DRAIN_DEADLINE, EXIT_SETTINGS, EXIT_UNREACHABLE
+from workers.__main__ import EXIT_BUG, EXIT_DRAIN_DEADLINE, EXIT_SETTINGS, EXIT_UNREACHABLE
+from workers.watchdog import EXIT_DEVICE_LOST, EXIT_STALLED
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra/systemd"
@@ -75,7 +76,9 @@ def test_the_environment_file_leaves_the_units_own_settings_to_the_unit() -> Non
     assert f"{PREFIX}REDIS_URL" in names
 
 
-@pytest.mark.parametrize("code", [EXIT_SETTINGS, EXIT_UNREACHABLE, EXIT_DEVICE_LOST, EXIT_BUG, EXIT_DRAIN_DEADLINE])
+@pytest.mark.parametrize(
+    "code", [EXIT_SETTINGS, EXIT_UNREACHABLE, EXIT_DEVICE_LOST, EXIT_BUG, EXIT_STALLED, EXIT_DRAIN_DEADLINE]
+)
 def test_the_page_explains_each_exit_code(code: int) -> None:
     assert f"| {code} | " in (FOLDER / "README.md").read_text()
 

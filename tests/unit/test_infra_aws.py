@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra/aws"
 ROLES = ["producer", "dispatcher", "worker", "watch"]
 S3 = {
-    "get_paginator": "s3:ListBucket",  # of list_objects_v2, the only one
+    "get_paginator": "s3:ListBucket",  # of list_objects_v2, as the next
+    "list_objects_v2": "s3:ListBucket",
     "head_object": "s3:GetObject",
     "get_object": "s3:GetObject",
     "download_file": "s3:GetObject",

@@ -1,11 +1,12 @@
 # make demo [PHOTOS=folder]: see it work on this machine.  make test: prove it.  make check: style and types.  make bench: measure it.
+# make faults [SEED=n]: ten minutes of random faults under load, and what they cost.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PROMETHEUS := $(BIN)/prometheus
 
-.PHONY: demo test check bench readme locks clean
+.PHONY: demo test faults check bench readme locks clean
 
 demo: $(READY)
 	$(BIN)/cutfleet demo $(PHOTOS)
@@ -17,6 +18,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+faults: $(READY)
+	$(BIN)/python -m tests.faults
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench

@@ -1,0 +1,283 @@
+"""Random faults under load, by a seed, and what they cost; then a plain Celery task under some of them, as the control.
+
+    SEED=7 python -m tests.faults --minutes 10
+
+Exit code 1 when a picture was lost or doubled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import redis
+from factories import Places, put_pictures, wait_until
+from faults.fleet import Fleet, Zygote, make_places
+from faults.plain import make_plain
+from faults.proxy import Fault, S3Proxy, Wire
+from faults.terms import MODEL
+
+from jobs.store import Location
+from producer.local import Process, inherited_environment
+
+JOB_PICTURES = 200
+OPEN_JOBS = 2
+FAULT_S = 3.0
+"""Longer than a lease of this fleet."""
+SETTLE_S = 180.0
+
+
+class Campaign:
+    def __init__(self, fleet: Fleet, wire: Wire, s3: S3Proxy, seed: int) -> None:
+        self.fleet, self.wire, self.s3 = fleet, wire, s3
+        self.chance = random.Random(seed)
+        self.caused: Counter[str] = Counter()
+        self.jobs: dict[str, Places] = {}
+        self.longest_stall_s = 0.0
+        self._progress = (-1, time.monotonic())
+        self._through = {"redis_url": f"redis://127.0.0.1:{wire.port}/0", "s3_endpoint": s3.url}
+        self._source = make_places(fleet)
+        self.names = put_pictures(fleet.store, self._source, JOB_PICTURES)
+
+    def run(self, seconds: float) -> None:
+        workers, dispatchers = self.fleet.workers, self.fleet.dispatchers
+        self.kept = workers.start(test_device_ms="50", **self._through)
+        for _ in range(3):
+            workers.start(supervised=True, test_device_ms="50", **self._through)
+        for _ in range(2):
+            dispatchers.start(supervised=True, **self._through)
+        self._load()
+        wait_until(lambda: self._done() > JOB_PICTURES / 2)
+        self.memory = [memory_mb(self.kept)]
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            fault = self.chance.choice(list(FAULTS))
+            try:
+                FAULTS[fault](self)
+                self.caused[fault] += 1
+            except ProcessLookupError:
+                continue
+            self._watch(self.chance.uniform(0.5, 3))
+            self._load()
+        self.wire.heal()
+        deadline = time.monotonic() + SETTLE_S
+        while any(self._job_open(job) for job in self.jobs) and time.monotonic() < deadline:
+            self._watch(0.5)
+        self.memory.append(memory_mb(self.kept))
+
+    def judge(self) -> dict[str, int]:
+        begun = Counter(image for job in self.jobs for image in self.fleet.workers.begun(job).elements())
+        lost = doubled = failed = 0
+        for name, places in self.jobs.items():
+            job = self.fleet.ledger.job(name)
+            bucket = Location.parse(places.to).bucket
+            keys = {found.key for found in self.fleet.store.list_source(Location(bucket, ""))}
+            made = {key for key in keys if not key.startswith("_cutfleet/")}
+            wanted = {
+                place.key for relative in self.names for place in (places.cutout(relative), places.mask(relative))
+            }
+            lost += job.total - len([n for n in self.names if {places.cutout(n).key, places.mask(n).key} <= made])
+            doubled += len(made - wanted) + max(0, job.final - job.total)
+            failed += job.failed
+        return {
+            "submitted": len(self.jobs) * JOB_PICTURES,
+            "lost": lost,
+            "doubled": doubled,
+            "failed": failed,
+            "run more than once": sum(1 for times in begun.values() if times > 1),
+        }
+
+    # Load
+
+    def _load(self) -> None:
+        if sum(self._job_open(job) for job in self.jobs) < OPEN_JOBS:
+            fresh = make_places(self.fleet)
+            places = Places(self._source.source, fresh.to)
+            self.jobs[self._submit(places)] = places
+
+    def _submit(self, places: Places) -> str:
+        """Again until it is heard, as a person would."""
+        for _ in range(20):
+            known = [job.id for job in self.fleet.ledger.jobs() if job.destination == places.to]
+            more = ("--resume", known[0]) if known else ()
+            ran = self.fleet.run("submit", places.source, "--to", places.to, "--model", MODEL, *more)
+            if ran.returncode == 0:
+                return ran.stdout.strip()
+        raise AssertionError(ran.stderr)
+
+    def _job_open(self, job: str) -> bool:
+        return self.fleet.ledger.job(job).closed is None
+
+    def _done(self) -> int:
+        return sum(self.fleet.ledger.job(job).final for job in self.jobs)
+
+    def _watch(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            done, now = self._done(), time.monotonic()
+            if done != self._progress[0]:
+                self._progress = (done, now)
+            elif done < len(self.jobs) * JOB_PICTURES:
+                self.longest_stall_s = max(self.longest_stall_s, now - self._progress[1])
+            time.sleep(0.1)
+
+    # Faults
+
+    def victim(self, pids: list[int]) -> int:
+        return self.chance.choice([pid for pid in pids if pid != self.kept])
+
+    def kill_worker(self) -> None:
+        os.kill(self.victim(self.fleet.workers.alive()), signal.SIGKILL)
+
+    def freeze_and_kill_worker(self) -> None:
+        pid = self.victim(self.fleet.workers.alive())
+        os.kill(pid, signal.SIGSTOP)
+        self._watch(self.chance.uniform(0.2, FAULT_S))
+        os.kill(pid, signal.SIGKILL)
+
+    def freeze_worker(self) -> None:
+        self._freeze(self.victim(self.fleet.workers.alive()))
+
+    def stop_worker(self) -> None:
+        os.kill(self.victim(self.fleet.workers.alive()), signal.SIGTERM)
+
+    def kill_dispatcher(self) -> None:
+        os.kill(self.victim(self.fleet.dispatchers.alive()), signal.SIGKILL)
+
+    def freeze_dispatcher(self) -> None:
+        self._freeze(self.victim(self.fleet.dispatchers.alive()))
+
+    def restart_valkey(self) -> None:
+        valkey = self.fleet.stack.valkey
+        assert valkey is not None
+        valkey.signal(self.chance.choice([signal.SIGTERM, signal.SIGKILL]))
+        wait_until(lambda: valkey.poll() is not None)
+        valkey.kill()
+        self.fleet.stack.start_valkey()
+
+    def reset_valkey(self) -> None:
+        self.wire.cut()
+
+    def half_open_valkey(self) -> None:
+        self.wire.swallow()
+        self._watch(FAULT_S)
+        self.wire.heal()
+
+    def s3_away(self) -> None:
+        with self.s3.fault(Fault("answer")):
+            self._watch(FAULT_S)
+
+    def s3_slow_down(self) -> None:
+        with self.s3.fault(Fault("answer", share=0.3)):
+            self._watch(FAULT_S)
+
+    def s3_resets(self) -> None:
+        with self.s3.fault(Fault("half", methods=("GET",), share=0.5)):
+            self._watch(FAULT_S)
+
+    def s3_loses_answers(self) -> None:
+        with self.s3.fault(Fault("lose", methods=("PUT",), share=0.5)):
+            self._watch(FAULT_S)
+
+    def _freeze(self, pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        self._watch(FAULT_S)
+        os.kill(pid, signal.SIGCONT)
+
+
+FAULTS: dict[str, Callable[[Campaign], None]] = {
+    "worker killed": Campaign.kill_worker,
+    "worker frozen, then killed": Campaign.freeze_and_kill_worker,
+    "worker frozen, then woken": Campaign.freeze_worker,
+    "worker told to go": Campaign.stop_worker,
+    "dispatcher killed": Campaign.kill_dispatcher,
+    "dispatcher frozen, then woken": Campaign.freeze_dispatcher,
+    "Valkey restarted": Campaign.restart_valkey,
+    "Valkey's connections reset": Campaign.reset_valkey,
+    "Valkey's connections half-open": Campaign.half_open_valkey,
+    "S3 away (503 for everything)": Campaign.s3_away,
+    "S3 SlowDown for 30%": Campaign.s3_slow_down,
+    "S3 resets in mid body": Campaign.s3_resets,
+    "S3 loses the answer of a PUT": Campaign.s3_loses_answers,
+}
+
+
+def control(fleet: Fleet, folder: Path, chance: random.Random, seconds: float) -> tuple[int, int, int]:
+    """A plain Celery task, its workers only frozen and killed. Returns messages pushed, lost, and kills."""
+    url = f"redis://127.0.0.1:{fleet.stack.redis_port}/5"
+    command = [sys.executable, str(Path(__file__).with_name("plain.py")), url]
+    env = inherited_environment()
+    app, work = make_plain(url)
+    workers = [Process(command, log=folder / "plain.log", env=env) for _ in range(3)]
+    pushed = kills = 0
+    end = time.monotonic() + seconds
+    with redis.Redis.from_url(url) as client:
+        while time.monotonic() < end:
+            at = chance.randrange(3)
+            for step in range(30):
+                work.delay(pushed, 0.05)
+                pushed += 1
+                time.sleep(0.1)
+                if step == 20:
+                    workers[at].signal(signal.SIGSTOP)
+            workers[at].kill()
+            kills += 1
+            workers[at] = Process(command, log=folder / "plain.log", env=env)
+        wait_until(lambda: not client.exists("celery", "unacked"), within_s=120)
+        done = len(client.keys("done:*"))
+    for worker in workers:
+        worker.stop()
+    app.close()
+    return pushed, pushed - done, kills
+
+
+def memory_mb(pid: int) -> int:
+    """Resident."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) // 1024
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.faults")
+    parser.add_argument("--minutes", type=float, default=10)
+    seconds = parser.parse_args().minutes * 60
+    seed = int(os.environ.get("SEED") or random.randrange(10_000))
+    print(f"SEED={seed}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        zygote = Zygote(folder)
+        try:
+            with (
+                Fleet(folder, zygote) as fleet,
+                Wire(fleet.stack.redis_port) as wire,
+                S3Proxy(fleet.stack.s3_port, seed=seed) as s3,
+            ):
+                campaign = Campaign(fleet, wire, s3, seed)
+                campaign.run(seconds)
+                found = campaign.judge()
+                fleet.forget()
+                pushed, lost, kills = control(fleet, folder, random.Random(seed), seconds / 5)
+        finally:
+            zygote.stop()
+    print("| fault | times |\n|---|---|")
+    for kind in FAULTS:
+        print(f"| {kind} | {campaign.caused[kind]} |")
+    print(f"\n| | Cutfleet, {seconds / 60:g} min | plain Celery, {seconds / 300:g} min |\n|---|---|---|")
+    print(f"| faults | {campaign.caused.total()}, as above | {kills}, workers frozen and killed |")
+    print(f"| pictures (messages) submitted | {found['submitted']:,} | {pushed:,} |")
+    print(f"| lost | {found['lost']} | {lost} |")
+    for what in ("doubled", "failed", "run more than once"):
+        print(f"| {what} | {found[what]} | |")
+    print(f"| longest stall | {campaign.longest_stall_s:.1f} s | |")
+    print(f"| resident memory of a worker, start and end | {campaign.memory[0]} MB, {campaign.memory[1]} MB | |")
+    return 1 if found["lost"] or found["doubled"] else 0

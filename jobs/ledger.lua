@@ -29,6 +29,8 @@
 -- cf:watch:WATCH:when     zset    digest of a key -> when a job got it                             as :seen
 -- cf:outbox               zset    event (JOB or JOB:INDEX) -> when its webhook is sent next          until sent or given up
 -- cf:outbox:tries         hash    event -> deliveries that failed                                  as in cf:outbox
+-- cf:api:once:DIGEST      string  digest of the body and job of an Idempotency-Key                 a day
+-- cf:api:calls:KEY:MINUTE string  calls of an API key in a minute                                  two minutes
 -- cf:tag                  string  last delivery tag                                                for ever
 -- cf:workers              zset    worker -> when it was last heard                                 a day after the last word
 -- cf:worker:NODE          hash    what the worker says of itself                                   three heartbeats

@@ -284,6 +284,19 @@ class Ledger:
             if not cursor:
                 return
 
+    # The HTTP API
+
+    def reserve(self, name: str, value: str) -> str:
+        """Keeps `value` under `name` for a day unless something is kept there; returns what is kept."""
+        kept = self._call("set", f"cf:api:once:{name}", value, nx=True, get=True, ex=86_400)
+        return str(kept or value)
+
+    def count_call(self, caller: str, minute: int) -> int:
+        """How many calls the caller has made in this minute, this one among them."""
+        key = f"cf:api:calls:{caller}:{minute}"
+        self._call("set", key, 0, nx=True, ex=120)
+        return int(self._call("incr", key))
+
     # What a worker does
 
     def claim(self, image: str, *, token: str, output: str, lease_s: float, alone: bool = False) -> Claim:

@@ -79,6 +79,7 @@ class Settings(BaseSettings):
         False, description="Allow webhooks to private addresses, and without TLS; else both are refused."
     )
     watch_token: str = Field("", repr=False, description="What senders of webhooks to `cutfleet watch` must show.")
+    api_keys: str = Field("", description="The file of the HTTP API's keys and their rights, for `cutfleet serve`.")
     log_format: Literal["text", "json"] = Field("text", description="Logs for people or for programs, on stderr.")
 
     @field_validator("redis_url")

@@ -10,6 +10,7 @@ Objects of a job under its destination TO:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -290,6 +291,20 @@ class Store:
                 return False
             raise
         return False
+
+    def presign(self, location: Location, *, lasts_s: int) -> str:
+        """A URL with which anybody may read the object for so long: never to be logged."""
+        arguments = {"Bucket": location.bucket, "Key": location.key}
+        return self._guard(
+            lambda: self._s3.generate_presigned_url("get_object", Params=arguments, ExpiresIn=lasts_s),
+            location,
+            "output",
+        )
+
+    def ping(self) -> None:
+        """Raises `ServiceUnavailable` when S3 does not answer; a refusal is an answer."""
+        with contextlib.suppress(ImageError):
+            self.head(Location("cutfleet-ready", "ready"), role="output")
 
     def create_bucket(self, bucket: str) -> None:
         """For the local stack and for tests; one of ours that is there already is fine."""

@@ -477,6 +477,18 @@ def watch(
 
 
 @main.command()
+@click.option("--listen", metavar="HOST:PORT", default="127.0.0.1:8080", show_default=True, help="Put TLS before it.")
+def serve(listen: str) -> None:
+    """Serve the HTTP API: pictures are asked for, followed, cancelled and fetched. Runs until it is stopped."""
+    from jobs.logs import set_up_logs
+    from producer.api import serve as serve_api
+
+    with _services() as (settings, ledger, store):
+        set_up_logs(settings.log_format)
+        serve_api(listen, settings, ledger, store)
+
+
+@main.command()
 @click.option("--source", metavar="s3://BUCKET/PREFIX", help="Try to read there.  [default: the newest open job's]")
 @click.option("--to", "destination", metavar="s3://BUCKET/PREFIX", help="Try to write there.  [default: likewise]")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")

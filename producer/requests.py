@@ -1,0 +1,127 @@
+"""What the HTTP API asks of ledger and store: a request is a live job of at most `MAX_LIVE` pictures, in the ledger in
+one step, before it is answered.
+
+`Idempotency-Key` reserves a job's id first, for a day: killed at any line, the same request makes the same job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.errors import CutfleetError, JobError, SettingsError
+from jobs.job import ImageState, Job
+from jobs.ledger import MAX_LIVE, Ledger
+from jobs.message import ImageTask
+from jobs.store import Location, Store, image_names
+from producer.access import Caller
+from producer.manifest import PART_ROWS, read_part, read_unrecorded
+from producer.sources import list_prefix, named_keys
+from producer.submit import Request, check_request, live_row, watch_job
+
+LINK_S = 3600
+MINUTE_S = 60
+_DONE = (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED)
+
+
+class Conflict(CutfleetError):
+    """What is asked for does not go with what was asked before."""
+
+    code = "idempotency_key_reused"
+
+
+class TooMany(CutfleetError):
+    """The caller has used up its minute; `wait_s` until the next."""
+
+    code = "rate_limited"
+
+    def __init__(self, message: str, *, wait_s: int) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+def spend(caller: Caller, ledger: Ledger) -> None:
+    """Counts one request of this minute. Raises `TooMany`."""
+    now = time.time()
+    if ledger.count_call(caller.name, int(now) // MINUTE_S) > caller.per_minute:
+        wait_s = MINUTE_S - int(now) % MINUTE_S
+        raise TooMany(f"This key may ask {caller.per_minute} times a minute.", wait_s=wait_s)
+
+
+def reserve(caller: Caller, key: str, body: Mapping[str, Any], ledger: Ledger) -> str:
+    """The id of the job that this request makes or has made. Raises `Conflict` when the key came with another body."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    job_id = f"{stamp}-api-{secrets.token_hex(8)}"
+    if not key:
+        return job_id
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    owner = hashlib.sha256(f"{caller.name}\n{key}".encode()).hexdigest()
+    kept, found = ledger.reserve(owner, f"{digest} {job_id}").split(" ")
+    if kept != digest:
+        raise Conflict("This Idempotency-Key came with another body before: take a new one.")
+    return found
+
+
+def submit(request: Request, job_id: str, *, store: Store, ledger: Ledger, lease_s: float) -> Job:
+    """Makes the job unless it is there. Raises `SettingsError` for a source that is empty or too large."""
+    found = ledger.find_job(job_id)
+    if found is not None:
+        return found
+    check_request(request, ledger)
+    source = Location.parse(request.source)
+    rows = list_prefix(store, source) if request.keys is None else named_keys(source, request.keys)
+    head = list(itertools.islice(rows, MAX_LIVE + 1))
+    if not head:
+        raise SettingsError(f"There are no pictures under {request.source}.", code="source_empty")
+    if len(head) > MAX_LIVE:
+        raise SettingsError(
+            f"There are more than {MAX_LIVE} pictures under {request.source}: a backfill, for `cutfleet submit`.",
+            code="source_too_large",
+        )
+    job = watch_job(request, job_id=job_id, watch="", store=store)
+    ledger.submit_live(job, [live_row(index, row, job) for index, row in enumerate(head)], lease_s=lease_s)
+    return ledger.job(job_id)
+
+
+def cancel(job: Job, ledger: Ledger) -> None:
+    """Raises `JobError` when it is closed."""
+    if not ledger.cancel(job.id):
+        raise JobError(f"Request {job.id} is completed: there is nothing to cancel.", code="job_closed")
+
+
+def results(job: Job, *, first: int, limit: int, store: Store, ledger: Ledger) -> list[dict[str, Any]]:
+    """Up to `limit` pictures from index `first` on, fewer at the end of a part: go on behind the last."""
+    tasks = _tasks(job, first, limit, store, ledger)
+    states = ledger.states(job.id, first, len(tasks)) if tasks else []
+    return [_result(job, task, state, store, ledger) for task, state in zip(tasks, states, strict=True)]
+
+
+def _tasks(job: Job, first: int, limit: int, store: Store, ledger: Ledger) -> list[ImageTask]:
+    while first < job.total:
+        recorded = job.total - job.unrecorded
+        if first < recorded:
+            return read_part(store, job, first // PART_ROWS)[first % PART_ROWS :][:limit]
+        found = read_unrecorded(job, first=first - recorded, count=limit, ledger=ledger)
+        if found and found[0].index == first:
+            return found
+        job = ledger.job(job.id)  # a part was recorded meanwhile
+    return []
+
+
+def _result(job: Job, task: ImageTask, state: ImageState, store: Store, ledger: Ledger) -> dict[str, Any]:
+    names = image_names(job.source, job.destination, task.key)
+    told: dict[str, Any] = {"index": task.index, "source": str(names.source), "state": state.name.lower()}
+    if state in _DONE:
+        links = {name: store.presign(place, lasts_s=LINK_S) for name, place in _outputs(names.cutout, names.mask)}
+        return told | links
+    failure = ledger.failure(job.id, task.index) if state is ImageState.FAILED else None
+    return told | ({"code": failure.code, "message": failure.message} if failure else {})
+
+
+def _outputs(cutout: Location, mask: Location) -> tuple[tuple[str, Location], ...]:
+    return ("cutout_url", cutout), ("mask_url", mask)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,30 +71,6 @@ def test_a_worker_that_is_told_to_go_takes_its_suspect_back_unconvicted(
         wait_until(lambda: fleet.ledger.job(job).closed is not None)
 
 
-def test_workers_killed_again_and_again_convict_no_innocent_picture(
-    fleet: Fleet, places: Places, submit: Submit, reference: Reference
-) -> None:
-    """So many kills that pictures become suspects, and are worked on alone."""
-    chance = random.Random(11)
-    names = put_pictures(fleet.store, places, 16)
-    suspects = set()
-    with fleet.dispatcher():
-        job = submit()
-        make_suspects(fleet, job, names[:8])
-        fleet.workers.start(supervised=True, slots="4", test_device_ms="100")
-        for _ in range(4):
-            target = min(len(names), fleet.ledger.job(job).final + chance.randint(1, 3))
-            wait_until(lambda target=target: fleet.ledger.job(job).final >= target)
-            suspects |= {image for image in vanished(fleet) if vanished(fleet).get(image, 0) >= 2}
-            victim = fleet.workers.alive()[0]
-            os.kill(victim, signal.SIGKILL)
-            fleet.workers.wait_for(victim)
-        truth = prove(fleet, job, places, names=names, reference=reference, within_s=90)
-
-    assert truth.counts["done"] == len(names)
-    assert suspects, "nobody was a suspect: the test proves nothing"
-
-
 def make_suspects(fleet: Fleet, job: str, names: list[str]) -> None:
     """As if two workers had gone down with each of these, the first of the job."""
     wait_until(lambda: fleet.ledger.job(job).window >= len(names))
@@ -105,11 +79,6 @@ def make_suspects(fleet: Fleet, job: str, names: list[str]) -> None:
             claim = fleet.ledger.claim(f"{job}:{index}", token="t", output=f"s3://x/{name}", lease_s=60, alone=True)
             fleet.ledger.vanish(claim, "somebody pulled the plug", lease_s=60)
     assert fleet.ledger.queue_depth(lane_queue("suspect", "stand-in")) >= len(names)
-
-
-def vanished(fleet: Fleet) -> dict[str, int]:
-    counts: dict[str, str] = fleet.ledger._redis.hgetall("cf:vanished")  # type: ignore[assignment]  # covers asyncio too
-    return {image: int(count) for image, count in counts.items()}
 
 
 def decoding(worker: int) -> list[int]:

@@ -120,24 +120,23 @@ def destination_prefix(destination: str) -> Location:
 
 
 def image_names(source: str, destination: str, key: str) -> Names:
-    """Raises `OutputError` `name_too_long` when S3 could not hold an output's name."""
+    """Whether S3 can hold them, `rendition_names` checks: a picture must be claimed before it can fail."""
     prefix = Location.parse(source)
     to = destination_prefix(destination)
     relative = _relative(key, prefix)
-    names = Names(
+    return Names(
         Location(prefix.bucket, key),
         Location(to.bucket, f"{to.key}cutouts/{relative}.png"),
         Location(to.bucket, f"{to.key}masks/{relative}.png"),
     )
-    _check_length(names.cutout)
-    return names
 
 
 def rendition_names(recipe: Recipe, source: str, destination: str, key: str) -> dict[str, Location]:
-    """Where each rendition of one image goes, in the recipe's order. Raises `OutputError`: `name_too_long`,
-    `name_unmatched` (the key does not fit the recipe's pattern), `name_taken` (by our own folders, or by another
-    rendition of this image).
+    """Where each rendition of one image goes, in the recipe's order. Raises `OutputError`: `name_too_long`
+    (of these, or of the cutout), `name_unmatched` (the key does not fit the recipe's pattern), `name_taken` (by our own
+    folders, or by another rendition of this image).
     """
+    _check_length(image_names(source, destination, key).cutout)
     to = destination_prefix(destination)
     relative = _relative(key, Location.parse(source))
     names: dict[str, Location] = {}

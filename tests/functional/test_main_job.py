@@ -162,6 +162,13 @@ def test_keys_can_be_named(fleet: LocalStack, cutfleet: Run, store: Store, place
     assert cutfleet("status", job, "--failed").stdout.startswith("missing.jpg\tsource_missing\t")
 
 
+def test_a_picture_whose_results_could_have_no_name_fails(fleet: LocalStack, cutfleet: Run, places: Places) -> None:
+    ran = cutfleet("submit", places.source, "k" * 1010 + ".jpg", "--to", places.to, "--wait")
+
+    assert ran.returncode == 1, ran.stderr
+    assert "\tname_too_long\t" in cutfleet("status", ran.stdout.strip(), "--failed").stdout
+
+
 def test_one_picture_has_a_status_of_its_own(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
     put_pictures(store, places, 1)
     store.put(places.key("x.jpg"), b"no picture", content_type="image/jpeg")

@@ -7,8 +7,8 @@ from factories import Places
 from moto.server import ThreadedMotoServer
 
 from jobs.errors import ImageError, OutputError, ServiceUnavailable, SettingsError, SourceError
-from jobs.recipe import Delivery
-from jobs.store import Location, PreconditionFailed, Store, image_names, record_location
+from jobs.recipe import Delivery, Recipe
+from jobs.store import Location, PreconditionFailed, Store, image_names, record_location, rendition_names
 from producer.local import LocalStack
 
 
@@ -36,7 +36,7 @@ def test_two_formats_of_one_picture_never_meet() -> None:
 
 def test_a_name_that_s3_could_not_hold_is_refused() -> None:
     with pytest.raises(OutputError, match="1024") as caught:
-        image_names("s3://in/", "s3://out/" + "d" * 100, "k" * 1000)
+        rendition_names(Recipe(), "s3://in/", "s3://out/" + "d" * 100, "k" * 1000)
 
     assert caught.value.code == "name_too_long"
 

@@ -17,6 +17,9 @@ from factories import Places, decode, free_port, program, put_pictures, wait_unt
 
 from jobs.ledger import Ledger
 from jobs.store import Store
+from producer import requests
+from producer.access import Caller
+from producer.api import Pictures
 from producer.local import LocalStack, Process, inherited_environment
 
 KEY = "only-for-this-test"
@@ -120,8 +123,8 @@ def test_a_request_reserved_by_a_killed_process_is_made_by_the_next(
     stack: LocalStack, api: Api, ledger: Ledger, places: Places
 ) -> None:
     body = asked(places, keys=["a.jpg"])
-    made = api.call("POST", "/v1/requests", body, once="killed")[1]["request_id"]
-    ledger._redis.delete(f"cf:job:{made}")  # as if the process had been killed before the job was there
+    caller = Caller("shop", (), (), 1)
+    made = requests.reserve(caller, "killed", Pictures(**body).model_dump(), ledger)  # type: ignore[arg-type]  # as text
 
     again = api.call("POST", "/v1/requests", body, once="killed")[1]["request_id"]
 

@@ -135,11 +135,16 @@ class Wire:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(AttributeError):  # a TLS transport that is closed has forgotten its socket
+        _linger_not(writer)
+    writer.transport.abort()
+
+
+def _linger_not(writer: asyncio.StreamWriter) -> None:
     found = writer.get_extra_info("socket")
     if found is not None:
         with contextlib.suppress(OSError):
             found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    writer.transport.abort()
 
 
 @dataclasses.dataclass(frozen=True)

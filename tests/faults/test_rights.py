@@ -1,0 +1,122 @@
+"""A Valkey that speaks TLS only and knows a user for each role: all works, and each is refused what is not its."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import trustme
+from factories import Places, free_port, put_pictures, wait_until
+from faults.fleet import ROOT, Fleet
+from faults.proxy import Wire
+from redis.exceptions import AuthenticationError, NoPermissionError
+
+from jobs.ledger import Ledger
+from producer.local import Process, inherited_environment, valkey_program
+
+ROLES = ("producer", "dispatcher", "worker", "flower")
+
+
+class Guarded:
+    """The server and the URL of each role. The wheel's Valkey has no TLS of its own: the test's proxy ends it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._port = free_port()
+        acl = (ROOT / "infra" / "redis" / "users.acl").read_text() + "user test on >test ~* &* +@all\n"
+        (folder / "users.acl").write_text(acl)
+        command = [valkey_program(), "--port", str(self._port), "--dir", str(folder), "--save", ""]
+        command += ["--aclfile", str(folder / "users.acl")]
+        self.server = Process(command, log=folder / "valkey.log", env={})
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        self._ca = folder / "ca.pem"
+        self.wire = Wire(self._port, tls=context)
+        self.redis = redis.Redis(port=self._port, username="test", password="test", decode_responses=True)
+
+    def url(self, role: str, password: str = "") -> str:
+        return (
+            f"rediss://{role}:{password or f'change-{role}'}@127.0.0.1:{self.wire.port}/0"
+            f"?ssl_cert_reqs=required&ssl_ca_certs={self._ca}"
+        )
+
+    def denied(self) -> list[str]:
+        return [
+            f"{row['username']}: {row['reason']} {row['object']} ({row['context']})" for row in self.redis.acl_log()
+        ]
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Guarded]:
+    guarded = Guarded(tmp_path)
+    with guarded.wire:
+        wait_until(lambda: is_up(guarded.redis), what=guarded.server.last_words())
+        yield guarded
+    guarded.redis.close()
+    guarded.server.stop()
+
+
+def is_up(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+def test_every_role_does_its_work_over_tls_with_its_own_rights(fleet: Fleet, places: Places, guarded: Guarded) -> None:
+    put_pictures(fleet.store, places, 4)
+    with Ledger(guarded.url("producer"), name="guarded") as ledger:
+        fleet.workers.start(redis_url=guarded.url("worker"), ready=False)
+        fleet.dispatchers.start(redis_url=guarded.url("dispatcher"))
+        flower = Process(
+            [str(Path(".venv/bin/python").absolute()), "-m", "producer.flower", "--address=127.0.0.1", "--port=0"],
+            log=fleet.stack.folder / "logs" / "flower.log",
+            env=inherited_environment()
+            | {"CUTFLEET_REDIS_URL": guarded.url("flower"), "FLOWER_BASIC_AUTH": "night:shift"},
+        )
+        env = {"CUTFLEET_REDIS_URL": guarded.url("producer")}
+        try:
+            wait_until(lambda: bool(ledger.workers()), what=fleet.workers.words())
+            wait_until(lambda: "Connected to" in flower.last_words(), what=flower.last_words())
+            for lane in ("backfill", "live"):
+                more = ("--to", f"{places.to}{lane}/", "--model", "stand-in", "--lane", lane, "--wait")
+                ran = fleet.run("submit", places.source, *more, env=env)
+                assert ran.returncode == 0, (ran.stderr, guarded.denied())
+                job = ran.stdout.split()[0]
+                assert ledger.job(job).done == 4
+            assert fleet.run("status", job, env=env).returncode == 0
+        finally:
+            flower.stop()
+    assert set(fleet.workers.dismiss() + fleet.dispatchers.dismiss()) == {0}
+    assert guarded.denied() == []
+
+
+@pytest.mark.parametrize(
+    ("role", "command"),
+    [
+        ("producer", ("BRPOP", "live.u2netp", "1")),
+        ("producer", ("HGETALL", "unacked")),
+        ("dispatcher", ("HDEL", "unacked", "tag")),
+        ("dispatcher", ("PUBLISH", "/0.celery.pidbox", "shutdown")),
+        ("worker", ("FLUSHALL",)),
+        ("worker", ("CONFIG", "GET", "*")),
+        ("worker", ("GET", "somebody-elses")),
+        ("flower", ("HGETALL", "cf:job:1")),
+        ("flower", ("LPUSH", "live.u2netp", "x")),
+        ("flower", ("RPOP", "backfill.u2netp")),
+        ("flower", ("ACL", "SETUSER", "flower", "allkeys")),
+    ],
+)
+def test_each_role_is_refused_what_is_not_its(guarded: Guarded, role: str, command: tuple[str, ...]) -> None:
+    with redis.Redis.from_url(guarded.url(role)) as client, pytest.raises(NoPermissionError):
+        client.execute_command(*command)
+
+
+def test_nobody_comes_in_without_a_name_and_its_password(guarded: Guarded) -> None:
+    for role, password in (("worker", "guess"), ("default", "x")):
+        with redis.Redis.from_url(guarded.url(role, password)) as client, pytest.raises(AuthenticationError):
+            client.ping()

@@ -1,0 +1,44 @@
+"""A message that its worker holds for longer than the broker's visibility timeout is not delivered a second time."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import redis
+from factories import Places, put_pictures, wait_until
+from faults.fleet import Fleet, Reference, Submit
+from faults.terms import VISIBILITY_S
+from faults.truth import prove
+
+PICTURE_MS = 1000 * 3 * VISIBILITY_S
+
+
+@pytest.mark.timeout(240)
+def test_a_picture_that_takes_longer_than_the_visibility_timeout_is_delivered_once(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    """kombu itself renews nothing: `workers.consumer.VisibilityLease` does."""
+    names = put_pictures(fleet.store, places, 1)
+    for _ in range(2):  # one more than is needed, so that a message that came back would find a worker
+        fleet.workers.start(slots="1", test_device_ms=str(PICTURE_MS))
+    with redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker, fleet.dispatcher():
+        job = submit()
+        wait_until(lambda: broker.hlen("unacked") == 1, what="a worker holds the message")
+        began = time.monotonic()
+
+        wait_until(lambda: is_final(fleet, job, broker), what="the picture is done, its message delivered once")
+        held_s = time.monotonic() - began
+
+        prove(fleet, job, places, names=names, reference=reference)
+    assert held_s > 2 * VISIBILITY_S, "it was not held for long enough to show anything"
+    assert fleet.workers.dismiss() == [0, 0]
+
+
+def is_final(fleet: Fleet, job: str, broker: redis.Redis) -> bool:
+    """Fails on a message that was delivered again: kombu marks it so."""
+    for held in broker.hvals("unacked"):
+        message = json.loads(held)[0]
+        assert not message["headers"].get("redelivered"), "the message came back while its worker held it"
+    return fleet.ledger.job(job).done == 1

@@ -35,16 +35,18 @@ def test_of_two_dispatchers_one_works_and_one_that_was_frozen_changes_nothing(
 ) -> None:
     names = put_pictures(fleet.store, places, PICTURES)
     fleet.workers.start(test_device_ms="100")
-    with fleet.dispatcher() as first, fleet.dispatcher():
-        wait_until(lambda: fleet.active() > 0)
-        job = submit()
-        wait_until(lambda: fleet.ledger.job(job).done > 2)
-        epoch = fleet.active()
-        os.kill(first, signal.SIGSTOP)
-        wait_until(lambda: fleet.active() > epoch)
-        os.kill(first, signal.SIGCONT)
+    before = fleet.active()
+    with fleet.dispatcher() as first:
+        wait_until(lambda: fleet.active() > before, what="the first is active, before there is a second")
+        with fleet.dispatcher():
+            job = submit()
+            wait_until(lambda: fleet.ledger.job(job).done > 2)
+            epoch = fleet.active()
+            os.kill(first, signal.SIGSTOP)
+            wait_until(lambda: fleet.active() > epoch)
+            os.kill(first, signal.SIGCONT)
 
-        truth = prove(fleet, job, places, names=names, reference=reference)
+            truth = prove(fleet, job, places, names=names, reference=reference)
 
     assert truth.counts["done"] == PICTURES
     assert set(fleet.workers.published(places).values()) == {1}

@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/cutfleet demo $(PHOTOS)
 
 test: $(READY) $(PROMETHEUS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile  # most of its time it waits for servers; a file shares its servers
 
 check: $(READY)
 	$(BIN)/ruff format --check .

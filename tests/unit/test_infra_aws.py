@@ -20,6 +20,7 @@ S3 = {
     "head_object": "s3:GetObject",
     "get_object": "s3:GetObject",
     "download_file": "s3:GetObject",
+    "generate_presigned_url": "s3:GetObject",  # who opens the link has the signer's rights
     "put_object": "s3:PutObject",
 }
 LOCAL_ONLY = {"create_bucket", "close", "meta"}

@@ -1,4 +1,4 @@
-"""The policies grant each role what its code calls, and nothing more."""
+"""Together the policies grant what the code calls, and nothing more; which role makes which call is not tried here."""
 
 from __future__ import annotations
 

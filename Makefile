@@ -5,13 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PROMETHEUS := $(BIN)/prometheus
+CHROMIUM := $(BIN)/chromium
 
 .PHONY: demo test faults check bench readme locks clean
 
 demo: $(READY)
 	$(BIN)/cutfleet demo $(PHOTOS)
 
-test: $(READY) $(PROMETHEUS)
+test: $(READY) $(PROMETHEUS) $(CHROMIUM)
 	$(BIN)/python -m pytest -n 3 --dist loadfile  # most of its time it waits for servers; a file shares its servers
 
 check: $(READY)
@@ -36,6 +37,9 @@ clean:
 
 $(PROMETHEUS): | $(READY)
 	tests/get-prometheus.sh $(BIN)
+
+$(CHROMIUM): | $(READY)
+	tests/get-chromium.sh $(BIN)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -11,13 +11,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from factories import Places
+from factories import Places, program
 
 from jobs.ledger import Ledger
 from jobs.store import Location, Store
 from producer.local import LocalStack, inherited_environment
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("CUTFLEET_TEST_DATA") or ROOT.parent / "shared")
@@ -45,6 +49,18 @@ def fleet(stack: LocalStack) -> LocalStack:
     stack.start_dispatcher()
     stack.start_worker(device="cpu")
     return stack
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window, from `tests/get-chromium.sh`. Of one module: while it is open, playwright's loop runs
+    in this thread, and no other can. Without its sandbox, which root may not have: it opens our own pages only."""
+    from playwright.sync_api import sync_playwright  # here: few runs need it
+
+    with sync_playwright() as play:
+        found = play.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
+        yield found
+        found.close()
 
 
 @pytest.fixture

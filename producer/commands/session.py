@@ -1,0 +1,116 @@
+"""What commands share: exit codes, settings with ledger and store, progress, waiting for a job, the signal to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobs.errors import SettingsError
+
+if TYPE_CHECKING:
+    import threading
+
+    from jobs.job import Job
+    from jobs.ledger import Ledger
+    from jobs.settings import Settings
+    from jobs.store import Store
+
+ALL_DONE, SOME_FAILED, USAGE, DEADLINE, UNREACHABLE = range(5)
+WRONG = SOME_FAILED
+
+
+@contextmanager
+def open_ledger() -> Iterator[tuple[Settings, Ledger]]:
+    from jobs.ledger import Ledger
+    from jobs.settings import load_settings
+
+    settings = load_settings()
+    with Ledger(settings.redis_url, name=settings.redis_name) as ledger:
+        yield settings, ledger
+
+
+@contextmanager
+def open_services() -> Iterator[tuple[Settings, Ledger, Store]]:
+    from jobs.store import Store
+
+    with open_ledger() as (settings, ledger):
+        ledger.ping()
+        with Store(settings.s3_endpoint, connections=16) as store:
+            yield settings, ledger, store
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int], None]]:
+    from producer.show import Counter
+
+    with Counter(what) as counter:
+        yield counter.update
+
+
+def told_to_stop() -> threading.Event:
+    """Set by SIGTERM and Ctrl-C."""
+    import signal
+    import threading
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def gathers(name: str, build: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command several options as one value, its argument `name`: a dataclass with a field for each."""
+    import dataclasses
+    import functools
+
+    fields = [field.name for field in dataclasses.fields(build)]  # type: ignore[arg-type]  # mypy can't say so of a class
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def gathered(**told: Any) -> None:
+            value = build(**{field: told.pop(field) for field in fields})
+            command(**{name: value}, **told)
+
+        for option in reversed(options):
+            option(gathered)
+        return gathered
+
+    return decorate
+
+
+def check_webhook(url: str, pictures: bool, settings: Settings) -> None:
+    from producer.webhooks import check_webhook as check
+
+    if url:
+        check(url, settings)
+    elif pictures:
+        raise SettingsError("Say whom to tell of the pictures: --webhook URL.")
+
+
+def wait_until_closed(job_id: str, ledger: Ledger, *, timeout_s: float | None) -> int:
+    """The exit code."""
+    from producer.show import wait_for
+
+    job = wait_for(job_id, ledger, timeout_s=timeout_s)
+    show_job(job, ledger, err=True)
+    if job.closed is None:
+        click.echo(f"cutfleet: still {job.open} pictures open after {timeout_s:g} s [deadline]", err=True)
+        return DEADLINE
+    return SOME_FAILED if job.failed else ALL_DONE
+
+
+def show_job(job: Job, ledger: Ledger, *, err: bool = False) -> None:
+    from producer.show import job_lines
+
+    served = job.closed is not None or is_served(job, ledger)
+    for line in job_lines(job, served=served, tally=ledger.tally(job.id)):
+        click.echo(line, err=err)
+
+
+def is_served(job: Job, ledger: Ledger) -> bool:
+    from producer.fleet import count_served
+
+    return job.model in count_served(ledger.workers())

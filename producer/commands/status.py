@@ -1,0 +1,126 @@
+"""What became of jobs and pictures: status, jobs, wait, dead."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from jobs.errors import SettingsError
+from producer.commands.session import open_ledger, open_services, show_job, wait_until_closed
+
+if TYPE_CHECKING:
+    from jobs.job import Failure, Job
+    from jobs.ledger import Ledger
+
+
+@click.command()
+@click.argument("what", metavar="JOB|s3://BUCKET/KEY")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--failed", is_flag=True, help="List the pictures that failed: key, code, reason.")
+@click.option("--flagged", is_flag=True, help="List the pictures to look at: key, why, rules that were not passed.")
+@click.option("--watch", "live", is_flag=True, help="A live screen until the job is closed.")
+def status(what: str, as_json: bool, failed: bool, flagged: bool, live: bool) -> None:
+    """What became of a job, or of one source picture."""
+    from dataclasses import asdict
+
+    if live and (as_json or failed or flagged or what.startswith("s3://")):
+        raise SettingsError("--watch shows a job, and goes with no other option.")
+    if what.startswith("s3://"):
+        _picture_status(what, as_json)
+        return
+    if live:
+        _watch_job(what)
+        return
+    with open_ledger() as (_, ledger):
+        job = ledger.job(what)
+        failures = _failures(job, ledger) if failed else []
+        remarks = list(ledger.remarks(what).values()) if flagged else []
+        if as_json:
+            rows = [{"key": f.key, "code": f.code, "message": f.message, "tries": f.tries} for _, f in failures]
+            told = job.summary() | {"tally": asdict(ledger.tally(what))} | ({"failures": rows} if failed else {})
+            told |= {"flagged": [json.loads(remark.to_json()) for remark in remarks]} if flagged else {}
+            click.echo(json.dumps(told, ensure_ascii=False))
+            return
+        if not failed and not flagged:
+            show_job(job, ledger)
+        for _, failure in failures:
+            click.echo(f"{failure.key}\t{failure.code}\t{failure.message}")
+        for remark in remarks:
+            click.echo(f"{remark.key}\t{','.join(remark.review)}\t{'; '.join(remark.complaints())}")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
+def jobs(as_json: bool) -> None:
+    """The newest jobs."""
+    from producer.show import jobs_table
+
+    with open_ledger() as (_, ledger):
+        found = ledger.jobs()
+        if as_json:
+            for job in found:
+                click.echo(json.dumps(job.summary(), ensure_ascii=False))
+            return
+        jobs_table(found)
+
+
+@click.command()
+@click.argument("job")
+@click.option("--timeout", "timeout_s", type=float, metavar="S", help="Give up after S seconds (exit code 3).")
+def wait(job: str, timeout_s: float | None) -> None:
+    """Wait until a job is closed: exit code 0 when all is done, 1 when some pictures failed."""
+    with open_ledger() as (_, ledger):
+        ledger.job(job)
+        sys.exit(wait_until_closed(job, ledger, timeout_s=timeout_s))
+
+
+@click.command()
+@click.argument("job")
+@click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
+def dead(job: str, as_json: bool) -> None:
+    """The dead letters of a job: every picture that failed, its code, tries, time, worker and reason."""
+    from producer.dead import failures_of, json_row
+    from producer.show import dead_line
+
+    with open_services() as (_, ledger, store):
+        for index, failure in failures_of(ledger.job(job), ledger=ledger, store=store):
+            click.echo(json_row(index, failure) if as_json else dead_line(failure))
+
+
+def _failures(job: Job, ledger: Ledger) -> list[tuple[int, Failure]]:
+    """In order of index. The store is asked only for what the ledger no longer holds."""
+    if not job.spills:
+        return sorted(ledger.failures(job.id), key=lambda pair: pair[0])
+    from producer.dead import failures_of
+
+    with open_services() as (_, _, store):
+        return sorted(failures_of(job, ledger=ledger, store=store), key=lambda pair: pair[0])
+
+
+def _watch_job(job: str) -> None:
+    from rich.console import Console
+
+    from producer.live import watch_job
+
+    with open_ledger() as (_, ledger):
+        ledger.job(job)
+        watch_job(job, ledger, console=Console())
+
+
+def _picture_status(uri: str, as_json: bool) -> None:
+    from jobs.store import Location
+    from producer.report import picture_status
+
+    with open_services() as (_, ledger, store):
+        found = picture_status(Location.parse(uri), ledger=ledger, store=store)
+    if as_json:
+        click.echo(json.dumps(found.summary(), ensure_ascii=False))
+        return
+    for name, value in found.summary().items():
+        click.echo(f"{name + ':':9} {value}")
+
+
+COMMANDS = (status, jobs, wait, dead)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from jobs.broker import lane_queue
 from jobs.errors import ImageError, OutputError
 from jobs.job import Job
-from jobs.ledger import MAX_ROWS, Ledger
+from jobs.ledger import FEED_ROWS, MAX_ROWS, Ledger
 from jobs.message import ImageTask
 from jobs.presets import RENDER
 from jobs.store import Store
@@ -171,7 +171,7 @@ class Feeder:
         again = self._feed_again(epoch, job, min(count, MAX_ROWS)) if job.again else 0
         cursor, end = job.cursor, min(_end(job), job.cursor + count - again)
         while cursor < end:
-            tasks = self._tasks(job, cursor, min(end - cursor, MAX_ROWS))
+            tasks = self._tasks(job, cursor, min(end - cursor, FEED_ROWS))
             rows = [message_row(task, job) for task in tasks]
             if not self._ledger.feed(epoch, job.id, cursor, rows, lease_s=self._lease_s):
                 break

@@ -18,7 +18,7 @@ import redis
 
 from jobs.broker import TASK_NAME, lane_queue, make_app, render, task_of, worker_queues
 from jobs.job import ImageState, Job, ManifestPart
-from jobs.ledger import MAX_ROWS, Ledger
+from jobs.ledger import FEED_ROWS, Ledger
 from jobs.message import ImageTask
 from producer.local import LocalStack
 from tests.bench.report import Row, row, tell
@@ -107,10 +107,10 @@ def _feed(ledger: Ledger, job: Job, count: int) -> None:
     ledger.add_part(job.id, ManifestPart(0, "a", "z", count))
     ledger.finish_listing(job.id)
     queue = lane_queue(job.lane, job.model)
-    for cursor in range(0, count, MAX_ROWS):
+    for cursor in range(0, count, FEED_ROWS):
         tasks = [
             ImageTask(job.id, index, f"photos/{index:08d}.jpg", "0" * 32, 500_000, job.lane)
-            for index in range(cursor, min(count, cursor + MAX_ROWS))
+            for index in range(cursor, min(count, cursor + FEED_ROWS))
         ]
         rows = [(queue, render(task, source_uri=f"s3://in/{task.key}")) for task in tasks]
         assert ledger.feed(epoch, job.id, cursor, rows, lease_s=600)

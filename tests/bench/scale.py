@@ -95,9 +95,9 @@ def _measure(stack: LocalStack, ledger: Ledger, folder: Path, options: argparse.
         process.start()
     samples = Samples()
     try:
-        while not ledger.jobs():
+        while not (found := ledger.jobs()):
             time.sleep(0.05)
-        job, listed_s = _watch(ledger, url, started, samples, [dispatcher, *workers])
+        job, listed_s = _watch(ledger, found[0].id, url, started, samples, [dispatcher, *workers])
         seconds = time.monotonic() - started
         submission = told.get()
     finally:
@@ -106,16 +106,18 @@ def _measure(stack: LocalStack, ledger: Ledger, folder: Path, options: argparse.
     for process in (*workers, dispatcher, submitter):
         process.join()
     _check(ledger, job, count, figures)
-    samples.quiet_ms = [_status(ledger)[1] for _ in range(QUIET_LOOKS)]
+    samples.quiet_ms = [_status(ledger, job.id)[1] for _ in range(QUIET_LOOKS)]
     yield from _rows(count, seconds, listed_s, submission, samples, figures)
 
 
-def _watch(ledger: Ledger, url: str, started: float, samples: Samples, processes: list[Any]) -> tuple[Job, float]:
+def _watch(
+    ledger: Ledger, job_id: str, url: str, started: float, samples: Samples, processes: list[Any]
+) -> tuple[Job, float]:
     """Until the job is closed: how long a status takes, and what Redis holds."""
     listed_s, next_line = 0.0, started
     with redis.Redis.from_url(url) as client:
         while True:
-            job, ms = _status(ledger)
+            job, ms = _status(ledger, job_id)
             samples.status_ms.append(ms)
             memory: Any = client.info("memory")
             samples.memory_mb = memory["used_memory_peak"] / 1e6
@@ -134,11 +136,12 @@ def _watch(ledger: Ledger, url: str, started: float, samples: Samples, processes
             time.sleep(SAMPLE_S)
 
 
-def _status(ledger: Ledger) -> tuple[Job, float]:
-    """What `cutfleet status` asks for, and how many milliseconds the answer took."""
+def _status(ledger: Ledger, job_id: str) -> tuple[Job, float]:
+    """What `cutfleet status JOB` asks for, and how many milliseconds the answers took."""
     before = time.perf_counter()
-    job = ledger.jobs(limit=1)[0]
+    job = ledger.job(job_id)
     ledger.workers()
+    ledger.tally(job_id)
     return job, 1000 * (time.perf_counter() - before)
 
 

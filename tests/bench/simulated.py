@@ -57,16 +57,17 @@ class _Together(Ledger):
         super().__init__(url, name="the simulation")
         self._gathered: list[tuple[str | int | float, ...]] = []
         self.ping()
-        self._redis.script_load(self._script.script)
+        for script in self._scripts.values():
+            self._redis.script_load(script.script)
 
-    def _move(self, *args: str | int | float) -> Any:
-        self._gathered.append(args)
+    def _move(self, move: str, *args: str | int | float) -> Any:
+        self._gathered.append((move, *args))
         return ["gathered"]
 
     def send(self) -> list[Any]:
         with self._redis.pipeline(transaction=False) as pipe:
             for args in self._gathered:
-                pipe.evalsha(self._script.sha, 0, *args)
+                pipe.evalsha(self._scripts[str(args[0])].sha, 0, *args)
             self._gathered.clear()
             return list(pipe.execute())
 

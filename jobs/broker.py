@@ -110,7 +110,7 @@ _FILLED = {"@ID@": "%(id)s", '"@ARGS@"': "%(args)s", "@BODY@": "%(body)s"}
 
 def _make_template() -> str:
     """A message with places for what differs: rendering one whole takes twice as long. Ids need no escape."""
-    headers = {
+    headers: dict[str, object] = {
         "lang": "py",
         "task": TASK_NAME,
         "shadow": None,

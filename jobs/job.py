@@ -10,6 +10,9 @@ from typing import Any
 
 from jobs.message import Lane
 
+_PARTS = 10_000
+"""Redis counts in whole numbers: figures have four digits behind the point."""
+
 
 class ImageState(enum.IntEnum):
     """The four bits of an image."""
@@ -39,7 +42,8 @@ class Job:
     are fed before it pauses for a look. `again`: images to be fed once more. `window`: images fed and not final.
     `spills`: parts of its failures that stand in S3. `judged_*`: counts when a person last unpaused it.
     `watch`: the watch that feeds it. `unrecorded`: live images that stand in no part of its manifest yet.
-    `untold`: events that its webhook could not be told of.
+    `untold`: events that its webhook could not be told of. `asked`: which pictures of its source, for going on with a
+    listing.
     """
 
     id: str
@@ -55,6 +59,7 @@ class Job:
     rate: float | None = None
     sample: int | None = None
     watch: str = ""
+    asked: str = ""
     webhook: str = ""
     webhook_pictures: bool = False
     closed: float | None = None
@@ -101,7 +106,7 @@ class Job:
         fields = {name: getattr(self, name) for name in names} | {"conditional": str(int(self.conditional))}
         pace = {"weight": self.weight, "rate": self.rate, "sample": self.sample}
         fields |= {name: str(value) for name, value in pace.items() if value is not None}
-        flags = {"webhook": self.webhook, "webhook_pictures": "1" if self.webhook_pictures else ""}
+        flags = {"asked": self.asked, "webhook": self.webhook, "webhook_pictures": "1" if self.webhook_pictures else ""}
         return fields | {name: value for name, value in flags.items() if value}
 
     def summary(self) -> dict[str, Any]:
@@ -160,10 +165,13 @@ class Remark:
         """Whether a person should hear of it; the others are only counted."""
         return bool(self.review) or any(worst_verdict(found) != "pass" for found in self.rules.values())
 
-    def words(self) -> list[str]:
-        """What is counted of it: `review REASON`, `rules RENDITION VERDICT`."""
-        reasons = [f"review {reason}" for reason in self.review]
-        return reasons + [f"rules {name} {worst_verdict(found)}" for name, found in self.rules.items()]
+    def counts(self) -> dict[str, int]:
+        """What it adds to its job's tally: `review REASON`, `rules RENDITION VERDICT`, and of its figures the sums."""
+        counts = {f"review {reason}": 1 for reason in self.review}
+        counts |= {f"rules {name} {worst_verdict(found)}": 1 for name, found in self.rules.items()}
+        if self.figures:
+            counts["measured"] = 1
+        return counts | {f"sum {name}": round(value * _PARTS) for name, value in self.figures.items()}
 
     def complaints(self) -> list[str]:
         """Each rule that was not passed, in words."""
@@ -185,24 +193,47 @@ def worst_verdict(found: Iterable[tuple[str, str, str, str]]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Effort:
+    """What an image took, and what it was made by. `made`: the recipe's fingerprint with the worker's model, empty
+    where that does not tell. `worker_s`: its share of a worker's time."""
+
+    made: str
+    worker_s: float
+
+    def counts(self) -> dict[str, int]:
+        counts = {"worker_ms": round(1000 * self.worker_s)} if self.worker_s else {}
+        return counts | ({f"made {self.made}": 1} if self.made else {})
+
+
+@dataclasses.dataclass(frozen=True)
 class Tally:
-    """How many images have each review reason, and each verdict by rendition."""
+    """Of a job's images: how many have each review reason, and each verdict by rendition; the mean of each figure of
+    their masks; workers' time for those that were done; how many were made, or found, by each fingerprint."""
 
     review: Mapping[str, int]
     rules: Mapping[str, Mapping[str, int]]
+    quality: Mapping[str, float]
+    worker_s: float
+    made: Mapping[str, int]
 
     @classmethod
-    def of_words(cls, counts: Mapping[str, int]) -> Tally:
-        """`counts`: of what `Remark.words` gives."""
+    def of_counts(cls, counts: Mapping[str, int]) -> Tally:
+        """`counts`: sums of what `Remark.counts` and `Effort.counts` give."""
         review: dict[str, int] = {}
         rules: dict[str, dict[str, int]] = {}
+        quality: dict[str, float] = {}
+        made: dict[str, int] = {}
         for word, count in sorted(counts.items()):
             match word.split(" "):
                 case ["review", reason]:
                     review[reason] = count
                 case ["rules", rendition, verdict]:
                     rules.setdefault(rendition, {})[verdict] = count
-        return cls(review, rules)
+                case ["sum", figure]:
+                    quality[figure] = round(count / _PARTS / counts["measured"], 4)
+                case ["made", fingerprint]:
+                    made[fingerprint] = count
+        return cls(review, rules, quality, counts.get("worker_ms", 0) / 1000, made)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +264,7 @@ def job_from_fields(job: str, fields: Mapping[str, str]) -> Job:
         rate=float(fields["rate"]) if "rate" in fields else None,
         sample=int(fields["sample"]) if "sample" in fields else None,
         watch=fields.get("watch", ""),
+        asked=fields.get("asked", ""),
         webhook=fields.get("webhook", ""),
         webhook_pictures="webhook_pictures" in fields,
         closed=float(fields["closed"]) if "closed" in fields else None,

@@ -15,7 +15,7 @@
 -- cf:job:JOB:failures     hash    index -> {key, code, message, tries, at, worker}; many: S3       as the job
 -- cf:job:JOB:again        hash    index -> key, of images to be fed once more                      until fed
 -- cf:job:JOB:remarks      hash    index -> {key, review, figures, rules}: the first MAX_REMARKS    as the job
--- cf:job:JOB:tally        hash    review reason or rendition's verdict -> how many images          as the job
+-- cf:job:JOB:tally        hash    of done and skipped images: word -> count (see Remark and Tally)  as the job
 -- cf:waiting              zset    image on a queue, unclaimed -> when to look whether it still is  window only
 -- cf:leased               zset    image a worker has claimed -> when its lease ends                window only
 -- cf:retry                zset    image to be tried again -> when                                  window only
@@ -384,7 +384,7 @@ function move.renew(lease, ...)
 end
 
 -- The image is final. ok: counted now. final: it was before. stale: this token no longer holds it; nothing changed.
--- Of a done image: a remark, empty when there is nothing to say, and words to count.
+-- Of a done image: a remark, empty when there is nothing to say, and what it adds to the job's tally: word, count ...
 function move.finish(id, token, state, failure, remark, ...)
   local job, index = split(id)
   if not holds(id, token) then
@@ -398,7 +398,8 @@ function move.finish(id, token, state, failure, remark, ...)
     if remark ~= '' and call('HLEN', key .. ':remarks') < MAX_REMARKS then
       call('HSET', key .. ':remarks', index, remark)
     end
-    for _, word in ipairs({...}) do call('HINCRBY', key .. ':tally', word, 1) end
+    local counts = {...}
+    for i = 1, #counts, 2 do call('HINCRBY', key .. ':tally', counts[i], counts[i + 1]) end
     tell(job, id, 'webhook_pictures')
   end
   leave_window(id)

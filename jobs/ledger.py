@@ -30,7 +30,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from jobs.errors import CutfleetError, JobError, ServiceUnavailable
-from jobs.job import Failure, ImageState, Job, ManifestPart, Remark, Tally, job_from_fields
+from jobs.job import Effort, Failure, ImageState, Job, ManifestPart, Remark, Tally, job_from_fields
 from jobs.message import Lane
 
 MAX_ROWS = 500
@@ -254,7 +254,7 @@ class Ledger:
 
     def tally(self, job: str) -> Tally:
         counts = self._call("hgetall", f"cf:job:{job}:tally")
-        return Tally.of_words({word: int(count) for word, count in counts.items()})
+        return Tally.of_counts({word: int(count) for word, count in counts.items()})
 
     def failure(self, job: str, index: int) -> Failure | None:
         text = self._call("hget", f"cf:job:{job}:failures", str(index))
@@ -315,13 +315,19 @@ class Ledger:
         return list(self._move("renew", lease_s, *_flat(held))) if held else []
 
     def finish(
-        self, claim: Claim, state: ImageState, failure: Failure | None = None, *, remark: Remark | None = None
+        self,
+        claim: Claim,
+        state: ImageState,
+        failure: Failure | None = None,
+        *,
+        remark: Remark | None = None,
+        effort: Effort | None = None,
     ) -> str:
         """`ok`, `final` (it was before) or `stale` (not held any more; nothing changed)."""
         text = failure.to_json() if failure else ""
         said = remark.to_json() if remark and remark.is_notable else ""
-        words = remark.words() if remark else []
-        return str(self._move("finish", claim.image, claim.token, int(state), text, said, *words))
+        counts = (remark.counts() if remark else {}) | (effort.counts() if effort else {})
+        return str(self._move("finish", claim.image, claim.token, int(state), text, said, *_flat(counts)))
 
     def defer(self, claim: Claim, *, pause_s: float) -> str:
         """Uses up one try; the dispatcher publishes the image again after `pause_s`."""

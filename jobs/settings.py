@@ -80,6 +80,13 @@ class Settings(BaseSettings):
     )
     watch_token: str = Field("", repr=False, description="What senders of webhooks to `cutfleet watch` must show.")
     api_keys: str = Field("", description="The file of the HTTP API's keys and their rights, for `cutfleet serve`.")
+    worker_usd: float = Field(
+        3.0, ge=0, description="Price of a worker's hour, in USD; the default is near what clouds ask for an H100."
+    )
+    s3_write_usd: float = Field(
+        0.005, ge=0, description="Price of 1,000 PUT or LIST requests, in USD; default: S3 Standard, us-east-1."
+    )
+    s3_read_usd: float = Field(0.0004, ge=0, description="Price of 1,000 GET or HEAD requests, in USD; likewise.")
     log_format: Literal["text", "json"] = Field("text", description="Logs for people or for programs, on stderr.")
 
     @field_validator("redis_url")

@@ -46,6 +46,7 @@ class Dispatcher:
         self.metrics.listen(ledger=ledger, store=store)
         self._ledger = ledger
         self._store = store
+        self._settings = settings
         self._lease_s = settings.lease_s
         self._failed_share = settings.max_failed_share
         self._keep_s = settings.keep_days * 86_400
@@ -185,7 +186,7 @@ class Dispatcher:
     def _record_and_report(self, epoch: int, job: Job) -> None:
         while job.unrecorded and record_live(job, epoch=epoch, store=self._store, ledger=self._ledger):
             job = self._ledger.job(job.id)
-        write_report(job, ledger=self._ledger, store=self._store)
+        write_report(job, self._settings, ledger=self._ledger, store=self._store)
 
 
 def fails_too_much(job: Job, share: float) -> bool:

@@ -18,7 +18,7 @@ from jobs.broker import worker_queues
 from jobs.errors import ServiceUnavailable
 from jobs.job import Job
 from jobs.ledger import Ledger, Survey
-from producer.show import job_lines
+from producer.show import in_words, job_lines
 
 LOOK_S = 1.0
 PACE_S = 300.0
@@ -86,7 +86,7 @@ def screen(
     left = pace.remaining_s(job.open)
     speed = "not known yet" if pace.rate is None else f"{pace.rate:,.1f} a second"
     if job.closed is None:
-        ends = "" if left is None else f", {_span(left)} left" + ("" if job.listed else " for what is listed so far")
+        ends = "" if left is None else f", {in_words(left)} left" + ("" if job.listed else " for what is listed so far")
         lines.append(Text(f"rate:      {speed}{ends}"))
         lengths = (f"{count} on {queue}" for queue, (count, _) in survey.queues.items() if count)
         lines.append(Text("queues:    " + (", ".join(lengths) or "empty") + f"; {survey.leased} held by workers"))
@@ -103,11 +103,3 @@ def _workers(workers: Mapping[str, Mapping[str, str]], model: str) -> Table:
             told = [facts.get(name, "") for name in ("in_flight", "pictures", "rate")]
             table.add_row(node, *told)
     return table
-
-
-def _span(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    days, hours = minutes // 1440, minutes // 60 % 24
-    return f"{days} d {hours} h" if days else f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"

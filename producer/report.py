@@ -1,9 +1,9 @@
 """What became of a job, joined from manifest and ledger, and of one picture.
 
-In S3 under TO/_cutfleet/JOB/report/: summary.json, and one CSV of succeeded and of failed images for each part of the
-manifest, in the columns of S3 Batch Operations reports (no header): Bucket, Key, VersionId, TaskStatus, ErrorCode,
-HTTPStatusCode, ResultMessage; remarks.jsonl: what there is to say of done images (key, review, figures, rules), the
-first ten thousand.
+In S3 under TO/_cutfleet/JOB/report/: summary.json (counts, rates, cost, quality, verdicts), and one CSV of succeeded
+and of failed images for each part of the manifest, in the columns of S3 Batch Operations reports (no header): Bucket,
+Key, VersionId, TaskStatus, ErrorCode, HTTPStatusCode, ResultMessage; remarks.jsonl: what there is to say of done images
+(key, review, figures, rules), the first ten thousand.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jobs.broker import task_of
-from jobs.job import Failure, ImageState, Job
+from jobs.job import Failure, ImageState, Job, Tally
 from jobs.ledger import Ledger
+from jobs.recipe import Recipe
+from jobs.settings import Settings
 from jobs.store import Location, Store, image_names, record_location, source_digest
+from producer.costs import bill
 from producer.dead import failures_of, failures_on_disk, json_row
 from producer.manifest import PART_ROWS, read_part
 
@@ -42,7 +45,7 @@ class PictureStatus:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def write_report(job: Job, *, ledger: Ledger, store: Store) -> None:
+def write_report(job: Job, settings: Settings, *, ledger: Ledger, store: Store) -> None:
     """Safe to repeat; one part of the manifest in memory at a time."""
     with failures_on_disk(job, ledger=ledger, store=store) as failures_between:
         for number in range(job.parts):
@@ -63,13 +66,23 @@ def write_report(job: Job, *, ledger: Ledger, store: Store) -> None:
     if remarks:
         lines = "".join(f"{remark.to_json()}\n" for remark in remarks)
         store.put(_location(job, "report/remarks.jsonl"), lines.encode(), content_type="application/jsonl")
-    summary = job.summary() | {
-        "state": "closed",
-        "closed": time.time(),
-        "tally": dataclasses.asdict(ledger.tally(job.id)),
-    }
-    body = json.dumps(summary, indent=1, ensure_ascii=False).encode()
+    body = json.dumps(_summary(job, settings, ledger.tally(job.id)), indent=1, ensure_ascii=False).encode()
     store.put(_location(job, "report/summary.json"), body, content_type="application/json")
+
+
+def _summary(job: Job, settings: Settings, tally: Tally) -> dict[str, Any]:
+    """Counts, rates, cost, and in `tally` what there is to say of all pictures together: figures of their masks,
+    reasons for review, verdicts of each rendition's rules."""
+    closed = time.time()
+    seconds = max(1e-3, closed - job.created)
+    cost = bill(Recipe.from_json(job.recipe), settings, done=job.done, skipped=job.skipped, worker_s=tally.worker_s)
+    rates = {
+        "seconds": round(seconds, 1),
+        "pictures_per_s": round(job.final / seconds, 3),
+        "pictures_per_worker_s": round(job.done / tally.worker_s, 3) if tally.worker_s else None,
+    }
+    more = {"rates": rates, "cost": cost.summary(), "tally": dataclasses.asdict(tally)}
+    return job.summary() | {"state": "closed", "closed": closed} | more
 
 
 def picture_status(source: Location, *, ledger: Ledger, store: Store) -> PictureStatus:

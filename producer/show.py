@@ -103,6 +103,15 @@ def dead_line(failure: Failure) -> str:
     return "\t".join((failure.key, failure.code, str(failure.tries), when, failure.worker, failure.message))
 
 
+def in_words(seconds: float) -> str:
+    """A time, as one would say it."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    days, hours = minutes // 1440, minutes // 60 % 24
+    return f"{days} d {hours} h" if days else f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
+
+
 class _Bar:
     """A bar on a terminal; else a line every ten seconds, from the second on that takes longer than `SILENT_S`."""
 

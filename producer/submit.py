@@ -8,12 +8,14 @@ queue.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from jobs.broker import lane_queue, render
 from jobs.errors import JobError, SettingsError
@@ -61,7 +63,7 @@ def submit(request: Request, *, store: Store, ledger: Ledger, lease_s: float, li
     the store raises when the source can't be listed or the destination not be written.
     """
     check_request(request, ledger)
-    rows = _rows(request, store, after="")
+    rows = rows_of(request, store)
     head = list(itertools.islice(rows, MAX_LIVE + 1))
     if not head:
         raise SettingsError(f"There are no pictures under {request.source}.", code="source_empty")
@@ -77,45 +79,61 @@ def submit(request: Request, *, store: Store, ledger: Ledger, lease_s: float, li
     return ledger.job(job.id)
 
 
-def resume(
-    job_id: str,
-    *,
-    keys: tuple[str, ...] | None = None,
-    manifest: str | None = None,
-    only: Only = EVERYTHING,
-    bad_line: Report = refuse_line,
-    store: Store,
-    ledger: Ledger,
-    listed: Callable[[int], None],
-) -> Job:
-    """Lists on from where a killed `submit` with the same keys, manifest or limits stopped. Safe to repeat; nothing
-    happens to a job that is listed."""
+def resume(job_id: str, request: Request, *, store: Store, ledger: Ledger, listed: Callable[[int], None]) -> Job:
+    """Lists on from where a killed `submit` stopped. Of `request` counts which pictures it asks for: raises `JobError`
+    `other_source` when they are others than the job's. Safe to repeat; nothing happens to a job that is listed."""
     job = ledger.job(job_id)
     if job.listed:
         return job
     if job.watch:
         raise JobError(f"Job {job_id} is fed by `cutfleet watch`: there is nothing to resume.", code="job_watched")
+    _check_asked(job, request)
     last, seen = listed_before(store, job)
-    request = Request(
-        source=job.source,
-        destination=job.destination,
-        recipe=Recipe.from_json(job.recipe),
-        lane=job.lane,
-        name=job.name,
-        keys=keys,
-        manifest=manifest,
-        only=only,
-        bad_line=bad_line,
-    )
-    rows = (row for row in _rows(request, store, after=last) if row.key not in seen)
+    rows = (row for row in rows_of(request, store, after=last) if row.key not in seen)
     _list(job, rows, store, ledger, first_part=job.parts, listed=listed)
     return ledger.job(job_id)
+
+
+def _check_asked(job: Job, request: Request) -> None:
+    source, asked = str(Location.parse(request.source)), _asked(request)
+    if source != job.source or (job.asked and asked != job.asked):
+        raise JobError(
+            f"Job {job.id} was submitted from {job.source} with {job.asked or 'everything'}, this is {source} with "
+            f"{asked}: give the same source, keys, manifest and limits, or submit a job of its own.",
+            code="other_source",
+        )
+
+
+def _asked(request: Request) -> str:
+    """Which pictures of the source, in words that are the same only for the same ones. A manifest of this machine is
+    known by its content, one in S3 by its name."""
+    if request.keys is not None:
+        return f"keys {hashlib.sha256(json.dumps(sorted(set(request.keys))).encode()).hexdigest()[:16]}"
+    if request.manifest is None:
+        limits = dataclasses.asdict(request.only).items()
+        return ", ".join(f"{name} {value}" for name, value in limits if value) or "everything"
+    if request.manifest.startswith("s3://"):
+        return f"manifest {request.manifest}"
+    if not Path(request.manifest).is_file():
+        return "manifest"  # it is told of when it is read
+    with Path(request.manifest).open("rb") as file:
+        return f"manifest {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def check_request(request: Request, ledger: Ledger) -> None:
     """Raises `SettingsError` for a destination under its source and for a model that nobody knows."""
     check_places(request.source, request.destination)
-    _check_model(request.recipe.model, ledger)
+    check_model(request.recipe.model, ledger)
+
+
+def rows_of(request: Request, store: Store, *, after: str = "") -> Iterator[S3Object]:
+    """The pictures asked for, each once, streamed."""
+    source = Location.parse(request.source)
+    if request.manifest is not None:
+        return read_manifest(request.manifest, source, store, report=request.bad_line, after=after)
+    if request.keys is not None:
+        return named_keys(source, request.keys, after=after)
+    return list_prefix(store, source, after=after, only=request.only)
 
 
 def watch_job(request: Request, *, job_id: str, watch: str, store: Store) -> Job:
@@ -147,21 +165,12 @@ def check_places(source_uri: str, destination: str) -> None:
         )
 
 
-def _check_model(model: str, ledger: Ledger) -> None:
+def check_model(model: str, ledger: Ledger) -> None:
     """A preset or `NAME@HASH` may be served later, by a fleet that is asleep; any other name is a slip."""
     served = {facts["model"] for facts in ledger.workers().values()}
     if model not in (*PRESETS, RENDER) and model not in served and not NAMED_BY_HASH.fullmatch(model):
         known = ", ".join([*PRESETS, *sorted(served - set(PRESETS))])
         raise SettingsError(f"No model is called {model!r}. Known: {known}.", code="model_unknown")
-
-
-def _rows(request: Request, store: Store, *, after: str) -> Iterator[S3Object]:
-    source = Location.parse(request.source)
-    if request.manifest is not None:
-        return read_manifest(request.manifest, source, store, report=request.bad_line, after=after)
-    if request.keys is not None:
-        return named_keys(source, request.keys, after=after)
-    return list_prefix(store, source, after=after, only=request.only)
 
 
 def _new_job(request: Request, *, conditional: bool) -> Job:
@@ -182,6 +191,7 @@ def _new_job(request: Request, *, conditional: bool) -> Job:
         weight=request.weight,
         rate=request.rate,
         sample=request.sample,
+        asked=_asked(request),
     )
 
 

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 
+from jobs.recipe import PIPELINE_VERSION
 from jobs.settings import Settings, host_name
 from workers.models import LoadedModel, describe_device
 from workers.predictor import Predictor
@@ -39,6 +40,8 @@ def worker_facts(model: LoadedModel, predictor: Predictor, rate: Rate, *, slots:
     return {
         "model": model.name,
         "revision": model.revision,
+        "input_size": "x".join(map(str, model.input_size)),
+        "pipeline": PIPELINE_VERSION,
         "licence": model.terms,
         "device": str(model.device),
         "hardware": describe_device(model.device),

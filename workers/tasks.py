@@ -32,7 +32,7 @@ from jobs.errors import (
     ServiceUnavailable,
     TransientError,
 )
-from jobs.job import Failure, ImageState, Job
+from jobs.job import Effort, Failure, ImageState, Job
 from jobs.ledger import Claim, Ledger
 from jobs.message import ImageTask
 from jobs.presets import RENDER
@@ -145,6 +145,7 @@ def _settle(
     task: ImageTask, job: Job, names: Names, claim: Claim, bench: Bench, *, alone: bool
 ) -> tuple[str, CutfleetError | None]:
     """Does the image and records what became of it."""
+    clock = _Share(bench.leases)
 
     def blame(error: Fatal) -> tuple[str, CutfleetError | None]:
         return _blame(task, claim, error, bench, alone=alone)
@@ -178,7 +179,8 @@ def _settle(
     except Exception as exc:
         log.exception("a bug, or a fault nobody thought of", extra={"action": "image", "image": task.id})
         return _try_later(task, claim, TransientError(f"{type(exc).__name__}: {exc}", code="internal"), bench)
-    recorded = _insist(lambda: bench.ledger.finish(claim, state, remark=remark), bench)
+    effort = Effort(_made_by(job, bench), 0.0 if state is ImageState.SKIPPED else clock.read_s())
+    recorded = _insist(lambda: bench.ledger.finish(claim, state, remark=remark, effort=effort), bench)
     return (state.name.lower() if recorded == "ok" else recorded), None
 
 
@@ -236,6 +238,27 @@ def _provenance(task: ImageTask, recipe: Recipe, names: Names, bench: Bench, *, 
         licence=model.terms,
         job=task.job,
     )
+
+
+class _Share:
+    """The time of one image, shared with those that the worker holds beside it: of all images together, as long as the
+    worker has any."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+        self._began, self._held = time.monotonic(), leases.in_flight()
+
+    def read_s(self) -> float:
+        beside = (self._held + self._leases.in_flight()) / 2
+        return (time.monotonic() - self._began) / max(1.0, beside)
+
+
+def _made_by(job: Job, bench: Bench) -> str:
+    """Empty of renditions made again: their cutouts may come from several models."""
+    if job.model == RENDER:
+        return ""
+    recipe = Recipe.from_json(job.recipe)
+    return recipe.fingerprint(model_revision=bench.model.revision, input_size=bench.model.input_size)
 
 
 def _etag_now(names: Names, store: Store) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -59,26 +59,6 @@ def told_to_stop() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
-
-
-def gathers(name: str, build: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command several options as one value, its argument `name`: a dataclass with a field for each."""
-    import dataclasses
-    import functools
-
-    fields = [field.name for field in dataclasses.fields(build)]  # type: ignore[arg-type]  # mypy can't say so of a class
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def gathered(**told: Any) -> None:
-            value = build(**{field: told.pop(field) for field in fields})
-            command(**{name: value}, **told)
-
-        for option in reversed(options):
-            option(gathered)
-        return gathered
-
-    return decorate
 
 
 def check_webhook(url: str, pictures: bool, settings: Settings) -> None:

@@ -1,180 +1,42 @@
-"""Asking for pictures: submit, render, and the recipes they name."""
+"""Asking for pictures: plan, submit, render, and the recipes they name."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
-from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
 
 from jobs.errors import SettingsError
-from producer.commands.session import (
-    check_webhook,
-    gathers,
-    is_served,
-    open_services,
-    progress,
-    wait_until_closed,
-)
+from producer.commands.options import MADE, PACE, SOUGHT, TOLD, Made, Pace, Sought, Told, gathers
+from producer.commands.session import check_webhook, is_served, open_services, progress, wait_until_closed
 
 if TYPE_CHECKING:
     from jobs.job import Job
     from jobs.ledger import Ledger
-    from jobs.message import Lane
-    from jobs.recipe import Recipe
     from jobs.settings import Settings
-    from producer.sources import Only, Report
+    from jobs.store import Store
     from producer.submit import Request
-
-_MB = click.FloatRange(min=0)
-_DATE = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Sought:
-    """Which pictures are asked for, in the options' own terms."""
-
-    source: str
-    keys: tuple[str, ...]
-    manifest: str | None
-    bad_lines: str
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    min_mb: float | None
-    max_mb: float | None
-    since: datetime | None
-    until: datetime | None
-
-    def only(self) -> Only:
-        """Raises `SettingsError` where there is no listing to limit."""
-        from producer.sources import EVERYTHING, Only
-
-        if self.keys and self.manifest is not None:
-            raise SettingsError("Name keys or give a manifest (--from), not both.")
-        only = Only(
-            include=self.include,
-            exclude=self.exclude,
-            min_bytes=round(1e6 * (self.min_mb or 0)),
-            max_bytes=None if self.max_mb is None else round(1e6 * self.max_mb),
-            since=self.since.replace(tzinfo=UTC).timestamp() if self.since else None,
-            until=self.until.replace(tzinfo=UTC).timestamp() if self.until else None,
-        )
-        if only != EVERYTHING and (self.keys or self.manifest is not None):
-            raise SettingsError("Patterns and limits are for a listing: leave lines out of the manifest itself.")
-        return only
-
-    def named(self) -> tuple[str, ...] | None:
-        """The keys, those on stdin among them; None where none was named."""
-        return tuple(_read_keys(self.keys)) if self.keys else None
-
-    def bad_line(self) -> Report:
-        from producer.sources import refuse_line
-
-        return refuse_line if self.bad_lines == "stop" else _tell_bad_line
-
-
-_SOUGHT = (
-    click.argument("source", metavar="s3://BUCKET/PREFIX"),
-    click.argument("keys", metavar="[KEY ...|-]", nargs=-1),
-    click.option(
-        "--from", "manifest", metavar="FILE|s3://...|-", help="Keys from CSV, JSONL, Parquet or an S3 Inventory."
-    ),
-    click.option(
-        "--bad-lines", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Of a manifest."
-    ),
-    click.option("--include", metavar="PATTERN", multiple=True, help="Of a listing: only keys like this, as `*.jpg`."),
-    click.option("--exclude", metavar="PATTERN", multiple=True, help="Of a listing: no keys like this."),
-    click.option("--min-mb", type=_MB, metavar="MB", help="Of a listing: no smaller objects."),
-    click.option("--max-mb", type=_MB, metavar="MB", help="Of a listing: no larger objects."),
-    click.option("--since", type=_DATE, metavar="DATE", help="Of a listing: last written then or later (UTC)."),
-    click.option("--until", type=_DATE, metavar="DATE", help="Of a listing: last written before (UTC)."),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """What is made of them."""
-
-    recipe: str
-    model: str | None
-    keep_metadata: bool
-
-    def of(self, settings: Settings) -> Recipe:
-        from jobs.presets import RENDER
-        from jobs.recipe import load_recipe
-
-        if self.model == RENDER:
-            raise SettingsError("To make renditions from stored cutouts: cutfleet render JOB --recipe NAME.")
-        recipe = load_recipe(self.recipe, model=settings.model)
-        keep_credit = self.keep_metadata or recipe.keep_credit
-        return dataclasses.replace(recipe, model=self.model or recipe.model, keep_credit=keep_credit)
-
-
-_MADE = (
-    click.option("--recipe", metavar="NAME|FILE", default="default", help="Which pictures to make: see `recipes`."),
-    click.option(
-        "--model", metavar="NAME", help="Which model cuts them out.  [default: the recipe's, or CUTFLEET_MODEL]"
-    ),
-    click.option(
-        "--keep-metadata", is_flag=True, help="Copy artist and copyright from the source; nothing else is kept."
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """How, and how fast, a job is fed."""
-
-    lane: Lane
-    weight: int
-    rate: float | None
-    sample: int | None
-
-
-_PACE = (
-    click.option(
-        "--lane",
-        type=click.Choice(["live", "backfill"]),
-        default="backfill",
-        show_default=True,
-        help="Live is always taken first.",
-    ),
-    click.option(
-        "--weight", type=click.IntRange(1, 1000), default=1, show_default=True, help="Its share against other jobs'."
-    ),
-    click.option(
-        "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Feed at most N pictures a second."
-    ),
-    click.option(
-        "--sample", type=click.IntRange(min=1), metavar="N", help="Pause after the first N; `unpause` goes on."
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Told:
-    """Who is told of the end."""
-
-    webhook: str
-    webhook_pictures: bool
-
-
-_TOLD = (
-    click.option("--webhook", metavar="URL", default="", help="Told, signed, when the job is closed."),
-    click.option("--webhook-pictures", is_flag=True, help="Told of every picture, too."),
-)
 
 
 @click.command()
 @click.option("--to", "destination", metavar="s3://BUCKET/PREFIX", help="Where cutouts and masks go.")
-@gathers("made", Made, *_MADE)
-@gathers("sought", Sought, *_SOUGHT)
-@gathers("pace", Pace, *_PACE)
-@gathers("told", Told, *_TOLD)
+@gathers("made", Made, *MADE)
+@gathers("sought", Sought, *SOUGHT)
+@gathers("pace", Pace, *PACE)
+@gathers("told", Told, *TOLD)
 @click.option("--name", metavar="TEXT", default="", help="What the job is called in lists.")
+@click.option(
+    "--confirm-over",
+    type=click.IntRange(min=0),
+    default=100_000,
+    show_default=True,
+    metavar="N",
+    help="Show the plan and ask before more than N pictures.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "--resume", metavar="JOB", help="List on where a stopped submission of JOB ended; the same source, keys and limits."
 )
@@ -186,6 +48,8 @@ def submit(
     pace: Pace,
     told: Told,
     name: str,
+    confirm_over: int,
+    yes: bool,
     resume: str | None,
     wait: bool,
 ) -> None:
@@ -193,25 +57,17 @@ def submit(
     stdin, one a line), or of a manifest. The last line on stdout is the job's id."""
     from producer import submit as submission
 
-    only = sought.only()
     if resume is None and destination is None:
         raise SettingsError("Say where the results go: --to s3://BUCKET/PREFIX.")
-    with open_services() as (settings, ledger, store):
+    with sought.here() as sought, open_services() as (settings, ledger, store):
         check_webhook(told.webhook, told.webhook_pictures, settings)
+        request = _request(sought, made, settings, destination, pace=pace, told=told, name=name)
+        if resume is None and not yes:
+            _confirm(request, settings, store, ledger, over=confirm_over)
         with progress("listing") as found:
             if resume is not None:
-                job = submission.resume(
-                    resume,
-                    keys=sought.named(),
-                    manifest=sought.manifest,
-                    only=only,
-                    bad_line=sought.bad_line(),
-                    store=store,
-                    ledger=ledger,
-                    listed=found,
-                )
+                job = submission.resume(resume, request, store=store, ledger=ledger, listed=found)
             else:
-                request = _request(sought, made, settings, destination, pace=pace, told=told, name=name)
                 job = submission.submit(request, store=store, ledger=ledger, lease_s=settings.lease_s, listed=found)
         _tell_submitted(job, ledger)
         click.echo(job.id)
@@ -219,14 +75,66 @@ def submit(
             sys.exit(wait_until_closed(job.id, ledger, timeout_s=None))
 
 
+@click.command()
+@gathers("made", Made, *MADE)
+@gathers("sought", Sought, *SOUGHT)
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="[default: those that serve the model now]")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def plan(sought: Sought, made: Made, workers: int | None, as_json: bool) -> None:
+    """What a submission would take: pictures, bytes, time and cost. Nothing is submitted."""
+    from producer.plan import plan as plan_for
+
+    with sought.here() as sought, open_services() as (settings, ledger, store):
+        request = _request(sought, made, settings, None, pace=Pace("backfill", 1, None, None), told=Told("", False))
+        with progress("listing") as found:
+            planned = plan_for(request, settings, workers=workers, store=store, ledger=ledger, listed=found)
+    if as_json:
+        click.echo(json.dumps(planned.summary(), ensure_ascii=False))
+        return
+    click.echo("\n".join(planned.lines(settings)))
+
+
+def _confirm(request: Request, settings: Settings, store: Store, ledger: Ledger, *, over: int) -> None:
+    """Raises `SettingsError` where nobody can be asked (`needs_confirmation`), or says no (`not_confirmed`)."""
+    from producer.plan import has_more_than
+    from producer.plan import plan as plan_for
+    from producer.sources import refuse_line
+    from producer.submit import check_request
+
+    quiet = request.bad_line if request.bad_line is refuse_line else lambda *_: None
+    request = dataclasses.replace(request, bad_line=quiet)  # told of once, by the submission
+    check_request(request, ledger)
+    if not has_more_than(over, request, store):
+        return
+    if not sys.stdin.isatty():
+        raise SettingsError(
+            f"There are more than {over:,} pictures. What they take: cutfleet plan {request.source}. To go on: --yes, "
+            "or --confirm-over with a larger number.",
+            code="needs_confirmation",
+        )
+    with progress("listing") as found:
+        planned = plan_for(request, settings, workers=None, store=store, ledger=ledger, listed=found)
+    click.echo("\n".join(planned.lines(settings)), err=True)
+    if not click.confirm("Submit them?", err=True):
+        raise SettingsError("Nothing was submitted.", code="not_confirmed")
+
+
 def _request(
-    sought: Sought, made: Made, settings: Settings, destination: str | None, *, pace: Pace, told: Told, name: str
+    sought: Sought,
+    made: Made,
+    settings: Settings,
+    destination: str | None,
+    *,
+    pace: Pace,
+    told: Told,
+    name: str = "",
 ) -> Request:
+    """`destination` None: of a plan, or of a job that has one."""
     from producer.submit import Request
 
     return Request(
         source=sought.source,
-        destination=str(destination),
+        destination=destination or "",
         recipe=made.of(settings),
         lane=pace.lane,
         name=name or sought.source,
@@ -291,18 +199,6 @@ def show(name: str) -> None:
     click.echo(recipe_text(name), nl=False)
 
 
-def _tell_bad_line(number: int, reason: str) -> None:
-    click.echo(f"line {number} of the manifest left out: {reason}", err=True)
-
-
-def _read_keys(keys: tuple[str, ...]) -> Iterator[str]:
-    for key in keys:
-        if key == "-":
-            yield from sys.stdin
-        else:
-            yield key
-
-
 def _tell_submitted(job: Job, ledger: Ledger) -> None:
     from jobs.presets import RENDER
 
@@ -312,4 +208,4 @@ def _tell_submitted(job: Job, ledger: Ledger) -> None:
         click.echo(f"No running worker {wanted}: the job waits until one does.", err=True)
 
 
-COMMANDS = (submit, render, recipes)
+COMMANDS = (plan, submit, render, recipes)

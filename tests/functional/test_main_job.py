@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import pytest
 from conftest import Run
 from factories import Places, decode, fetch, picture, put_pictures, wait_until
 
+from jobs.errors import JobError
+from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
 from jobs.store import Location, Store, source_digest
 from producer import manifest
 from producer import submit as submission
 from producer.local import LocalStack
+from producer.sources import Only
 from workers.models import load
 from workers.models.registry import PACKAGED
 
@@ -140,7 +144,16 @@ def test_a_closed_job_leaves_manifest_and_report(
 
     bucket = Location.parse(places.source).bucket
     assert json.loads(record("job.json"))["source"] == places.source
-    assert json.loads(record("report/summary.json"))["failed"] == 1
+    summary = json.loads(record("report/summary.json"))
+    assert (summary["done"], summary["failed"]) == (2, 1)
+    cutout = store.head(places.cutout("p00000.jpg"), role="output")
+    assert cutout is not None
+    assert summary["tally"]["made"] == {cutout.metadata["cf-fingerprint"]: 2}
+    assert 0 < summary["tally"]["quality"]["subject_share"] < 1
+    assert summary["rates"]["pictures_per_s"] == pytest.approx(3 / summary["rates"]["seconds"], rel=0.1)
+    assert summary["rates"]["pictures_per_worker_s"] > 0
+    assert (summary["cost"]["writes"], summary["cost"]["reads"]) == (4, 4), "mask and cutout; looked for, and read"
+    assert summary["cost"]["usd"] == pytest.approx(summary["cost"]["worker_usd"] + summary["cost"]["s3_usd"], abs=1e-3)
     assert record("report/succeeded-000000.csv").splitlines() == [
         f"{bucket},p0000{i}.jpg,,succeeded,,,done" for i in range(2)
     ]
@@ -217,12 +230,19 @@ def test_a_stopped_submission_is_resumed(
         if found == 4:
             raise KeyboardInterrupt
 
+    def resume(again: submission.Request) -> Job:
+        return submission.resume(job.id, again, store=store, ledger=ledger, listed=lambda _: None)
+
     with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/1"), name="no dispatcher here") as ledger:
         with pytest.raises(KeyboardInterrupt):
             submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=stop_after_the_second_part)
         (job,) = ledger.jobs()
         assert (job.total, job.listed) == (4, False)
-        resumed = submission.resume(job.id, store=store, ledger=ledger, listed=lambda _: None)
+        for other in ({"source": f"{places.source}p"}, {"keys": ("p00000.jpg",)}, {"only": Only(max_bytes=9)}):
+            with pytest.raises(JobError, match="give the same") as refused:
+                resume(dataclasses.replace(request, **other))  # type: ignore[arg-type]  # one field each
+            assert refused.value.code == "other_source"
+        resumed = resume(request)
 
     assert (resumed.total, resumed.listed) == (6, True)
     keys = [task.key for number in range(resumed.parts) for task in manifest.read_part(store, resumed, number)]

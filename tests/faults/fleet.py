@@ -253,6 +253,13 @@ class Fleet:
         )
 
 
+def listening(client: redis.Redis, *, db: int = 0) -> int:
+    """How many workers wait in BRPOP: the server hands a message to one of them whatever its process does."""
+    return sum(
+        found["db"] == str(db) and found["cmd"] == "brpop" and "b" in found["flags"] for found in client.client_list()
+    )
+
+
 def is_ready(ledger: Ledger, pid: int) -> bool:
     return any(facts.get("pid") == str(pid) for facts in ledger.workers().values())
 

@@ -167,8 +167,11 @@ def _shorten() -> None:
 
     def make_app(redis_url: str) -> Any:
         app = real_app(redis_url)
-        times = {"visibility_timeout": VISIBILITY_S, "unacked_restore_interval": 1}
-        app.conf.broker_transport_options |= times | {"health_check_interval": 2, "socket_timeout": SOCKET_S}
+        times: dict[str, float] = {"visibility_timeout": VISIBILITY_S, "unacked_restore_interval": 1}
+        times |= {"health_check_interval": 2, "socket_timeout": SOCKET_S}
+        if poll_s := os.environ.get("CUTFLEET_TEST_POLL_S"):
+            times["polling_interval"] = float(poll_s)
+        app.conf.broker_transport_options |= times
         return app
 
     def from_url(url: str, **options: Any) -> Any:

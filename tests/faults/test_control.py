@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 from factories import wait_until
-from faults.fleet import ROOT, Fleet
+from faults.fleet import ROOT, Fleet, listening
 from faults.plain import make_plain
 
 from producer.local import Process, inherited_environment
@@ -29,8 +29,8 @@ class Plain:
         self._log = folder / "plain.log"
         self._workers: list[Process] = []
 
-    def start(self) -> Process:
-        command = [sys.executable, str(ROOT / "tests" / "faults" / "plain.py"), self.url]
+    def start(self, *more: str) -> Process:
+        command = [sys.executable, str(ROOT / "tests" / "faults" / "plain.py"), self.url, *more]
         worker = Process(command, log=self._log, env=inherited_environment() | {"PYTHONPATH": str(ROOT)})
         self._workers.append(worker)
         return worker
@@ -43,6 +43,10 @@ class Plain:
 
     def done(self) -> int:
         return len(self.redis.keys("done:*"))
+
+    def is_idle(self) -> bool:
+        """Everything is acknowledged, and one worker waits for more."""
+        return not self.redis.exists("celery", "unacked") and listening(self.redis, db=URL_DB) == 1
 
     def stop(self) -> None:
         for worker in self._workers:
@@ -60,9 +64,10 @@ def plain(fleet: Fleet, tmp_path: Path) -> Iterator[Plain]:
 
 def test_plain_celery_loses_messages_where_we_lose_none(plain: Plain) -> None:
     """The same as `test_an_idle_worker_that_is_frozen_and_killed_takes_no_message_with_it`."""
-    frozen = plain.start()
+    frozen = plain.start("60")
     plain.push(1)
     wait_until(lambda: plain.done() == 1, what=f"it works: {frozen.last_words()}")
+    wait_until(plain.is_idle)
     os.kill(frozen.pid, signal.SIGSTOP)
     plain.redis.delete("done:0")
 
@@ -82,7 +87,7 @@ def test_stock_transport_ends_a_worker_that_loses_its_connection_with_a_message_
     worker = plain.start()
     plain.push(1, seconds=3)
     wait_until(lambda: plain.redis.exists("begun:0") == 1, what=worker.last_words())
-    wait_until(lambda: plain.redis.hlen("unacked") == 1)
+    wait_until(lambda: plain.redis.hlen("unacked") == 1 and listening(plain.redis, db=URL_DB) == 1)
 
     assert fleet.stack.valkey is not None
     fleet.stack.valkey.kill()

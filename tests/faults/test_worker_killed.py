@@ -8,8 +8,9 @@ import signal
 import time
 from pathlib import Path
 
+import redis
 from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import PICTURES, SETTINGS, Fleet, Reference, Submit
+from faults.fleet import PICTURES, SETTINGS, Fleet, Reference, Submit, listening
 from faults.terms import MODEL, PLACES
 from faults.truth import prove
 
@@ -85,16 +86,20 @@ def test_an_idle_worker_that_is_frozen_and_killed_takes_no_message_with_it(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     names = put_pictures(fleet.store, places, 8)
-    frozen = fleet.workers.start()
+    frozen = fleet.workers.start(test_poll_s="60")  # so that it is handed a message though frozen
+    known = fleet.dispatchers.text().count("messages were lost")
+    with redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker:
+        wait_until(lambda: listening(broker) == 1, what="the worker waits for a message")
     os.kill(frozen, signal.SIGSTOP)
     with fleet.dispatcher():
         job = submit()
-        wait_until(lambda: not fleet.ledger.queue_depth(lane_queue("backfill", MODEL)) < len(names) - 1)
+        wait_until(lambda: fleet.ledger.queue_depth(lane_queue("backfill", MODEL)) >= len(names) - 1)
         os.kill(frozen, signal.SIGKILL)
         fleet.workers.start()
 
         truth = prove(fleet, job, places, names=names, reference=reference)
 
+    assert fleet.dispatchers.text().count("messages were lost") > known, "one left its list and was nowhere"
     assert truth.counts["done"] == len(names)
     assert fleet.workers.dismiss() == [0]
 

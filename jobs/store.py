@@ -227,6 +227,7 @@ class Store:
         except ImageError as exc:
             if exc.code in ("source_missing", "output_missing"):
                 return None
+            self._tell_refusal(location, role)
             raise
         return S3Object(location.key, found["ETag"].strip('"'), found["ContentLength"], found["Metadata"])
 
@@ -321,6 +322,13 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _tell_refusal(self, location: Location, role: Role) -> None:
+        """A HEAD's answer has no body, so that bad credentials look like a refused object: a GET's answer says which.
+        Raises `ServiceUnavailable` when it is not the object."""
+        arguments: dict[str, Any] = {"Bucket": location.bucket, "Key": location.key, "Range": "bytes=0-0"}
+        with contextlib.suppress(ImageError):
+            self._guard(lambda: self._read(arguments, location, 1), location, role)
 
     def _read(self, arguments: dict[str, Any], location: Location, max_bytes: int) -> tuple[bytes, str]:
         answer = self._s3.get_object(**arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from factories import Places
 from moto.server import ThreadedMotoServer
@@ -114,13 +116,25 @@ def test_an_endpoint_that_is_not_there_is_named(stack: LocalStack) -> None:
         store.head(Location("b", "k"), role="source")
 
 
-def test_wrong_credentials_are_named(stack: LocalStack) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: list(store.list_source(Location("cutfleet-ready", ""))),
+        lambda store: store.head(Location("cutfleet-ready", "k"), role="output"),
+        lambda store: store.get(Location("cutfleet-ready", "k"), role="source", max_bytes=9),
+        lambda store: store.put(Location("cutfleet-ready", "k"), b"", content_type="text/plain"),
+    ],
+    ids=["list", "head", "get", "put"],
+)
+def test_wrong_credentials_are_named_and_are_no_fault_of_the_object(
+    stack: LocalStack, call: Callable[[Store], object]
+) -> None:
     endpoint = stack.environment["CUTFLEET_S3_ENDPOINT"]
     with (
         Store(endpoint, connections=1, credentials=("nobody", "wrong", "us-east-1")) as store,
         pytest.raises(ServiceUnavailable, match="AWS_ACCESS_KEY_ID") as caught,
     ):
-        list(store.list_source(Location("cutfleet-ready", "")))
+        call(store)
 
     assert caught.value.code == "store_denied"
 

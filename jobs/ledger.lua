@@ -526,7 +526,8 @@ function move.resign(me)
 end
 
 -- The next images of a job go on their queues: window and cursor move together. Rows: queue, message, one after another
--- from `cursor` on. Answers the new cursor, or false when it was elsewhere or the job may not be fed.
+-- from `cursor` on; without a queue, the image fails as the message says. Answers the new cursor, or false when it was
+-- elsewhere or the job may not be fed.
 function fenced.feed(job, cursor, lease, ...)
   local key, args = 'cf:job:' .. job, {...}
   if call('HGET', key, 'cursor') ~= cursor then return false end
@@ -534,7 +535,14 @@ function fenced.feed(job, cursor, lease, ...)
   local index = tonumber(cursor)
   for i = 1, #args, 2 do
     if state_of(job, index) == STATE.open then
-      enter(job .. ':' .. string.format('%d', index), args[i], args[i + 1], lease)
+      local number = string.format('%d', index)
+      if args[i] ~= '' then
+        enter(job .. ':' .. number, args[i], args[i + 1], lease)
+      else
+        settle(job, number, STATE.failed)
+        call('HSET', key .. ':failures', number, args[i + 1])
+        tell(job, job .. ':' .. number, 'webhook_pictures')
+      end
     end
     index = index + 1
   end

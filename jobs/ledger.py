@@ -382,7 +382,8 @@ class Ledger:
         self._move("resign", me)
 
     def feed(self, epoch: int, job: str, cursor: int, rows: Sequence[tuple[str, str]], *, lease_s: float) -> bool:
-        """Puts the next images on their queues. Rows: queue, message. False: the cursor was elsewhere, or paused."""
+        """Puts the next images on their queues. Rows: queue, message; or an empty queue, and the failure of an image
+        that nobody is to try. False: the cursor was elsewhere, or paused."""
         return bool(self._move("feed", epoch, job, cursor, lease_s, *[text for row in rows for text in row]))
 
     def record_part(self, epoch: int, job: str, part: ManifestPart) -> bool:

@@ -1,6 +1,7 @@
 """ImageTask: the versioned JSON that one Celery message carries. A message is only a hint: what counts is the ledger.
 
-Version 1: {"v": 1, "job": str, "index": int, "key": str, "etag": str, "size": int, "lane": "live" | "backfill"}.
+Version 1: {"v": 1, "job": str, "index": int, "key": str, "etag": str, "size": int, "lane": "live" | "backfill"}, and
+where there is one "hint": "new" | "archived".
 Fields are added, never renamed; the form before is read for one release.
 """
 
@@ -15,6 +16,9 @@ from jobs.errors import ImageError
 
 Lane = Literal["live", "backfill"]
 LANES: tuple[Lane, ...] = get_args(Lane)
+
+Hint = Literal["", "new", "archived"]
+HINTS: tuple[Hint, ...] = get_args(Hint)
 
 VERSION = 1
 MAX_KEY_BYTES = 1024
@@ -31,7 +35,8 @@ class BadMessage(ImageError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageTask:
-    """`etag` without quotes, empty: whatever is there. `size` in bytes, -1: not known."""
+    """`etag` without quotes, empty: whatever is there. `size` in bytes, -1: not known. `hint`: what the listing knew of
+    it: `new`, its cutout was not there; `archived`, S3 gives it only after it was restored."""
 
     job: str
     index: int
@@ -39,6 +44,7 @@ class ImageTask:
     etag: str
     size: int
     lane: Lane
+    hint: Hint = ""
 
     @property
     def id(self) -> str:
@@ -46,7 +52,7 @@ class ImageTask:
         return f"{self.job}:{self.index}"
 
     def to_fields(self) -> dict[str, Any]:
-        return {
+        fields = {
             "v": VERSION,
             "job": self.job,
             "index": self.index,
@@ -55,6 +61,7 @@ class ImageTask:
             "size": self.size,
             "lane": self.lane,
         }
+        return fields | ({"hint": self.hint} if self.hint else {})
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ImageTask:
@@ -66,7 +73,7 @@ class ImageTask:
 
 
 def _checked(fields: Mapping[str, Any], name: str) -> Any:
-    value = fields.get(name)
+    value = fields.get(name, "" if name == "hint" else None)
     if not _fits(name, value):
         raise BadMessage(f"The message's field {name!r} is not valid: {str(value)[:80]!r}.")
     return value
@@ -84,5 +91,7 @@ def _fits(name: str, value: Any) -> bool:
             return isinstance(value, str) and len(value) <= 256
         case "size":
             return type(value) is int and value >= -1
+        case "hint":
+            return value in HINTS
         case _:
             return value in LANES

@@ -26,16 +26,20 @@ from jobs.errors import (
     SourceError,
     TransientError,
 )
-from jobs.message import MAX_KEY_BYTES
+from jobs.message import MAX_KEY_BYTES, Hint
 from jobs.recipe import OWN_FOLDERS, Delivery, Recipe
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ObjectTypeDef
 
 Role = Literal["source", "output"]
 T = TypeVar("T")
 
 RECORDS = "_cutfleet"
+PAGE_KEYS = 1000
+"""S3's most."""
+_ARCHIVED = {"GLACIER", "DEEP_ARCHIVE"}
 _BUSY = {
     "SlowDown",
     "ServiceUnavailable",
@@ -95,13 +99,14 @@ class Location:
 @dataclasses.dataclass(frozen=True)
 class S3Object:
     """`etag` without quotes; `metadata` as S3 gives it: lower-case names, empty from a listing. `modified`: seconds
-    since 1970, 0 where it was not asked for."""
+    since 1970, 0 where it was not asked for. `hint`: see `ImageTask`."""
 
     key: str
     etag: str
     size: int
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     modified: float = 0.0
+    hint: Hint = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,19 +211,20 @@ class Store:
     def list_source(self, prefix: Location, *, after: str = "") -> Iterator[S3Object]:
         """Objects under `prefix`, folder markers left out; only keys behind `after`. AWS lists in key order; not every
         store does (SeaweedFS goes folder by folder)."""
-        arguments: dict[str, Any] = {"Bucket": prefix.bucket, "Prefix": prefix.key}
-        if after:
-            arguments["StartAfter"] = after
+        for objects, _ in self.list_pages(prefix, role="source", after=after):
+            yield from objects
+
+    def list_pages(
+        self, prefix: Location, *, role: Role, delimiter: str = "", after: str = ""
+    ) -> Iterator[tuple[list[S3Object], list[str]]]:
+        """Page by page: objects, folder markers left out, and with a delimiter the prefixes that hold others."""
+        more = {name: value for name, value in (("Delimiter", delimiter), ("StartAfter", after)) if value}
+        arguments: dict[str, Any] = {"Bucket": prefix.bucket, "Prefix": prefix.key, **more}
+        arguments |= {"OptionalObjectAttributes": ["RestoreStatus"], "PaginationConfig": {"PageSize": PAGE_KEYS}}
         pages = iter(self._s3.get_paginator("list_objects_v2").paginate(**arguments))
-        while (page := self._guard(lambda: next(pages, None), prefix, "source")) is not None:
-            for found in page.get("Contents", []):
-                if not found["Key"].endswith("/"):
-                    yield S3Object(
-                        found["Key"],
-                        found["ETag"].strip('"'),
-                        found["Size"],
-                        modified=found["LastModified"].timestamp(),
-                    )
+        while (page := self._guard(lambda: next(pages, None), prefix, role)) is not None:
+            objects = [_listed(found) for found in page.get("Contents", []) if not found["Key"].endswith("/")]
+            yield objects, [found["Prefix"] for found in page.get("CommonPrefixes", [])]
 
     def head(self, location: Location, *, role: Role) -> S3Object | None:
         """None when there is no such object."""
@@ -352,6 +358,18 @@ class Store:
             raise error from exc
         finally:
             self.heard(error)
+
+
+def _listed(found: ObjectTypeDef) -> S3Object:
+    """An archived object that was restored can be read until its copy expires."""
+    archived = found.get("StorageClass") in _ARCHIVED and not found.get("RestoreStatus", {}).get("RestoreExpiryDate")
+    return S3Object(
+        found["Key"],
+        found["ETag"].strip('"'),
+        found["Size"],
+        modified=found["LastModified"].timestamp(),
+        hint="archived" if archived else "",
+    )
 
 
 def _delivery_arguments(delivery: Delivery) -> dict[str, str]:

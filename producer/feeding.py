@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jobs.broker import lane_queue
 from jobs.errors import ImageError, OutputError
-from jobs.job import Job
+from jobs.job import Failure, Job
 from jobs.ledger import FEED_ROWS, MAX_ROWS, Ledger
 from jobs.message import ImageTask
 from jobs.presets import RENDER
@@ -172,7 +172,7 @@ class Feeder:
         cursor, end = job.cursor, min(_end(job), job.cursor + count - again)
         while cursor < end:
             tasks = self._tasks(job, cursor, min(end - cursor, FEED_ROWS))
-            rows = [message_row(task, job) for task in tasks]
+            rows = [_row(task, job) for task in tasks]
             if not self._ledger.feed(epoch, job.id, cursor, rows, lease_s=self._lease_s):
                 break
             cursor += len(rows)
@@ -196,6 +196,14 @@ class Feeder:
         if len(part.tasks) <= offset:
             raise OutputError(f"Part {number} of the manifest ends before image {cursor}.", code="manifest_damaged")
         return part.tasks[offset : offset + count]
+
+
+def _row(task: ImageTask, job: Job) -> tuple[str, str]:
+    """Queue and message; of an archived image no queue, and why it fails: no worker is to look for it."""
+    if task.hint != "archived":
+        return message_row(task, job)
+    text = f"{task.key} is archived: restore it first, then `cutfleet retry {job.id} --code source_archived`."
+    return "", Failure(task.key, "source_archived", text, 0, time.time(), "").to_json()
 
 
 def _end(job: Job) -> int:

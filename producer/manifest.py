@@ -6,10 +6,13 @@ a new picture and its worker; the dispatcher records them as parts when one is f
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from jobs.job import Job, ManifestPart
 from jobs.ledger import Ledger
@@ -39,7 +42,8 @@ def write_part(store: Store, job: Job, part: ManifestPart, rows: list[S3Object])
 
 
 def manifest_line(index: int, row: S3Object) -> str:
-    return json.dumps({"index": index, "key": row.key, "etag": row.etag, "size": row.size}, ensure_ascii=False)
+    fields = {"index": index, "key": row.key, "etag": row.etag, "size": row.size}
+    return json.dumps(fields | ({"hint": row.hint} if row.hint else {}), ensure_ascii=False)
 
 
 def record_live(job: Job, *, epoch: int, store: Store, ledger: Ledger) -> bool:
@@ -66,25 +70,24 @@ def read_unrecorded(job: Job, *, first: int, count: int, ledger: Ledger) -> list
     return [_task(job, line) for line in ledger.rows(job.id, first=first, count=count)]
 
 
-def listed_before(store: Store, job: Job) -> tuple[str, set[str]]:
-    """What a stopped listing has recorded, for going on: the last key, and no keys, where the store lists in key order;
-    else no last key, and all keys (some 100 bytes each in memory)."""
-    last = ""
-    for task in _tasks(store, job):
-        if task.key <= last:
-            return "", {task.key for task in _tasks(store, job)}
-        last = task.key
-    return last, set()
+def last_listed(store: Store, job: Job) -> str:
+    """The last key of what was listed in the order of keys; empty when nothing was."""
+    return read_part(store, job, job.parts - 1)[-1].key if job.parts else ""
 
 
-def _tasks(store: Store, job: Job) -> Iterator[ImageTask]:
-    for number in range(job.parts):
-        yield from read_part(store, job, number)
+@contextmanager
+def keys_listed(store: Store, job: Job) -> Iterator[Callable[[str], bool]]:
+    """Whether a key stands in a part already; the keys are kept in a temporary file."""
+    with contextlib.closing(sqlite3.connect("")) as table:
+        table.execute("create table keys (key text primary key) without rowid")
+        for number in range(job.parts):
+            table.executemany("insert into keys values (?)", ((task.key,) for task in read_part(store, job, number)))
+        yield lambda key: table.execute("select 1 from keys where key = ?", (key,)).fetchone() is not None
 
 
 def _task(job: Job, line: str | bytes) -> ImageTask:
     row = json.loads(line)
-    return ImageTask(job.id, row["index"], row["key"], row["etag"], row["size"], job.lane)
+    return ImageTask(job.id, row["index"], row["key"], row["etag"], row["size"], job.lane, row.get("hint", ""))
 
 
 def _put_lines(store: Store, job: Job, number: int, lines: list[str]) -> None:

@@ -29,6 +29,7 @@ from urllib.parse import unquote_plus
 
 from jobs.errors import SettingsError
 from jobs.store import Location, S3Object, Store
+from producer.listing import list_side_by_side
 
 GZIP = b"\x1f\x8b"
 PARQUET = b"PAR1"
@@ -68,9 +69,9 @@ class Only:
 EVERYTHING = Only()
 
 
-def list_prefix(store: Store, source: Location, *, after: str = "", only: Only = EVERYTHING) -> Iterator[S3Object]:
-    """In the store's order; folder markers are left out."""
-    return filter(only.takes, store.list_source(source, after=after))
+def list_prefix(store: Store, source: Location, *, only: Only = EVERYTHING) -> Iterator[S3Object]:
+    """In no order; folder markers are left out."""
+    return filter(only.takes, list_side_by_side(store, source, role="source"))
 
 
 def named_keys(source: Location, keys: Iterable[str], *, after: str = "") -> Iterator[S3Object]:

@@ -7,6 +7,7 @@ queue.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -25,7 +26,7 @@ from jobs.message import ImageTask, Lane
 from jobs.presets import PRESETS, RENDER
 from jobs.recipe import Recipe
 from jobs.store import Location, S3Object, Store, destination_prefix, record_location
-from producer.manifest import PART_ROWS, in_parts, listed_before, manifest_line, write_part
+from producer.manifest import PART_ROWS, in_parts, keys_listed, last_listed, manifest_line, write_part
 from producer.sources import EVERYTHING, Only, Report, list_prefix, named_keys, read_manifest, refuse_line
 
 NAMED_BY_HASH = re.compile(r"[A-Za-z0-9_.-]+@[0-9a-f]{12}")
@@ -88,9 +89,14 @@ def resume(job_id: str, request: Request, *, store: Store, ledger: Ledger, liste
     if job.watch:
         raise JobError(f"Job {job_id} is fed by `cutfleet watch`: there is nothing to resume.", code="job_watched")
     _check_asked(job, request)
-    last, seen = listed_before(store, job)
-    rows = (row for row in rows_of(request, store, after=last) if row.key not in seen)
-    _list(job, rows, store, ledger, first_part=job.parts, listed=listed)
+    in_order = request.keys is not None or request.manifest is not None
+    with contextlib.ExitStack() as stack:
+        if in_order:
+            rows = rows_of(request, store, after=last_listed(store, job))
+        else:
+            is_listed = stack.enter_context(keys_listed(store, job))
+            rows = (row for row in rows_of(request, store) if not is_listed(row.key))
+        _list(job, rows, store, ledger, first_part=job.parts, listed=listed)
     return ledger.job(job_id)
 
 
@@ -127,13 +133,14 @@ def check_request(request: Request, ledger: Ledger) -> None:
 
 
 def rows_of(request: Request, store: Store, *, after: str = "") -> Iterator[S3Object]:
-    """The pictures asked for, each once, streamed."""
+    """The pictures asked for, each once, streamed. Named keys and manifests in the order of keys, those behind `after`
+    only; a listing in no order, and whole."""
     source = Location.parse(request.source)
     if request.manifest is not None:
         return read_manifest(request.manifest, source, store, report=request.bad_line, after=after)
     if request.keys is not None:
         return named_keys(source, request.keys, after=after)
-    return list_prefix(store, source, after=after, only=request.only)
+    return list_prefix(store, source, only=request.only)
 
 
 def watch_job(request: Request, *, job_id: str, watch: str, store: Store) -> Job:
@@ -144,7 +151,7 @@ def watch_job(request: Request, *, job_id: str, watch: str, store: Store) -> Job
 
 def live_row(index: int, row: S3Object, job: Job) -> tuple[str, str, str]:
     """Queue, message and line of the manifest of one live image."""
-    task = ImageTask(job.id, index, row.key, row.etag, row.size, job.lane)
+    task = ImageTask(job.id, index, row.key, row.etag, row.size, job.lane, row.hint)
     return (*message_row(task, job), manifest_line(index, row))
 
 

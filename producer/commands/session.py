@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ALL_DONE, SOME_FAILED, USAGE, DEADLINE, UNREACHABLE = range(5)
 WRONG = SOME_FAILED
+CONNECTIONS = 24
+"""More than a listing has requests at a time."""
 
 
 @contextmanager
@@ -38,7 +40,7 @@ def open_services() -> Iterator[tuple[Settings, Ledger, Store]]:
 
     with open_ledger() as (settings, ledger):
         ledger.ping()
-        with Store(settings.s3_endpoint, connections=16) as store:
+        with Store(settings.s3_endpoint, connections=CONNECTIONS) as store:
             yield settings, ledger, store
 
 

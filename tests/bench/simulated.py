@@ -15,7 +15,7 @@ import redis
 from jobs.broker import task_of, worker_queues
 from jobs.job import ImageState
 from jobs.ledger import Claim, Ledger
-from jobs.store import Location, Role, S3Object, Store, image_names
+from jobs.store import PAGE_KEYS, Location, Role, S3Object, Store, image_names
 
 MODEL = "bench"
 SOURCE, DESTINATION = "s3://in/photos/", "s3://out/"
@@ -29,9 +29,20 @@ class FolderStore(Store):
         self._folder = folder
         self._count = count
 
-    def list_source(self, prefix: Location, *, after: str = "") -> Iterator[S3Object]:
-        for index in range(self._count):
-            yield S3Object(f"{prefix.key}{index // 1000:06d}/{index:08d}.jpg", f"{index:032x}", 500_000)
+    def list_pages(
+        self, prefix: Location, *, role: Role, delimiter: str = "", after: str = ""
+    ) -> Iterator[tuple[list[S3Object], list[str]]]:
+        """A thousand keys a folder, a page."""
+        below = prefix.key.removeprefix(Location.parse(SOURCE).key)
+        folders = [int(below.rstrip("/"))] if below else range(-(-self._count // PAGE_KEYS))
+        if delimiter:
+            names = [f"{prefix.key}{folder:06d}/" for folder in folders]
+            yield from (([], names[first : first + PAGE_KEYS]) for first in range(0, len(names), PAGE_KEYS))
+            return
+        for folder in folders:
+            indexes = range(folder * PAGE_KEYS, min(self._count, (folder + 1) * PAGE_KEYS))
+            keys = (f"{Location.parse(SOURCE).key}{folder:06d}/{index:08d}.jpg" for index in indexes)
+            yield [S3Object(key, key[-12:-4].zfill(32), 500_000) for key in keys], []
 
     def put(self, location: Location, body: bytes, **_: Any) -> str:
         path = self._folder / location.key

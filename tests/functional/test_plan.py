@@ -17,7 +17,7 @@ from factories import Places
 from jobs.job import Effort, ImageState
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.store import Location, S3Object, Store
+from jobs.store import Location, Role, S3Object, Store
 from producer.local import LocalStack, inherited_environment
 from producer.plan import ASSUMED_RATE, MEASURED_FROM, find_speed, has_more_than
 from producer.submit import Request, submit
@@ -103,14 +103,16 @@ def test_looking_whether_there_are_more_reads_no_further_than_it_must(places: Pl
         def __init__(self) -> None:
             pass
 
-        def list_source(self, prefix: Location, *, after: str = "") -> Iterator[S3Object]:
+        def list_pages(
+            self, prefix: Location, *, role: Role, delimiter: str = "", after: str = ""
+        ) -> Iterator[tuple[list[S3Object], list[str]]]:
             nonlocal listed
             while True:
-                listed += 1
-                yield S3Object(f"{listed:09d}.jpg", "e", 1)
+                listed += 1000
+                yield [S3Object(f"{listed + number:09d}.jpg", "e", 1) for number in range(1000)], []
 
     assert has_more_than(1000, request_of(places), Endless())
-    assert listed < 3000
+    assert listed <= 5000
 
 
 def test_more_pictures_than_meant_are_not_submitted_where_nobody_can_be_asked(

@@ -24,6 +24,12 @@ def test_a_stored_message_of_version_1_decodes() -> None:
     assert task.to_fields() == VERSION_1
 
 
+def test_a_hint_is_said_only_where_there_is_one() -> None:
+    hinted = ImageTask.from_fields({**VERSION_1, "hint": "new"})
+
+    assert hinted.to_fields() == {**VERSION_1, "hint": "new"}
+
+
 def test_a_field_that_is_added_later_is_ignored() -> None:
     assert ImageTask.from_fields({**VERSION_1, "later": True}).index == 3
 
@@ -44,6 +50,7 @@ def test_a_field_that_is_added_later_is_ignored() -> None:
         ("etag", None),
         ("size", -2),
         ("lane", "fast"),
+        ("hint", "old"),
     ],
 )
 def test_a_message_with_a_wrong_field_is_refused_by_name(name: str, value: object) -> None:

@@ -1,0 +1,196 @@
+"""Listing side by side: exact, whatever the folders look like; and what a listing knows of its objects."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from factories import Places
+from moto.server import ThreadedMotoServer
+
+from jobs.errors import SourceError
+from jobs.job import ImageState
+from jobs.ledger import Ledger
+from jobs.recipe import Recipe
+from jobs.store import Location, Role, S3Object, Store
+from producer import listing
+from producer.feeding import Feeder
+from producer.listing import list_side_by_side
+from producer.local import LocalStack
+from producer.submit import Request, submit
+
+Pages = Iterator[tuple[list[S3Object], list[str]]]
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.store.PAGE_KEYS", 5)
+    monkeypatch.setattr(listing, "MANY", 2)
+    monkeypatch.setattr(listing, "LISTERS", 4)
+    monkeypatch.setattr(listing, "ENOUGH", 30)
+
+
+class Counting(Store):
+    """Says which prefixes were listed from end to end, and by how many threads."""
+
+    def __init__(self, stack: LocalStack) -> None:
+        theirs = stack.store()
+        self.__dict__.update(theirs.__dict__)
+        self.prefixes: list[str] = []
+        self.threads: set[int] = set()
+
+    def list_pages(self, prefix: Location, *, role: Role, delimiter: str = "", after: str = "") -> Pages:
+        self.prefixes.append(prefix.key + ("|" if delimiter else ""))
+        for page in super().list_pages(prefix, role=role, delimiter=delimiter, after=after):
+            self.threads.add(threading.get_ident())
+            yield page
+
+
+TREE = [
+    *(f"a/{number:02d}.jpg" for number in range(17)),
+    *(f"b/{folder}/{number}.jpg" for folder in range(12) for number in range(6)),
+    *(f"c/d/e/{number:02d}.jpg" for number in range(11)),
+    *(f"one-a-folder/{number:02d}/x.jpg" for number in range(13)),
+    "a.jpg",
+    "b b+%é/ключ 1.jpg",
+    "z.jpg",
+]
+
+
+def test_each_object_of_any_tree_is_listed_once(
+    stack: LocalStack, store: Store, places: Places, small_pages: None
+) -> None:
+    prefix = Location.parse(places.source)
+    for name in random.Random(5).sample(TREE, len(TREE)):
+        store.put(places.key(name), b"x", content_type="image/jpeg")
+    counting = Counting(stack)
+
+    keys = [found.key for found in list_side_by_side(counting, prefix, role="source")]
+
+    assert sorted(keys) == sorted(TREE)
+    assert {"b/3/", "c/d/e/"} <= set(counting.prefixes), "large folders are listed by themselves"
+    assert not any(name.startswith("one-a-folder/0") for name in counting.prefixes), "small ones are not"
+    assert len(counting.threads) > 1
+    under = Location(prefix.bucket, "b")
+    assert sorted(found.key for found in list_side_by_side(store, under, role="source")) == sorted(
+        name for name in TREE if name.startswith("b")
+    )
+
+
+def test_a_small_prefix_costs_one_request(stack: LocalStack, store: Store, places: Places) -> None:
+    store.put(places.key("a/1.jpg"), b"x", content_type="image/jpeg")
+    counting = Counting(stack)
+
+    assert len(list(list_side_by_side(counting, Location.parse(places.source), role="source"))) == 1
+    assert counting.prefixes == [""]
+
+
+def test_a_listing_that_fails_or_is_left_leaves_no_thread(
+    stack: LocalStack, store: Store, places: Places, small_pages: None
+) -> None:
+    for name in TREE:
+        store.put(places.key(name), b"x", content_type="image/jpeg")
+    prefix = Location.parse(places.source)
+
+    class Failing(Counting):
+        def list_pages(self, prefix: Location, *, role: Role, delimiter: str = "", after: str = "") -> Pages:
+            if prefix.key == "b/7/":
+                raise SourceError("no", code="source_denied")
+            return super().list_pages(prefix, role=role, delimiter=delimiter, after=after)
+
+    with pytest.raises(SourceError):
+        list(list_side_by_side(Failing(stack), prefix, role="source"))
+    left = list_side_by_side(store, prefix, role="source")
+    next(left)
+    left.close()  # type: ignore[attr-defined]  # it is a generator
+
+    assert not [thread for thread in threading.enumerate() if thread.name == "listing"]
+
+
+@pytest.fixture
+def aws() -> Iterator[Store]:
+    """A server of AWS's behaviour: the embedded one has no archive."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with Store(f"http://{host}:{port}", connections=20, credentials=("a", "b", "us-east-1")) as store:
+        yield store
+    server.stop()
+
+
+def test_what_is_archived_fails_without_a_worker(stack: LocalStack, aws: Store) -> None:
+    source, to = Location("pictures", ""), Location("results", "")
+    for place in (source, to):
+        aws.create_bucket(place.bucket)
+    classes = {
+        "a.jpg": "GLACIER",
+        "b.jpg": "STANDARD",
+        "c.jpg": "DEEP_ARCHIVE",
+        "d.jpg": "GLACIER_IR",
+    }
+    for key, kind in classes.items():
+        aws._s3.put_object(Bucket="pictures", Key=key, Body=b"x", StorageClass=kind)  # type: ignore[arg-type]  # one of them
+
+    listed = {found.key: found.hint for found in list_side_by_side(aws, source, role="source")}
+    assert listed == {"a.jpg": "archived", "b.jpg": "", "c.jpg": "archived", "d.jpg": ""}
+    request = Request(
+        source=str(source), destination=str(to), recipe=Recipe(model="birefnet"), lane="backfill", name="", keys=None
+    )
+    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/4"), name="alone") as ledger:
+        job = submit(request, store=aws, ledger=ledger, lease_s=60, listed=lambda _: None)
+        epoch = ledger.lead("test", ttl_s=60)
+        assert epoch is not None
+        Feeder(ledger, aws, lease_s=60).feed(epoch, [job])
+
+        failures = {failure.key: failure.code for _, failure in ledger.failures(job.id)}
+        after = ledger.job(job.id)
+        assert failures == dict.fromkeys((key for key, hint in listed.items() if hint), "source_archived")
+        assert (after.cursor, after.failed, after.window) == (4, 2, 2)
+        states = ledger.states(job.id, 0, 4)
+        assert states.count(ImageState.FAILED) == 2
+
+
+def test_what_was_restored_from_an_archive_is_not_archived() -> None:
+    """AWS's answer, as documented; no server here gives it."""
+    asked: list[str | None] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("x-amz-optional-object-attributes"))
+            body = _RESTORED.encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        with Store(url, connections=2, credentials=("a", "b", "us-east-1")) as store:
+            listed = {found.key: found.hint for found in store.list_source(Location("b", ""))}
+    finally:
+        server.shutdown()
+        server.server_close()
+
+    assert listed == {"restored.jpg": "", "being-restored.jpg": "archived"}
+    assert asked == ["RestoreStatus"]
+
+
+_RESTORED = """<?xml version="1.0" encoding="UTF-8"?>
+<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">
+<Name>b</Name><Prefix/><KeyCount>2</KeyCount><MaxKeys>1000</MaxKeys><IsTruncated>false</IsTruncated>
+<Contents><Key>restored.jpg</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>"e"</ETag><Size>1</Size>
+<RestoreStatus><IsRestoreInProgress>false</IsRestoreInProgress>
+<RestoreExpiryDate>2036-01-01T00:00:00.000Z</RestoreExpiryDate></RestoreStatus>
+<StorageClass>GLACIER</StorageClass></Contents>
+<Contents><Key>being-restored.jpg</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>"e"</ETag><Size>1</Size>
+<RestoreStatus><IsRestoreInProgress>true</IsRestoreInProgress></RestoreStatus>
+<StorageClass>DEEP_ARCHIVE</StorageClass></Contents>
+</ListBucketResult>"""

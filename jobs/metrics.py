@@ -14,13 +14,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Info, ProcessCollector, start_http_server
 
 from jobs.errors import CutfleetError, SettingsError
+
+REDIS_FAULTS = ("redis_unreachable", "redis_full", "redis_denied", "redis_failed")
+S3_FAULTS = (
+    *("store_unreachable", "store_busy", "store_denied", "store_failed", "store_unsupported"),
+    *("source_denied", "output_denied", "bucket_missing"),
+)
+"""Shown from the start, at 0: Prometheus takes what a series begins with for no increase, and would miss the first."""
 
 
 class Service(Protocol):
@@ -40,8 +47,8 @@ class Metrics:
 
     def listen(self, *, ledger: Service, store: Service) -> None:
         """Counts the requests of both from now on."""
-        ledger.heard = self._counter("redis", "Redis")
-        store.heard = self._counter("s3", "S3")
+        ledger.heard = self._counter("redis", "Redis", REDIS_FAULTS)
+        store.heard = self._counter("s3", "S3", S3_FAULTS)
 
     @contextmanager
     def serve(self, port: int) -> Iterator[None]:
@@ -65,11 +72,13 @@ class Metrics:
             server.server_close()
             thread.join()
 
-    def _counter(self, short: str, name: str) -> Callable[[CutfleetError | None], None]:
+    def _counter(self, short: str, name: str, kinds: Sequence[str]) -> Callable[[CutfleetError | None], None]:
         requests = Counter(f"cutfleet_{short}_requests", f"Requests to {name}.", registry=self.registry)
         errors = Counter(
             f"cutfleet_{short}_errors", f"Requests that {name} failed or refused.", ["kind"], registry=self.registry
         )
+        for kind in kinds:
+            errors.labels(kind)
 
         def heard(error: CutfleetError | None) -> None:
             requests.inc()

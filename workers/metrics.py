@@ -8,7 +8,7 @@ cutfleet_queue_wait_seconds{lane}               histogram: from publishing to th
 cutfleet_stage_seconds{stage}                   histogram: fetch, decode, device (waiting for it included), encode,
                                                 publish
 cutfleet_images_in_flight, cutfleet_slots       images held now, and most of them at once
-cutfleet_batches_total, cutfleet_batch_images_total   the second by the first: the mean batch
+cutfleet_batch_images                           histogram: images in one batch that went through the model
 cutfleet_batch_limit_images                     falls when the device runs out of memory
 cutfleet_device_busy_seconds_total              its rate: the share of time in which the device thread works
 cutfleet_device_waiting_images                  handed to the device and not yet answered
@@ -27,7 +27,7 @@ from contextlib import contextmanager
 
 import pynvml
 from prometheus_client import Counter, Gauge, Histogram, Info
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jobs.ledger import Claim
@@ -43,6 +43,8 @@ ENDS = ("done", "review", "skipped", "failed")
 STAGE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 WAIT_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14_400, 86_400)
 """A live picture waits for moments, one of a backfill for as long as its window is deep."""
+
+BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 class WorkerMetrics(Metrics):
@@ -125,13 +127,21 @@ class _Gauges(Collector):
         predictor = self._predictor
         yield GaugeMetricFamily("cutfleet_images_in_flight", "Images held.", self._leases.in_flight())
         yield GaugeMetricFamily("cutfleet_draining", "1: told to go.", int(self._draining.is_set()))
-        yield CounterMetricFamily("cutfleet_batches", "Batches that went through the model.", predictor.batches)
-        yield CounterMetricFamily("cutfleet_batch_images", "Images in them.", predictor.pictures)
+        yield _batches(predictor.batch_sizes)
         yield GaugeMetricFamily("cutfleet_batch_limit_images", "Most images in a batch.", predictor.batch_limit)
         yield CounterMetricFamily("cutfleet_device_busy_seconds", "Time in the model.", predictor.device_s)
         yield GaugeMetricFamily("cutfleet_device_waiting_images", "Waiting for the device.", predictor.waiting)
         if self._gpu is not None:
             yield from _gpu_gauges(self._gpu)
+
+
+def _batches(sizes: Mapping[int, int]) -> Metric:
+    found = dict(sizes)  # the device's thread goes on counting
+    buckets = [(str(bound), sum(n for size, n in found.items() if size <= bound)) for bound in BATCH_BUCKETS]
+    total = sum(size * n for size, n in found.items())
+    return HistogramMetricFamily(
+        "cutfleet_batch_images", "Images in one batch.", [*buckets, ("+Inf", sum(found.values()))], total
+    )
 
 
 def _gpu_gauges(gpu: Gpu) -> Iterator[Metric]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from types import TracebackType
@@ -38,16 +38,16 @@ class Predictor:
     """Owns `model` until closed. `batch_limit`: most pictures in a batch; falls on out-of-memory.
 
     For health and metrics, safe to read from any thread: `lost` (an event), `last_progress` (monotonic seconds),
-    `waiting`, `batches`, `pictures`, `device_s`.
+    `waiting`, `batch_sizes` (size -> batches of it), `pictures`, `device_s`.
     """
 
     def __init__(self, model: LoadedModel, *, batch_limit: int, stall_s: float = STALL_S) -> None:
         self.batch_limit = _largest_padded(batch_limit) if model.compiled else batch_limit
         self.lost = threading.Event()
         self.last_progress = time.monotonic()
-        self.batches = 0
+        self.batch_sizes: Counter[int] = Counter()
         self.pictures = 0
-        self.device_s = 0.0
+        self._busy: tuple[float, float | None] = (0.0, None)
         self._model = model
         self._stall_s = stall_s
         self._scale, self._shift = _normalisation(model)
@@ -68,6 +68,12 @@ class Predictor:
     def waiting(self) -> int:
         """Pictures handed in and not yet answered, those on the device included."""
         return len(self._live) + len(self._backfill) + len(self._running)
+
+    @property
+    def device_s(self) -> float:
+        """Time in the model so far, the batch that runs now included: a slow one must not look like idling."""
+        total_s, since = self._busy
+        return total_s if since is None else total_s + time.monotonic() - since
 
     def warm_up(self) -> None:
         """Runs the batch sizes to come once, before any picture is handed in: all padded ones of a compiled model, else
@@ -171,14 +177,15 @@ class Predictor:
 
     def _run(self, batch: list[_Request]) -> None:
         started = time.monotonic()
+        self._busy = (self._busy[0], started)
         size = self._padded(len(batch))
         masks = self._forward_or_none(np.stack([request.rgb for request in batch]), size)
         self.last_progress = time.monotonic()
-        self.device_s += self.last_progress - started
+        self._busy = (self._busy[0] + self.last_progress - started, None)
         if masks is None:
             self._step_down(batch, size)
             return
-        self.batches += 1
+        self.batch_sizes[len(batch)] += 1
         self.pictures += len(batch)
         with self._changed:
             self._running = []

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 import torch
 
+import jobs.ledger
+import jobs.store
 from jobs.errors import CutfleetError, SettingsError
 from jobs.ledger import Ledger
 from jobs.metrics import Metrics
@@ -22,7 +26,7 @@ from workers.nvml import Gpu, GpuUse, find_gpu
 class Device:
     """What a predictor says of itself."""
 
-    batches, pictures, device_s, batch_limit, waiting = 2, 10, 1.5, 8, 3
+    batch_sizes, device_s, batch_limit, waiting = {2: 1, 8: 1, 3: 2}, 1.5, 8, 3
 
 
 class Card(Gpu):
@@ -35,6 +39,12 @@ class Card(Gpu):
         if not self.there:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
         return GpuUse(0.75, 10, 80)
+
+
+def watch(metrics: WorkerMetrics, card: Card) -> None:
+    model = SimpleNamespace(name="u2netp", revision="abc", device=torch.device("cuda"), dtype=torch.float16)
+    leases = SimpleNamespace(in_flight=lambda: 5)
+    metrics.watch(model, Device, leases, gpu=card, slots=24, draining=threading.Event())  # type: ignore[arg-type]  # figures alone
 
 
 def test_a_port_in_use_is_refused_with_the_setting_to_change() -> None:
@@ -76,6 +86,23 @@ def test_redis_out_of_reach_is_counted(store: Store) -> None:
     assert metrics.registry.get_sample_value("cutfleet_redis_errors_total", {"kind": "redis_unreachable"}) == 1
 
 
+def test_the_first_error_of_each_kind_is_an_increase(store: Store, ledger: Ledger) -> None:
+    metrics = Metrics()
+    metrics.listen(ledger=ledger, store=store)
+
+    shown = {
+        (sample.name, sample.labels["kind"])
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if "kind" in sample.labels and sample.name.endswith("_total") and sample.value == 0
+    }
+    raised = re.compile(r'code="((?:redis|store)_\w+)"')
+    for module, short in ((jobs.ledger, "redis"), (jobs.store, "s3")):
+        kinds = set(raised.findall(Path(module.__file__).read_text()))
+        assert kinds
+        assert {(f"cutfleet_{short}_errors_total", kind) for kind in kinds} <= shown
+
+
 def test_a_dispatcher_that_stands_by_shows_no_queues(ledger: Ledger) -> None:
     metrics = DispatcherMetrics()
     metrics.survey(ledger, [])
@@ -90,9 +117,7 @@ def test_a_dispatcher_that_stands_by_shows_no_queues(ledger: Ledger) -> None:
 def test_a_gpu_that_is_lost_takes_nothing_else_with_it() -> None:
     card = Card()
     metrics = WorkerMetrics()
-    model = SimpleNamespace(name="u2netp", revision="abc", device=torch.device("cuda"), dtype=torch.float16)
-    leases = SimpleNamespace(in_flight=lambda: 5)
-    metrics.watch(model, Device, leases, gpu=card, slots=24, draining=threading.Event())  # type: ignore[arg-type]  # figures alone
+    watch(metrics, card)
     value = metrics.registry.get_sample_value
     assert value("cutfleet_gpu_busy_ratio") == 0.75
 
@@ -100,7 +125,18 @@ def test_a_gpu_that_is_lost_takes_nothing_else_with_it() -> None:
 
     assert value("cutfleet_gpu_busy_ratio") is None
     assert value("cutfleet_images_in_flight") == 5
-    assert value("cutfleet_batch_images_total") == 10
+    assert value("cutfleet_batch_images_sum") == 16
+
+
+def test_how_full_batches_are_is_a_histogram_of_few_series() -> None:
+    metrics = WorkerMetrics()
+    watch(metrics, Card())
+
+    (family,) = (family for family in metrics.registry.collect() if family.name == "cutfleet_batch_images")
+
+    counts = {sample.labels["le"]: sample.value for sample in family.samples if sample.name.endswith("_bucket")}
+    assert counts == {"1.0": 0, "2.0": 1, "4.0": 3, "8.0": 4, "16.0": 4, "32.0": 4, "64.0": 4, "+Inf": 4}
+    assert metrics.registry.get_sample_value("cutfleet_batch_images_count") == 4
 
 
 def test_a_cpu_has_no_gpu_metrics() -> None:

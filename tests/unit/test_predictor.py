@@ -113,6 +113,21 @@ def test_what_waits_while_the_device_works_becomes_one_batch_with_live_first(cal
             future.result(DEADLINE_S)
 
     assert device.reds == [[1], [100, 101, 2, 3], [4, 5]]
+    assert predictor.batch_sizes == {1: 1, 4: 1, 2: 1}
+
+
+def test_a_batch_that_runs_counts_as_work_before_it_ends(callers: ThreadPoolExecutor) -> None:
+    device = Device(gated=True)
+    with Predictor(make_model(device), batch_limit=1) as predictor:
+        future = hand_in(predictor, callers, 1)
+        assert device.entered.wait(DEADLINE_S)
+
+        first, second = predictor.device_s, predictor.device_s
+        device.gate.set()
+        future.result(DEADLINE_S)
+
+        assert 0 < first < second < predictor.device_s
+        assert predictor.device_s == predictor.device_s, "it stands still when there is nothing to do"
 
 
 def test_out_of_memory_halves_the_batch_and_loses_no_picture(callers: ThreadPoolExecutor) -> None:

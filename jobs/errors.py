@@ -46,7 +46,8 @@ class JobError(SettingsError):
 
 
 class ServiceUnavailable(CutfleetError):
-    """Codes: redis_unreachable, redis_denied, redis_full, store_unreachable, store_denied, store_busy."""
+    """Codes: redis_unreachable, redis_denied, redis_full, redis_cannot_save, redis_failed, store_unreachable,
+    store_denied, store_busy, store_unsupported, store_failed."""
 
     code = "service_unavailable"
     retry = True

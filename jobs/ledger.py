@@ -496,6 +496,11 @@ def map_redis_error(exc: RedisError, name: str) -> CutfleetError:
         return ServiceUnavailable(
             f"Redis at {name} is full: raise its maxmemory, or let the workers drain the queues.", code="redis_full"
         )
+    if text.startswith("MISCONF"):
+        return ServiceUnavailable(
+            f"Redis at {name} can't write to its disk, and takes no writes until it can: free its disk.",
+            code="redis_cannot_save",
+        )
     if isinstance(exc, (RedisConnectionError, RedisTimeoutError, ReadOnlyError)):
         return ServiceUnavailable(
             f"Redis at {name} can't be reached: {text}. Is it running? Check CUTFLEET_REDIS_URL.",

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Info, ProcessCollector
 
 from jobs.errors import CutfleetError, SettingsError
 
-REDIS_FAULTS = ("redis_unreachable", "redis_full", "redis_denied", "redis_failed")
+REDIS_FAULTS = ("redis_unreachable", "redis_full", "redis_cannot_save", "redis_denied", "redis_failed")
 S3_FAULTS = (
     *("store_unreachable", "store_busy", "store_denied", "store_failed", "store_unsupported"),
     *("source_denied", "output_denied", "bucket_missing"),

@@ -40,6 +40,8 @@ RECORDS = "_cutfleet"
 PAGE_KEYS = 1000
 """S3's most."""
 _ARCHIVED = {"GLACIER", "DEEP_ARCHIVE"}
+_NO_ETAG = "0" * 32
+"""Of no object of ours."""
 _BUSY = {
     "SlowDown",
     "ServiceUnavailable",
@@ -286,10 +288,13 @@ class Store:
         return True
 
     def honours_conditions(self, location: Location, body: bytes) -> bool:
-        """Writes `location`, then once more if nothing is there: False when the store did so all the same."""
+        """Writes `location`, then on conditions that do not hold: False when the store took one of them."""
         self.put(location, body, content_type="application/json")
+        return all(self._refuses(location, body, replaces) for replaces in (None, _NO_ETAG))
+
+    def _refuses(self, location: Location, body: bytes, replaces: str | None) -> bool:
         try:
-            self.put(location, body, content_type="application/json", conditional=True)
+            self.put(location, body, content_type="application/json", replaces=replaces, conditional=True)
         except PreconditionFailed:
             return True
         except ServiceUnavailable as exc:

@@ -26,6 +26,7 @@ from producer.submit import check_places
 
 PINGS = 20
 SLOW_REDIS_MS = 10.0  # a picture costs some ten round trips
+OLDEST_REDIS = (7, 2)
 CLOCK_S = 5.0
 FULL, NEARLY_FULL = 0.95, 0.8
 MIN_FREE_GB = 1.0  # a manifest of ten million keys is sorted in about this
@@ -73,7 +74,7 @@ def _disk() -> Iterator[Finding]:
 
 def _redis(ledger: Ledger, now: Callable[[], float]) -> Iterator[Finding]:
     info = ledger.info()
-    pings = sorted(timed_ms(ledger.ping) for _ in range(PINGS))
+    pings = [timed_ms(ledger.time_s) for _ in range(PINGS)]  # a PING it refuses when it can't save
     name, version = ("Valkey", "valkey_version") if "valkey_version" in info else ("Redis", "redis_version")
     yield ok("redis", f"{name} {info[version]}, answers in {statistics.median(pings):.1f} ms.")
     if statistics.median(pings) > SLOW_REDIS_MS:
@@ -83,6 +84,7 @@ def _redis(ledger: Ledger, now: Callable[[], float]) -> Iterator[Finding]:
             f"Half of its answers take over {statistics.median(pings):.0f} ms.",
             "Move Redis nearer to the workers: a picture costs some ten round trips.",
         )
+    yield from _redis_version(info["redis_version"])
     yield from _redis_kind(info)
     yield from _redis_memory(info)
     yield from _redis_persistence(info)
@@ -93,6 +95,17 @@ def _redis(ledger: Ledger, now: Callable[[], float]) -> Iterator[Finding]:
             "clock_differs",
             f"Its clock is {ahead_s:+.0f} s from this machine's.",
             "Run NTP on both: S3 refuses a clock that is 15 minutes wrong, and logs can't be put in order.",
+        )
+
+
+def _redis_version(version: str) -> Iterator[Finding]:
+    """Valkey says there which Redis it is like: 7.2.4, since its first version."""
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_REDIS:
+        yield warning(
+            "redis",
+            "redis_old",
+            f"Redis {version} is older than {'.'.join(map(str, OLDEST_REDIS))}, and out of support.",
+            "Move to Valkey 8 or later, or to Redis 7.2 or later: append-only file or replica go with it.",
         )
 
 
@@ -139,7 +152,7 @@ def _redis_persistence(info: Mapping[str, Any]) -> Iterator[Finding]:
             "redis",
             "redis_cannot_save",
             f"It can't write to its disk ({', '.join(broken)}).",
-            "Free its disk or mend its rights; until then a restart loses what came since.",
+            REMEDIES["redis_cannot_save"],
         )
     if info["aof_enabled"]:
         yield ok("redis", "It appends every change to its file.")
@@ -196,7 +209,7 @@ def _destination(store: Store, destination: str) -> Iterator[Finding]:
         yield warning(
             "s3",
             "conditions_ignored",
-            "The store ignores If-None-Match: a worker that wakes late can overwrite.",
+            "The store ignores If-None-Match or If-Match: a worker that wakes late can overwrite.",
             "Use a store that knows conditional writes, or give every job a destination of its own.",
         )
     if honoured:

@@ -123,14 +123,14 @@ def watched(stack: LocalStack, folder: Path, *, workers: int) -> Iterator[Load]:
         yield Load(stack, prometheus, wire, s3, ports)
 
 
-def ask_panels(prometheus: Prometheus, *, since: float) -> dict[tuple[str, str], list[Line]]:
+def ask_panels(prometheus: Prometheus, *, since: float, window: str = WINDOW) -> dict[tuple[str, str], list[Line]]:
     """Panel and expression of the dashboard -> its lines."""
     return {
         (panel, expression): [
             Line(row["metric"], [(at - since, float(text)) for at, text in row["values"] if _is_number(text)])
             for row in prometheus.history(expression, since=since)
         ]
-        for panel, expression in expressions(window=WINDOW)
+        for panel, expression in expressions(window=window)
     }
 
 

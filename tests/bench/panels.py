@@ -1,7 +1,7 @@
 """The dashboard's panels, drawn from what Prometheus recorded of a load on this machine: u2netp on its processor.
 
-    pip install matplotlib
-    python -m tests.bench.panels [--pictures N] [--out infra/monitoring/dashboard.png]
+pip install matplotlib
+python -m tests.bench.panels [--pictures N] [--out infra/monitoring/dashboard.png]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import io
 import math
 import re
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -54,11 +55,11 @@ def measure(folder: Path, pictures: int) -> Answers:
             pictures,
             model="u2netp",
             start_dispatcher=lambda **settings: stack.start_dispatcher(**SETTINGS, **settings).pid,
-            start_worker=lambda **settings: stack.start_worker(
-                device="cpu", slots="8", batch_limit="4", **SETTINGS, **settings
-            ).pid,
+            start_worker=lambda **settings: (
+                stack.start_worker(device="cpu", slots="8", batch_limit="4", **SETTINGS, **settings).pid
+            ),
         )
-        return ask_panels(load.prometheus, since=since)
+        return ask_panels(load.prometheus, since=since, window="20s")
 
 
 def draw(answers: Answers, out: Path) -> None:
@@ -82,8 +83,8 @@ def draw(answers: Answers, out: Path) -> None:
         axes.set_xlim(0, end_s)
         DRAW[panel["type"]](axes, panel, _lines(answers, panel))
     plot = io.BytesIO()
-    figure.savefig(plot, dpi=80)
-    Image.open(plot).convert("RGB").quantize(48).save(out, optimize=True)
+    figure.savefig(plot, dpi=90)
+    Image.open(plot).convert("RGB").quantize(128).save(out, optimize=True)
     progress(f"{out}: {out.stat().st_size / 1000:.0f} kB")
 
 
@@ -98,19 +99,20 @@ def _lines(answers: Answers, panel: Any) -> list[tuple[str, Line]]:
 
 
 def _stat(axes: Axes, panel: Any, lines: list[tuple[str, Line]]) -> None:
-    """The value in the middle of the run; at its end all of them are 0."""
+    """The mean of the run; at its end most are 0."""
     axes.set_axis_off()
     (_, line), *_ = lines
     size, unit = _unit(panel)
     axes.fill_between(*_plotted(line, size), alpha=0.25)
-    _, middle = line.points[len(line.points) // 2]
-    axes.text(0.5, 0.5, f"{middle / size:,.3g}{unit}", transform=axes.transAxes, ha="center", va="center", fontsize=14)
+    mean = statistics.fmean(value for _, value in line.points)
+    axes.text(0.5, 0.5, f"{mean / size:,.3g}{unit}", transform=axes.transAxes, ha="center", va="center", fontsize=14)
 
 
 def _series(axes: Axes, panel: Any, lines: list[tuple[str, Line]]) -> None:
     size, unit = _unit(panel)
     for name, line in lines:
-        axes.plot(*_plotted(line, size), label=name, linewidth=1)
+        is_flat = not any(value for _, value in line.points)
+        axes.plot(*_plotted(line, size), label=f"_{name}" if is_flat else name, linewidth=1)
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(unit.strip())

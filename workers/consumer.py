@@ -11,7 +11,8 @@ than what the client then does.
 `Liveness` and the transport touch the file that probes look at.
 
 `VisibilityLease` renews this worker's messages in kombu's `unacked_index`: without it a message held for longer than
-the visibility timeout is delivered again (kombu never renews).
+the visibility timeout is delivered again (kombu never renews). Their ages are told by the server's clock: kombu takes
+the machine's, and a worker whose clock is ahead would give back what all others hold.
 
 `GatheredEvents` sends what Flower is to see a few times a second, not after every step of every picture.
 """
@@ -67,9 +68,24 @@ class Channel(kombu_redis.Channel):
             self.connection = connection
 
 
+class ServerClock:
+    """The server's time, by how far this machine's clock was off when last compared."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def time(self) -> float:
+        return time.time() - self._ahead_s
+
+    def compare(self, client: Any) -> None:
+        seconds, micros = client.time()
+        self._ahead_s = time.time() - (seconds + micros / 1e6)
+
+
 class Transport(kombu_redis.Transport):
     Channel = Channel
     alive = AliveFile("")
+    clock = ServerClock()
 
     def establish_connection(self) -> Any:
         self.alive.touch()  # while Redis is away, trying again is all the progress there can be
@@ -101,8 +117,20 @@ class _Repeated(bootsteps.StartStopStep):
 class VisibilityLease(_Repeated):
     every_s = VISIBILITY_S / 4
 
+    def start(self, consumer: Any) -> None:
+        super().start(consumer)
+        self.turn(consumer)
+
     def turn(self, consumer: Any) -> None:
-        _renew(consumer)
+        channel = consumer.task_consumer.channel
+        try:
+            with channel.conn_or_acquire() as client:
+                Transport.clock.compare(client)
+                tags = list(channel.qos._delivered.keys() - channel.qos._dirty)
+                if tags:
+                    client.zadd(channel.unacked_index_key, {tag: Transport.clock.time() for tag in tags}, xx=True)
+        except RedisError as exc:
+            log.warning("visibility not renewed, next turn tries again: %s", exc, extra={"action": "renew"})
 
 
 class Liveness(_Repeated):
@@ -137,17 +165,7 @@ class GatheredEvents(_Repeated):
 def harden(app: Celery, alive: AliveFile) -> None:
     """Gives the app's worker the transport, the lease, the sign of life and fewer messages."""
     Transport.alive = alive
+    Transport.clock = ServerClock()
+    kombu_redis.time = Transport.clock.time
     TRANSPORT_ALIASES["redis"] = TRANSPORT_ALIASES["rediss"] = "workers.consumer:Transport"
     app.steps["consumer"].update({VisibilityLease, Liveness, GatheredEvents})
-
-
-def _renew(consumer: Any) -> None:
-    channel = consumer.task_consumer.channel
-    tags = list(channel.qos._delivered.keys() - channel.qos._dirty)
-    if not tags:
-        return
-    try:
-        with channel.conn_or_acquire() as client:
-            client.zadd(channel.unacked_index_key, {tag: time.time() for tag in tags}, xx=True)
-    except RedisError as exc:
-        log.warning("visibility not renewed, next turn tries again: %s", exc, extra={"action": "renew"})

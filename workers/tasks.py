@@ -57,9 +57,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_RETRY_PAUSE_S = 900.0
 MAX_HOLD_PAUSE_S = 15.0
+MAX_HOLD_S = 300.0
+"""Then the image is given back: it may be this machine alone that can't reach S3 (network, clock, credentials)."""
 PROBES = 3
 INSIST_PAUSE_S = 0.5
 _MAX_BLAME = 300
+
+
+class HeldTooLong(Exception):
+    """S3 stayed away: another worker may have the image, no try used up."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +170,7 @@ def _settle(
     try:
         do = _render_and_publish if job.model == RENDER else _cut_and_publish
         state, remark = _hold_while_store_is_away(lambda: do(task, job, names, seat, bench), job, bench)
-    except Draining:
+    except (Draining, HeldTooLong):
         return _give_back(claim, bench), None
     except Fatal as exc:
         return blame(exc)
@@ -300,7 +306,7 @@ def _try_later(task: ImageTask, claim: Claim, error: TransientError, bench: Benc
 
 def _hold_while_store_is_away(work: Callable[[], T], job: Job, bench: Bench) -> T:
     """When S3 as a whole fails, no image is to blame: keep the lease, wait, and use up no try."""
-    pause_s = 1.0
+    pause_s, give_up = 1.0, time.monotonic() + MAX_HOLD_S
     while True:
         try:
             return work()
@@ -310,6 +316,8 @@ def _hold_while_store_is_away(work: Callable[[], T], job: Job, bench: Bench) -> 
             log.error("holding: %s", exc, extra={"action": "hold", "code": exc.code})
             if bench.draining.wait(pause_s):
                 raise Draining from exc
+            if time.monotonic() > give_up:
+                raise HeldTooLong from exc
             pause_s = min(2 * pause_s, MAX_HOLD_PAUSE_S)
 
 

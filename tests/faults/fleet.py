@@ -192,6 +192,14 @@ class Dispatchers(Forks):
     command = ("dispatch",)
 
 
+class Submits(Forks):
+    """`cutfleet submit` as a fork, for its failpoints."""
+
+    def start_for(self, places: Places, *more: str, **settings: str) -> int:
+        self.command = ("submit", places.source, "--to", places.to, "--model", MODEL, *more)
+        return self.start(**settings)
+
+
 class Fleet:
     """One stack, its dispatchers and workers, on demand."""
 
@@ -203,6 +211,7 @@ class Fleet:
         self.stack.__enter__()
         self.workers = Workers(self.stack, self.zygote, "workers.log")
         self.dispatchers = Dispatchers(self.stack, self.zygote, "dispatchers.log")
+        self.submits = Submits(self.stack, self.zygote, "submits.log")
         self.ledger: Ledger = self.stack.ledger()
         self.store: Store = self.stack.store()
         return self
@@ -212,6 +221,7 @@ class Fleet:
     ) -> None:
         self.workers.stop()
         self.dispatchers.stop()
+        self.submits.stop()
         self.ledger.close()
         self.store.close()
         self.stack.stop()
@@ -222,23 +232,28 @@ class Fleet:
         yield self.dispatchers.start(supervised=True, **settings)
         self.dispatchers.dismiss()
 
-    def fork_submit(self, places: Places, **settings: str) -> int:
-        """`cutfleet submit` as a fork, for its failpoints; returns its exit code."""
-        submits = Forks(self.stack, self.zygote, "submit.log")
-        submits.command = ("submit", places.source, "--to", places.to, "--model", MODEL)
-        code = submits.wait_for(submits.start(**settings))
-        submits.stop()
-        return code
-
     def forget(self) -> None:
         """Whatever a test that failed has left running."""
-        for forks in (self.workers, self.dispatchers):
+        for forks in (self.workers, self.dispatchers, self.submits):
             forks.dismiss(signal.SIGKILL)
 
     def active(self) -> int:
         """The fencing token of the dispatcher that is active, 0 when none is."""
         with redis.Redis(port=self.stack.redis_port, decode_responses=True) as client:
             return int(client.get("cf:dispatcher:epoch") or 0) if client.exists("cf:dispatcher") else 0
+
+    def let_dispatcher_turn(self, times: int) -> None:
+        """Waits until the active dispatcher, which renews its lock at each turn, has made so many."""
+        made, last = 0, 0
+        with redis.Redis(port=self.stack.redis_port) as client:
+
+            def has_turned() -> bool:
+                nonlocal made, last
+                left = client.pttl("cf:dispatcher")
+                made, last = made + (left > last > 0), left
+                return made >= times
+
+            wait_until(has_turned, what="the dispatcher makes its turns")
 
     def run(self, *args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """The `cutfleet` command."""
@@ -258,6 +273,17 @@ def listening(client: redis.Redis, *, db: int = 0) -> int:
     return sum(
         found["db"] == str(db) and found["cmd"] == "brpop" and "b" in found["flags"] for found in client.client_list()
     )
+
+
+def came_back(broker: redis.Redis) -> bool:
+    """Whether a message that a worker holds was delivered before: kombu marks it so."""
+    held: list[str] = broker.hvals("unacked")  # type: ignore[assignment]  # the types cover asyncio too
+    return any(json.loads(text)[0]["headers"].get("redelivered") for text in held)
+
+
+def is_stopped(pid: int) -> bool:
+    """By SIGSTOP."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def is_ready(ledger: Ledger, pid: int) -> bool:

@@ -35,6 +35,9 @@ from torch import Tensor
 import jobs.broker
 import producer.cli
 import producer.dispatcher
+import producer.feeding
+import producer.manifest
+import producer.report
 import workers.__main__
 import workers.consumer
 import workers.decode
@@ -115,17 +118,21 @@ def _around(owner: Any, name: str, *, before: str = "", after: Callable[[tuple[A
     setattr(owner, name, call)
 
 
+def _note(line: str) -> None:
+    os.write(1, f"{line}\n".encode())  # at once: threads of one process, and processes, share the log
+
+
 def _put_place(args: tuple[Any, ...], _: Any) -> str:
     if "masks/" in args[1].key:
         return "after_mask"
-    print(f"published {args[1]}", flush=True)
+    _note(f"published {args[1]}")
     return "after_cutout"
 
 
 def _claim_place(_: tuple[Any, ...], claim: Any) -> str:
     if claim.verdict != "go":
         return ""
-    print(f"claimed {claim.image}", flush=True)
+    _note(f"claimed {claim.image}")
     return "after_claim"
 
 
@@ -169,8 +176,8 @@ def _shorten() -> None:
         app = real_app(redis_url)
         times: dict[str, float] = {"visibility_timeout": VISIBILITY_S, "unacked_restore_interval": 1}
         times |= {"health_check_interval": 2, "socket_timeout": SOCKET_S}
-        if poll_s := os.environ.get("CUTFLEET_TEST_POLL_S"):
-            times["polling_interval"] = float(poll_s)
+        if poll_s := _told("POLL_S"):
+            times["polling_interval"] = poll_s
         app.conf.broker_transport_options |= times
         return app
 
@@ -195,16 +202,30 @@ workers.models.load = load  # type: ignore[assignment]  # the stand-in has the s
 _shorten()
 
 
+def _told(name: str) -> float | None:
+    text = os.environ.get(f"CUTFLEET_TEST_{name}")
+    return float(text) if text else None
+
+
 def _stall_sooner() -> None:
     import workers.predictor
-    import workers.tasks
     import workers.watchdog
 
-    text = os.environ.get("CUTFLEET_TEST_STALL_S")
-    if text:
-        workers.tasks.DECODE_S = float(text)
+    stall_s = _told("STALL_S")
+    if stall_s is not None:
+        workers.tasks.DECODE_S = stall_s
         for module, name in ((workers.predictor, "Predictor"), (workers.watchdog, "Watchdog")):
-            setattr(module, name, functools.partial(getattr(module, name), stall_s=float(text)))
+            setattr(module, name, functools.partial(getattr(module, name), stall_s=stall_s))
+
+
+def _set_sizes() -> None:
+    import producer.submit
+
+    workers.tasks.MAX_HOLD_S = _told("HOLD_S") or workers.tasks.MAX_HOLD_S
+    producer.dispatcher.PAUSE_S = _told("PAUSE_S") or producer.dispatcher.PAUSE_S
+    if rows := _told("PART_ROWS"):
+        for module in (producer.manifest, producer.submit, producer.feeding, producer.dispatcher, producer.report):
+            module.PART_ROWS = int(rows)  # type: ignore[attr-defined]  # a module's own name
 
 
 def _run(request: dict[str, Any]) -> None:
@@ -213,8 +234,11 @@ def _run(request: dict[str, Any]) -> None:
     for target, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, target)
     os.environ.update(request["env"])
+    if clock := os.environ.get("CUTFLEET_TEST_CLOCK"):
+        os.environ["FAKETIME"] = clock
     _arm()
     _stall_sooner()
+    _set_sizes()
     if request["command"]:
         producer.cli.main(request["command"], prog_name="cutfleet")
     sys.exit(workers.__main__.main([]))

@@ -59,8 +59,8 @@ def test_a_producer_killed_between_part_and_count_is_resumed_or_repeated(
     names = put_pictures(fleet.store, places, 8)
     before = {job.id for job in fleet.ledger.jobs()}
     fleet.workers.start()
-    killed = fleet.fork_submit(places, test_failpoints=f"{place}={tmp_path / place}")
-    assert killed == -signal.SIGKILL
+    killed = fleet.submits.start_for(places, test_failpoints=f"{place}={tmp_path / place}")
+    assert fleet.submits.wait_for(killed) == -signal.SIGKILL
     with fleet.dispatcher():
         begun = [job.id for job in fleet.ledger.jobs() if job.id not in before]
         more = ("--resume", begun[0]) if begun else ()
@@ -70,4 +70,29 @@ def test_a_producer_killed_between_part_and_count_is_resumed_or_repeated(
         truth = prove(fleet, ran.stdout.strip(), places, names=names, reference=reference)
 
     assert truth.counts["done"] == 8
+    assert set(fleet.workers.published(places).values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "place", ["after_cutout", "before_submit_live", "after_submit_live"], ids=["recorded", "before", "after"]
+)
+def test_a_producer_of_live_pictures_that_is_killed_leaves_nothing_to_do_or_all_of_it(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path, place: str
+) -> None:
+    """`after_cutout`, of an object that is no mask: its first is the job's record."""
+    names = put_pictures(fleet.store, places, 8)
+    before = {job.id for job in fleet.ledger.jobs()}
+    fleet.workers.start()
+    killed = fleet.submits.start_for(places, "--lane", "live", test_failpoints=f"{place}={tmp_path / place}")
+    assert fleet.submits.wait_for(killed) == -signal.SIGKILL
+    begun = [job.id for job in fleet.ledger.jobs() if job.id not in before]
+    assert len(begun) == (place == "after_submit_live")
+    with fleet.dispatcher():
+        for job in begun:
+            assert prove(fleet, job, places, names=names, reference=reference).counts["done"] == 8
+
+        again = submit("--lane", "live")
+        truth = prove(fleet, again, places, names=names, reference=reference)
+
+    assert truth.counts["skipped" if begun else "done"] == 8
     assert set(fleet.workers.published(places).values()) == {1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,9 @@ from faults.truth import prove
 from jobs.store import Location
 
 SOME = 16
+EXIT_DRAIN_DEADLINE = 75
+AWAY_S = float(os.environ.get("CUTFLEET_TEST_AWAY_S", "0"))
+"""How long the store is away at least; 600 by hand, with a longer --timeout."""
 
 
 @pytest.fixture
@@ -84,7 +88,10 @@ def test_while_the_whole_store_is_away_workers_hold_and_no_try_is_used_up(
 
 def away_for_a_while(fleet: Fleet, known: int) -> None:
     """Until some of the four slots have tried in vain more than once."""
-    wait_until(lambda: fleet.workers.text().count("holding:") >= known + 6)
+    back = time.monotonic() + AWAY_S
+    wait_until(
+        lambda: fleet.workers.text().count("holding:") >= known + 6 and time.monotonic() > back, within_s=AWAY_S + 60
+    )
     assert not tries(fleet)
 
 
@@ -106,6 +113,42 @@ def test_a_worker_told_to_go_while_the_store_is_away_gives_its_pictures_back(
         truth = prove(fleet, job, places, names=names, reference=reference)
 
     assert truth.counts["done"] == 8
+
+
+def test_told_to_go_with_downloads_that_hang_a_worker_leaves_by_the_deadline_and_another_goes_on(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
+) -> None:
+    names = put_pictures(fleet.store, places, 8)
+    worker = fleet.workers.start(s3_endpoint=s3.url, drain_s="2")
+    with fleet.dispatcher(), s3.fault(Fault("hang", methods=("GET",))):
+        job = submit()
+        wait_until(lambda: s3.caused["hang"] >= 4, what="all slots wait for a body")
+
+        os.kill(worker, signal.SIGTERM)
+        assert fleet.workers.wait_for(worker) == EXIT_DRAIN_DEADLINE
+        assert not tries(fleet)
+        fleet.workers.start()
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == 8
+    assert fleet.workers.dismiss() == [0]
+
+
+def test_a_worker_that_alone_can_not_reach_the_store_leaves_its_pictures_to_others(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
+) -> None:
+    names = put_pictures(fleet.store, places, 8)
+    holding = fleet.workers.text().count("holding:")
+    astray = fleet.workers.start(s3_endpoint=s3.url, slots="2", test_hold_s="1")
+    with fleet.dispatcher(), s3.fault(Fault("answer", status=403, code="RequestTimeTooSkewed")):
+        job = submit()
+        wait_until(lambda: fleet.workers.text().count("holding:") > holding + 2)
+        fleet.workers.start()
+        truth = prove(fleet, job, places, names=names, reference=reference)
+        assert astray in fleet.workers.alive()
+
+    assert truth.counts["done"] == 8
+    assert set(fleet.workers.dismiss()) == {0}
 
 
 def test_one_prefix_that_is_denied_fails_at_once_with_its_code_and_the_others_go_on(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import redis
 from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import PICTURES, SETTINGS, Fleet, Reference, Submit, listening
+from faults.fleet import PICTURES, SETTINGS, Fleet, Reference, Submit, is_stopped, listening
 from faults.terms import MODEL, PLACES
 from faults.truth import prove
 
@@ -129,10 +129,6 @@ def test_a_worker_that_wakes_after_a_newer_version_was_published_overwrites_noth
     assert truth.counts["done"] == len(names)
     assert {name: fleet.store.head(places.cutout(name), role="output") for name in names} == newest
     assert set(fleet.workers.dismiss()) == {0}
-
-
-def is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_told_to_go_under_load_a_worker_drains_and_nothing_runs_twice(

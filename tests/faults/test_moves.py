@@ -1,0 +1,114 @@
+"""A person cancels, pauses, speeds up or repeats a job, and workers die meanwhile: states and counts are exact."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from factories import Places, picture, put_pictures, wait_until
+from faults.fleet import Fleet, Reference, Submit
+from faults.terms import MODEL
+from faults.truth import prove
+
+from producer.feeding import MIN_WINDOW
+
+
+@pytest.fixture(autouse=True)
+def asleep(fleet: Fleet) -> None:
+    """The model is known, though none of its workers is awake."""
+    fleet.ledger.heartbeat("asleep", {"model": MODEL, "slots": 4}, ttl_s=600)
+
+
+def test_cancelled_at_a_third_a_job_ends_what_is_in_work_and_nothing_else(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 60)
+    fleet.workers.start(test_device_ms="100")
+    leaving = fleet.workers.start(test_device_ms="100")
+    with fleet.dispatcher():
+        job = submit()
+        wait_until(lambda: fleet.ledger.job(job).done >= 4)
+        fleet.workers.kill(leaving)
+        wait_until(lambda: fleet.ledger.job(job).done >= 18)
+        assert fleet.run("cancel", job).returncode == 0
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["cancelled"] > 0
+    assert truth.counts["done"] + truth.counts["cancelled"] == 60
+    assert fleet.workers.dismiss() == [0]
+
+
+def test_paused_a_job_ends_what_is_fed_and_is_closed_only_after_the_rest(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, MIN_WINDOW + 16)
+    with fleet.dispatcher():
+        job = submit()
+        wait_until(lambda: fleet.ledger.job(job).cursor == MIN_WINDOW)
+        assert fleet.run("pause", job).returncode == 0
+        worker = fleet.workers.start()
+        wait_until(lambda: fleet.ledger.job(job).done == MIN_WINDOW)
+        fleet.let_dispatcher_turn(3)
+        paused = fleet.ledger.job(job)
+        assert (paused.cursor, paused.closed) == (MIN_WINDOW, None)
+        fleet.workers.kill(worker)
+        assert fleet.run("unpause", job).returncode == 0
+        fleet.workers.start()
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == len(names)
+    assert fleet.workers.dismiss() == [0]
+
+
+def test_moved_to_the_live_lane_a_job_overtakes_what_was_there_before(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, MIN_WINDOW + 16)
+    few = names[:6]
+    urgent = Places(places.source, f"{places.to}urgent/")
+    with fleet.dispatcher():
+        first = submit()
+        wait_until(lambda: fleet.ledger.job(first).cursor == MIN_WINDOW, what="the queue is full")
+        keys = [places.key(name).key for name in few]
+        ran = fleet.run("submit", places.source, *keys, "--to", urgent.to, "--model", MODEL)
+        second = ran.stdout.strip()
+        fleet.let_dispatcher_turn(2)
+        assert fleet.ledger.job(second).cursor == 0
+        assert fleet.run("tune", second, "--lane", "live").returncode == 0
+        wait_until(lambda: fleet.ledger.job(second).cursor == len(few))
+        fleet.workers.start(slots="1")
+        wait_until(lambda: fleet.ledger.job(second).closed is not None and fleet.ledger.job(first).closed is not None)
+
+    claimed = re.findall(rf"^claimed ({first}|{second}):", fleet.workers.text(), re.M)
+    assert claimed == [second] * len(few) + [first] * len(names)
+    assert [fleet.ledger.job(job).done for job in (first, second)] == [len(names), len(few)]
+    assert fleet.workers.dismiss() == [0]
+
+
+def test_failures_that_are_mended_and_tried_again_are_done_though_their_worker_dies(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
+) -> None:
+    names = put_pictures(fleet.store, places, 8)
+    for name in names[:3]:
+        fleet.store.put(places.key(name), b"<html>404</html>", content_type="image/jpeg")
+    with fleet.dispatcher():
+        job = submit()
+        fleet.workers.start()
+        failed = prove(fleet, job, places, names=names, reference=reference)
+        assert (failed.counts["failed"], failed.counts["done"]) == (3, 5)
+        fleet.workers.dismiss()
+        for seed, name in enumerate(names[:3]):
+            fleet.store.put(places.key(name), picture(seed=seed), content_type="image/jpeg")
+        assert fleet.run("retry", job).returncode == 0
+        fleet.workers.start(supervised=True, test_failpoints=f"before_commit={tmp_path / 'killed'}")
+        wait_until(lambda: -signal.SIGKILL in fleet.workers.ends().values())
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == 8
+    assert not list(fleet.ledger.failures(job))
+    assert fleet.workers.dismiss() == [0]

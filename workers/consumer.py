@@ -166,6 +166,6 @@ def harden(app: Celery, alive: AliveFile) -> None:
     """Gives the app's worker the transport, the lease, the sign of life and fewer messages."""
     Transport.alive = alive
     Transport.clock = ServerClock()
-    kombu_redis.time = Transport.clock.time
+    kombu_redis.time = Transport.clock.time  # type: ignore[attr-defined]  # its own name of time.time
     TRANSPORT_ALIASES["redis"] = TRANSPORT_ALIASES["rediss"] = "workers.consumer:Transport"
     app.steps["consumer"].update({VisibilityLease, Liveness, GatheredEvents})

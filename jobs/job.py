@@ -43,7 +43,7 @@ class Job:
     `spills`: parts of its failures that stand in S3. `judged_*`: counts when a person last unpaused it.
     `watch`: the watch that feeds it. `unrecorded`: live images that stand in no part of its manifest yet.
     `untold`: events that its webhook could not be told of. `asked`: which pictures of its source, for going on with a
-    listing.
+    listing. `to_be_listed`: `cutfleet serve` lists it, since nobody waits for it.
     """
 
     id: str
@@ -60,6 +60,7 @@ class Job:
     sample: int | None = None
     watch: str = ""
     asked: str = ""
+    to_be_listed: bool = False
     webhook: str = ""
     webhook_pictures: bool = False
     closed: float | None = None
@@ -106,7 +107,8 @@ class Job:
         fields = {name: getattr(self, name) for name in names} | {"conditional": str(int(self.conditional))}
         pace = {"weight": self.weight, "rate": self.rate, "sample": self.sample}
         fields |= {name: str(value) for name, value in pace.items() if value is not None}
-        flags = {"asked": self.asked, "webhook": self.webhook, "webhook_pictures": "1" if self.webhook_pictures else ""}
+        flags = {"asked": self.asked, "webhook": self.webhook}
+        flags |= {name: "1" if getattr(self, name) else "" for name in ("webhook_pictures", "to_be_listed")}
         return fields | {name: value for name, value in flags.items() if value}
 
     def summary(self) -> dict[str, Any]:
@@ -265,6 +267,7 @@ def job_from_fields(job: str, fields: Mapping[str, str]) -> Job:
         sample=int(fields["sample"]) if "sample" in fields else None,
         watch=fields.get("watch", ""),
         asked=fields.get("asked", ""),
+        to_be_listed="to_be_listed" in fields,
         webhook=fields.get("webhook", ""),
         webhook_pictures="webhook_pictures" in fields,
         closed=float(fields["closed"]) if "closed" in fields else None,

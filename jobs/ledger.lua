@@ -33,6 +33,7 @@
 -- cf:outbox:tries         hash    event -> deliveries that failed                                  as in cf:outbox
 -- cf:api:once:DIGEST      string  digest of the body and job of an Idempotency-Key                 a day
 -- cf:api:calls:KEY:MINUTE string  calls of an API key in a minute                                  two minutes
+-- cf:api:lists:JOB        string  which API process lists it                                       its lease
 -- cf:tag                  string  last delivery tag                                                for ever
 -- cf:workers              zset    worker -> when it was last heard                                 a day after the last word
 -- cf:worker:NODE          hash    what the worker says of itself                                   three heartbeats

@@ -299,6 +299,14 @@ class Ledger:
         self._call("set", key, 0, nx=True, ex=120)
         return int(self._call("incr", key))
 
+    def hold_listing(self, job: str, me: str, *, ttl_s: float) -> bool:
+        """Whether `me` lists the job from now on, and nobody else for so long."""
+        key = f"cf:api:lists:{job}"
+        holder = self._call("set", key, me, nx=True, get=True, px=int(ttl_s * 1000))
+        if holder == me:
+            self._call("pexpire", key, int(ttl_s * 1000))
+        return holder in (None, me)
+
     # What a worker does
 
     def claim(self, image: str, *, token: str, output: str, lease_s: float, alone: bool = False) -> Claim:

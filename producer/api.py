@@ -1,57 +1,46 @@
 """The HTTP API: pictures are asked for, followed, cancelled and fetched, each caller within its own prefixes.
 
-202 only once the ledger has the request; 503 with `Retry-After` while Redis or S3 is away; errors as
-`{"status", "code", "detail"}` with our stable codes. `/docs` and `/openapi.json` describe it.
+202 only once the ledger has the request. Errors are as `producer/answers.py` says; `/docs` and `/openapi.json` describe
+every call.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from jobs.errors import CutfleetError, ImageError, JobError, ServiceUnavailable, SettingsError, TransientError
+from jobs.errors import SettingsError
 from jobs.job import Job
 from jobs.ledger import MAX_LIVE, Ledger
-from jobs.message import MAX_KEY_BYTES
+from jobs.message import MAX_KEY_BYTES, Lane
 from jobs.recipe import load_recipe, recipe_names
 from jobs.settings import Settings
 from jobs.store import Location, Store
 from producer import requests
-from producer.access import Caller, Callers, Forbidden
-from producer.report import picture_status
+from producer.access import Caller, Callers
+from producer.lister import Lister
+from producer.report import PictureStatus, picture_status
 from producer.submit import Request as Submission
 from producer.webhooks import check_webhook
 
 try:
     import uvicorn
     from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
     from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-    from starlette.exceptions import HTTPException
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from producer import answers
 except ImportError as exc:
     raise SettingsError("To serve the API: pip install 'cutfleet[api]'.") from exc
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 2_000_000
-"""`MAX_LIVE` keys of 1,024 bytes each, quoted, and some more."""
-RETRY_AFTER_S = 5
 PAGE = 100
 
 S3Uri = Annotated[str, StringConstraints(pattern=r"^s3://[a-z0-9.-]{3,63}/[^\x00-\x1f]*$", max_length=1100)]
 Key = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=MAX_KEY_BYTES)]
 JobId = Annotated[str, Path(pattern=r"^[0-9a-z-]{1,64}$")]
-
-
-class Problem(BaseModel):
-    """`code` never changes once released."""
-
-    status: int
-    code: str
-    detail: str
+State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "CANCELLED"]
 
 
 class Pictures(BaseModel):
@@ -62,18 +51,22 @@ class Pictures(BaseModel):
     source: S3Uri
     destination: S3Uri
     keys: list[Key] | None = Field(None, min_length=1, max_length=MAX_LIVE)
+    lane: Lane = Field("live", description=f"More than {MAX_LIVE:,} pictures are a backfill in any case.")
     recipe: str = Field("default", max_length=64, description="A built-in recipe: `cutfleet recipes`.")
     webhook_url: str = Field("", max_length=2000, description="Told, signed, when the request is completed.")
 
 
 class Status(BaseModel):
-    """COMPLETED: every picture is final, and each has its own state in the results. Failures are no error here."""
+    """COMPLETED: every picture is final, and each has its own state in the results. Failures are no error here.
+    `total` grows while a large prefix is listed. `waits`: why nothing goes on, until the operator sees to it.
+    """
 
     request_id: str
-    status: Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "CANCELLED"]
+    status: State
     status_url: str
     response_url: str
     cancel_url: str
+    waits: str | None
     total: int
     done: int
     failed: int
@@ -81,35 +74,13 @@ class Status(BaseModel):
     cancelled: int
 
 
-class Result(BaseModel):
-    """`cutout_url`, `mask_url`: links that anybody may fetch for an hour."""
-
-    index: int
-    source: str
-    state: Literal["open", "done", "failed", "skipped", "cancelled", "review"]
-    cutout_url: str | None = None
-    mask_url: str | None = None
-    code: str | None = None
-    message: str | None = None
-
-
 class Results(BaseModel):
     """`next`: the `first` of the next page; none behind the last."""
 
     request_id: str
-    status: Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "CANCELLED"]
-    pictures: list[Result]
+    status: State
+    pictures: list[requests.Result]
     next: int | None = None
-
-
-class Picture(BaseModel):
-    source: str
-    state: str
-    job: str | None = None
-    cutout: str | None = None
-    mask: str | None = None
-    code: str | None = None
-    message: str | None = None
 
 
 class Health(BaseModel):
@@ -133,10 +104,6 @@ class Services:
         return job
 
 
-class Unauthorized(CutfleetError):
-    code = "unauthorized"
-
-
 def _services(request: Request) -> Services:
     found: Services = request.app.state.services
     return found
@@ -149,28 +116,12 @@ _BEARER = HTTPBearer(auto_error=False, description="`Authorization: Bearer KEY`"
 def _caller(services: Using, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> Caller:
     caller = services.callers.find(shown.credentials) if shown else None
     if caller is None:
-        raise Unauthorized("Send an API key: Authorization: Bearer KEY.")
+        raise answers.Unauthorized("Send an API key: Authorization: Bearer KEY.")
     requests.spend(caller, services.ledger)
     return caller
 
 
 By = Annotated[Caller, Depends(_caller)]
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": text}
-    for status, text in {
-        400: "The request can't be read.",
-        401: "No key, or none of ours.",
-        403: "The key has no right to it.",
-        422: "It makes no sense; the code says what.",
-        429: "Too many requests of this key; `Retry-After` says when to come again.",
-        503: "Redis or S3 is away; `Retry-After` says when to come again.",
-    }.items()
-}
-_GONE: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "There is no such request."}}
-_CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {"model": Problem, "description": "It does not go with what was asked before."}
-}
-_LARGE: dict[int | str, dict[str, Any]] = {413: {"model": Problem, "description": f"More than {MAX_BODY_BYTES} bytes."}}
 
 api = FastAPI(
     title="Cutfleet",
@@ -178,9 +129,10 @@ api = FastAPI(
     version="1",
     redirect_slashes=False,
 )
+answers.add_to(api)
 
 
-@api.post("/v1/requests", status_code=202, responses=_PROBLEMS | _CONFLICT | _LARGE)
+@api.post("/v1/requests", status_code=202, responses=answers.PROBLEMS | answers.CONFLICT | answers.LARGE)
 def submit(
     body: Pictures,
     by: By,
@@ -200,7 +152,7 @@ def submit(
         source=body.source,
         destination=body.destination,
         recipe=load_recipe(body.recipe, model=using.settings.model),
-        lane="live",
+        lane=body.lane,
         name=f"api {by.name}",
         keys=None if body.keys is None else tuple(body.keys),
         webhook=body.webhook_url,
@@ -213,13 +165,13 @@ def submit(
     return status
 
 
-@api.get("/v1/requests/{request_id}/status", responses=_PROBLEMS | _GONE)
+@api.get("/v1/requests/{request_id}/status", responses=answers.PROBLEMS | answers.GONE)
 def status(request_id: JobId, by: By, using: Using) -> Status:
     """What became of a request so far."""
     return _status(using.job(request_id, by))
 
 
-@api.get("/v1/requests/{request_id}", responses=_PROBLEMS | _GONE, response_model_exclude_none=True)
+@api.get("/v1/requests/{request_id}", responses=answers.PROBLEMS | answers.GONE, response_model_exclude_none=True)
 def results(
     request_id: JobId,
     by: By,
@@ -231,15 +183,15 @@ def results(
     job = using.job(request_id, by)
     rows = requests.results(job, first=first, limit=limit, store=using.store, ledger=using.ledger)
     end = first + len(rows)
-    return Results(
-        request_id=job.id,
-        status=_state(job),
-        pictures=[Result(**row) for row in rows],
-        next=end if rows and end < job.total else None,
-    )
+    more = rows and (end < job.total or not job.listed)
+    return Results(request_id=job.id, status=_state(job), pictures=rows, next=end if more else None)
 
 
-@api.put("/v1/requests/{request_id}/cancel", status_code=202, responses=_PROBLEMS | _GONE | _CONFLICT)
+@api.put(
+    "/v1/requests/{request_id}/cancel",
+    status_code=202,
+    responses=answers.PROBLEMS | answers.GONE | answers.CONFLICT,
+)
 def cancel(request_id: JobId, by: By, using: Using) -> Status:
     """Pictures in work end, the others become cancelled; what is done stays."""
     job = using.job(request_id, by)
@@ -247,14 +199,14 @@ def cancel(request_id: JobId, by: By, using: Using) -> Status:
     return _status(using.ledger.job(job.id))
 
 
-@api.get("/v1/pictures", responses=_PROBLEMS, response_model_exclude_none=True)
-def picture(source: Annotated[S3Uri, Query()], by: By, using: Using) -> Picture:
+@api.get("/v1/pictures", responses=answers.PROBLEMS, response_model_exclude_none=True)
+def picture(source: Annotated[S3Uri, Query()], by: By, using: Using) -> PictureStatus:
     """What became of one source picture, by whichever job; `unknown` when none has it."""
     by.check(source=source)
     found = picture_status(Location.parse(source), ledger=using.ledger, store=using.store)
     if found.job is not None:
         by.check(destination=using.ledger.job(found.job).destination)
-    return Picture(**found.summary())
+    return found
 
 
 @api.get("/healthz")
@@ -263,7 +215,7 @@ def health() -> Health:
     return Health(status="ok")
 
 
-@api.get("/readyz", responses={503: _PROBLEMS[503]})
+@api.get("/readyz", responses={503: answers.PROBLEMS[503]})
 def ready(using: Using) -> Health:
     """Redis and S3 answer."""
     using.ledger.ping()
@@ -271,43 +223,7 @@ def ready(using: Using) -> Health:
     return Health(status="ok")
 
 
-@api.exception_handler(CutfleetError)
-def _ours(_: Request, exc: CutfleetError) -> Response:
-    if isinstance(exc, requests.TooMany):
-        return _problem(429, exc.code, str(exc), {"Retry-After": str(exc.wait_s)})
-    if isinstance(exc, (ServiceUnavailable, TransientError)):
-        log.error("sent back: %s", exc, extra={"action": "api", "code": exc.code})
-        return _problem(503, exc.code, "Redis or S3 is away: come again.", {"Retry-After": str(RETRY_AFTER_S)})
-    if isinstance(exc, Unauthorized):
-        return _problem(401, exc.code, str(exc), {"WWW-Authenticate": "Bearer"})
-    if isinstance(exc, Forbidden):
-        return _problem(403, exc.code, str(exc))
-    if isinstance(exc, requests.Conflict) or exc.code == "job_closed":
-        return _problem(409, exc.code, str(exc))
-    if isinstance(exc, JobError):
-        return _problem(404, exc.code, "There is no such request.")
-    if isinstance(exc, (SettingsError, ImageError)):
-        return _problem(422, exc.code, str(exc))
-    raise exc  # a bug
-
-
-@api.exception_handler(RequestValidationError)
-def _invalid(_: Request, exc: RequestValidationError) -> Response:
-    wrong = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
-    return _problem(422, "invalid", wrong)
-
-
-@api.exception_handler(HTTPException)
-def _plain(_: Request, exc: HTTPException) -> Response:
-    code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "unreadable")
-    return _problem(exc.status_code, code, str(exc.detail), dict(exc.headers or {}))
-
-
-def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"status": status, "code": code, "detail": detail}, status, headers)
-
-
-def _state(job: Job) -> Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "CANCELLED"]:
+def _state(job: Job) -> State:
     if job.listed and not job.open:
         return "CANCELLED" if job.cancelled else "COMPLETED"
     return "IN_PROGRESS" if job.final else "IN_QUEUE"
@@ -321,6 +237,7 @@ def _status(job: Job) -> Status:
         status_url=f"{url}/status",
         response_url=url,
         cancel_url=f"{url}/cancel",
+        waits=job.paused,
         total=job.total,
         done=job.done,
         failed=job.failed,
@@ -329,42 +246,13 @@ def _status(job: Job) -> Status:
     )
 
 
-class _Bounded:
-    """Reads a body, up to the limit, before anybody works on it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > MAX_BODY_BYTES:
-                answer = _problem(413, "body_too_large", f"A request has at most {MAX_BODY_BYTES:,} bytes.")
-                await answer(scope, receive, send)
-                return
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def again() -> Message:
-            return whole.pop() if whole else await receive()
-
-        await self._app(scope, again, send)
-
-
-api.add_middleware(_Bounded)
-
-
 def serve(listen: str, settings: Settings, ledger: Ledger, store: Store) -> None:
     """Until it is told to stop (SIGTERM); requests under way are answered."""
     host, _, port = listen.rpartition(":")
     if not port.isdigit() or int(port) > 65_535:
         raise SettingsError("Say where to listen: HOST:PORT.")
     api.state.services = Services(settings, ledger, store)
-    uvicorn.run(api, host=host or "127.0.0.1", port=int(port), log_config=None, access_log=False, server_header=False)
+    with Lister(ledger, store):
+        uvicorn.run(
+            api, host=host or "127.0.0.1", port=int(port), log_config=None, access_log=False, server_header=False
+        )

@@ -1,32 +1,51 @@
-"""What the HTTP API asks of ledger and store: a request is a live job of at most `MAX_LIVE` pictures, in the ledger in
-one step, before it is answered.
+"""What the HTTP API asks of ledger and store. A request of at most `MAX_LIVE` pictures is a job that is on its queue
+before it is answered; a larger prefix is a backfill that `producer/lister.py` lists.
 
 `Idempotency-Key` reserves a job's id first, for a day: killed at any line, the same request makes the same job.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import hashlib
 import itertools
 import json
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from jobs.errors import CutfleetError, JobError, SettingsError
 from jobs.job import ImageState, Job
 from jobs.ledger import MAX_LIVE, Ledger
 from jobs.message import ImageTask
-from jobs.store import Location, Store, image_names
+from jobs.recipe import Recipe
+from jobs.store import Location, Store, image_names, rendition_names
 from producer.access import Caller
 from producer.manifest import PART_ROWS, read_part, read_unrecorded
 from producer.sources import list_prefix, named_keys
 from producer.submit import Request, check_request, live_row, watch_job
 
 LINK_S = 3600
+LOOKS_AT_ONCE = 8
 MINUTE_S = 60
 _DONE = (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED)
+
+
+class Result(BaseModel):
+    """One picture. `cutout_url`, `mask_url`, `renditions` (by name): links that anybody may fetch for an hour."""
+
+    index: int
+    source: str
+    state: Literal["open", "done", "failed", "skipped", "cancelled", "review"]
+    cutout_url: str | None = None
+    mask_url: str | None = None
+    renditions: dict[str, str] | None = None
+    code: str | None = None
+    message: str | None = None
 
 
 class Conflict(CutfleetError):
@@ -68,7 +87,7 @@ def reserve(caller: Caller, key: str, body: Mapping[str, Any], ledger: Ledger) -
 
 
 def submit(request: Request, job_id: str, *, store: Store, ledger: Ledger, lease_s: float) -> Job:
-    """Makes the job unless it is there. Raises `SettingsError` for a source that is empty or too large."""
+    """Makes the job unless it is there. Raises `SettingsError` for a source that is empty."""
     found = ledger.find_job(job_id)
     if found is not None:
         return found
@@ -79,12 +98,11 @@ def submit(request: Request, job_id: str, *, store: Store, ledger: Ledger, lease
     if not head:
         raise SettingsError(f"There are no pictures under {request.source}.", code="source_empty")
     if len(head) > MAX_LIVE:
-        raise SettingsError(
-            f"There are more than {MAX_LIVE} pictures under {request.source}: a backfill, for `cutfleet submit`.",
-            code="source_too_large",
-        )
-    job = watch_job(request, job_id=job_id, watch="", store=store)
-    ledger.submit_live(job, [live_row(index, row, job) for index, row in enumerate(head)], lease_s=lease_s)
+        backfill = watch_job(dataclasses.replace(request, lane="backfill"), job_id=job_id, watch="", store=store)
+        ledger.create_job(dataclasses.replace(backfill, to_be_listed=True))
+    else:
+        job = watch_job(request, job_id=job_id, watch="", store=store)
+        ledger.submit_live(job, [live_row(index, row, job) for index, row in enumerate(head)], lease_s=lease_s)
     return ledger.job(job_id)
 
 
@@ -94,11 +112,13 @@ def cancel(job: Job, ledger: Ledger) -> None:
         raise JobError(f"Request {job.id} is completed: there is nothing to cancel.", code="job_closed")
 
 
-def results(job: Job, *, first: int, limit: int, store: Store, ledger: Ledger) -> list[dict[str, Any]]:
+def results(job: Job, *, first: int, limit: int, store: Store, ledger: Ledger) -> list[Result]:
     """Up to `limit` pictures from index `first` on, fewer at the end of a part: go on behind the last."""
     tasks = _tasks(job, first, limit, store, ledger)
     states = ledger.states(job.id, first, len(tasks)) if tasks else []
-    return [_result(job, task, state, store, ledger) for task, state in zip(tasks, states, strict=True)]
+    links = _Links(job, store)
+    with concurrent.futures.ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        return list(pool.map(lambda task, state: _result(job, task, state, links, ledger), tasks, states))
 
 
 def _tasks(job: Job, first: int, limit: int, store: Store, ledger: Ledger) -> list[ImageTask]:
@@ -113,15 +133,39 @@ def _tasks(job: Job, first: int, limit: int, store: Store, ledger: Ledger) -> li
     return []
 
 
-def _result(job: Job, task: ImageTask, state: ImageState, store: Store, ledger: Ledger) -> dict[str, Any]:
-    names = image_names(job.source, job.destination, task.key)
-    told: dict[str, Any] = {"index": task.index, "source": str(names.source), "state": state.name.lower()}
+def _result(job: Job, task: ImageTask, state: ImageState, links: _Links, ledger: Ledger) -> Result:
+    source = image_names(job.source, job.destination, task.key).source
+    found = Result(index=task.index, source=str(source), state=state.name.lower())
     if state in _DONE:
-        links = {name: store.presign(place, lasts_s=LINK_S) for name, place in _outputs(names.cutout, names.mask)}
-        return told | links
+        return found.model_copy(update=links.of(task.key))
     failure = ledger.failure(job.id, task.index) if state is ImageState.FAILED else None
-    return told | ({"code": failure.code, "message": failure.message} if failure else {})
+    return found.model_copy(update={"code": failure.code, "message": failure.message}) if failure else found
 
 
-def _outputs(cutout: Location, mask: Location) -> tuple[tuple[str, Location], ...]:
-    return ("cutout_url", cutout), ("mask_url", mask)
+class _Links:
+    """To what was made of a job's pictures."""
+
+    def __init__(self, job: Job, store: Store) -> None:
+        self._job = job
+        self._store = store
+        self._recipe = Recipe.from_json(job.recipe)
+
+    def of(self, key: str) -> dict[str, Any]:
+        names = image_names(self._job.source, self._job.destination, key)
+        return {
+            "cutout_url": self._sign(names.cutout),
+            "mask_url": self._sign(names.mask),
+            "renditions": {name: self._sign(place) for name, place in self._renditions(key, names.cutout).items()},
+        }
+
+    def _renditions(self, key: str, cutout: Location) -> dict[str, Location]:
+        """Of a picture without a subject there are none: its cutout says so."""
+        if not self._recipe.renditions:
+            return {}
+        found = self._store.head(cutout, role="output")
+        if found is None or not found.metadata.get("cf-renditions"):
+            return {}
+        return rendition_names(self._recipe, self._job.source, self._job.destination, key)
+
+    def _sign(self, place: Location) -> str:
+        return self._store.presign(place, lasts_s=LINK_S)

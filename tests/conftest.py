@@ -5,16 +5,18 @@ A server that can't start fails the tests that need it; nothing is skipped for i
 
 from __future__ import annotations
 
+import http.server
 import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from factories import Places, program
+from factories import Places, Receiver, program
 
 from jobs.ledger import Ledger
 from jobs.store import Location, Store
@@ -83,6 +85,29 @@ def places(store: Store) -> Places:
     for uri in (places.source, places.to):
         store.create_bucket(Location.parse(uri).bucket)
     return places
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    found = Receiver("", [], [])
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            found.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+            self.send_response(found.statuses.pop(0) if found.statuses else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        found.url = f"http://127.0.0.1:{server.server_port}/hook?token=hidden"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield found
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture

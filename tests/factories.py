@@ -8,11 +8,13 @@ import io
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from standardwebhooks import Webhook
 
 from jobs.store import Location, Store
 
@@ -35,6 +37,22 @@ class Places:
     def mask(self, relative: str) -> Location:
         prefix = Location.parse(self.to)
         return Location(prefix.bucket, f"{prefix.key}masks/{relative}.png")
+
+
+WEBHOOK_SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="  # noqa: S105
+
+
+@dataclasses.dataclass
+class Receiver:
+    """Of webhooks. Answers with `statuses` in turn, then 200; keeps what was sent."""
+
+    url: str
+    statuses: list[int]
+    got: list[tuple[Mapping[str, str], str]]
+
+    def events(self) -> list[dict[str, Any]]:
+        """What arrived, each with a signature that the receivers' library accepts."""
+        return [Webhook(WEBHOOK_SECRET).verify(body, dict(headers)) for headers, body in self.got]
 
 
 def picture(*, seed: int = 0, size: tuple[int, int] = (160, 120), form: str = "JPEG") -> bytes:

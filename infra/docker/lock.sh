@@ -7,12 +7,13 @@ tested=$(mktemp)
 trap 'rm -f "$tested"' EXIT
 python -m pip list --format=freeze --exclude-editable --exclude cutfleet | sed 's/+cpu$//' > "$tested"
 
-lock() {  # lock EXTRA FILE
-  pip-compile --quiet --extra "$1" --output-file "infra/docker/$2" --constraint "$tested" --strip-extras \
+lock() {  # lock FILE EXTRA ...
+  file="infra/docker/$1"; shift
+  pip-compile --quiet $(printf -- '--extra %s ' "$@") --output-file "$file" --constraint "$tested" --strip-extras \
     --generate-hashes --allow-unsafe --build-deps-for wheel --annotation-style line \
     --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host pyproject.toml
-  sed -i "s|, -c $tested||; s|-c $tested, ||; s|    # via -c $tested$||" "infra/docker/$2"
+  sed -i "s|, -c $tested||; s|-c $tested, ||; s|    # via -c $tested$||" "$file"
 }
 
-lock flower producer.txt
-lock worker worker-cuda.txt
+lock producer.txt flower api
+lock worker-cuda.txt worker

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
-import http.server
 import logging
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import Run
-from factories import Places, wait_until
+from factories import WEBHOOK_SECRET, Places, Receiver, wait_until
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from jobs.errors import SettingsError
@@ -29,45 +25,9 @@ from producer.dispatcher import Dispatcher
 from producer.local import LocalStack
 from producer.webhooks import Deliverer, check_webhook, signed_headers
 
-SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="  # noqa: S105
+SECRET = WEBHOOK_SECRET
 OLD_SECRET = "whsec_YWJjZGVmZ2hpamFiY2RlZmdoaWphYmNkZWZnaGlqYWI="  # noqa: S105
 SETTINGS = Settings(webhook_secret=SECRET, webhook_private=True, retry_base_s=0.01)
-
-
-@dataclasses.dataclass
-class Receiver:
-    """Answers with `statuses` in turn, then 200; keeps what was sent."""
-
-    url: str
-    statuses: list[int]
-    got: list[tuple[Mapping[str, str], str]]
-
-    def events(self) -> list[dict[str, Any]]:
-        """What arrived, each with a signature that the receivers' library accepts."""
-        return [Webhook(SECRET).verify(body, dict(headers)) for headers, body in self.got]
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    found = Receiver("", [], [])
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            found.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
-            self.send_response(found.statuses.pop(0) if found.statuses else 200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        found.url = f"http://127.0.0.1:{server.server_port}/hook?token=hidden"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield found
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture

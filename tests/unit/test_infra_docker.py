@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra/docker"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCKS = {"producer.txt": "flower", "worker-cuda.txt": "worker"}
+LOCKS = {"producer.txt": ["flower", "api"], "worker-cuda.txt": ["worker"]}
 HEAVY = {"torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "transformers", "kornia", "simplejpeg"}
 
 
@@ -35,7 +35,8 @@ def dockerfile(image: str) -> str:
 def test_a_lock_covers_what_the_project_asks_for(name: str) -> None:
     found = locked(name)
 
-    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"][LOCKS[name]]:
+    extras = [text for extra in LOCKS[name] for text in PROJECT["optional-dependencies"][extra]]
+    for text in PROJECT["dependencies"] + extras:
         requirement = Requirement(text)
         assert requirement.specifier.contains(found.get(canonicalize_name(requirement.name), "0")), (
             f"{text}: make locks"

@@ -10,6 +10,7 @@
 --                                 weight: its share of a queue's room; rate: most pictures fed a second;
 --                                 sample: how many are fed before it is paused for a look, until unpaused
 -- cf:job:JOB:bits         bits    four bits an image: its state (see STATE)                        as the job
+-- cf:job:JOB:unsure       bits    one bit an image: made from what the manifest may not say       as the job
 -- cf:job:JOB:parts        hash    manifest part -> {first, last, count}                            as the job
 -- cf:job:JOB:rows         list    images of a live job that are in no manifest part yet: {key, etag, size}   as the job
 -- cf:job:JOB:failures     hash    index -> {key, code, message, tries, at, worker}; many: S3       as the job
@@ -45,7 +46,7 @@ local STATE = {open = 0, done = 1, failed = 2, skipped = 3, cancelled = 4, revie
 local MAX_REMARKS = 10000
 local OUTBOX_LIMIT = 100000  -- events that wait, some 10 MB: a receiver that is away must not fill Redis
 local SUSPECT_AFTER = 2
-local KEYS_OF_JOB = {'', ':bits', ':parts', ':rows', ':failures', ':again', ':remarks', ':tally'}
+local KEYS_OF_JOB = {'', ':bits', ':unsure', ':parts', ':rows', ':failures', ':again', ':remarks', ':tally'}
 local call = redis.call
 local clock = call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
@@ -191,13 +192,19 @@ end
 function move.create(job, ...) return create(job, ...) end
 
 -- The next part of the manifest is in S3. Answers 0 when another part was expected (somebody else lists, or it was done
--- before).
-function move.add_part(job, part, count, first, last)
+-- before). Of its images some may be skipped already: how many, the states of all as they stand in :bits from `offset`
+-- on, and the recipe's fingerprint.
+function move.add_part(job, part, count, first, last, skipped, offset, states, made)
   local key = 'cf:job:' .. job
   if call('HGET', key, 'parts') ~= part or call('HEXISTS', key, 'listed') == 1 then return 0 end
   call('HSET', key .. ':parts', part, cjson.encode({first, last, tonumber(count)}))
   call('HINCRBY', key, 'parts', 1)
   call('HINCRBY', key, 'total', count)
+  if tonumber(skipped) > 0 then
+    call('SETRANGE', key .. ':bits', offset, states)
+    call('HINCRBY', key, 'skipped', skipped)
+    call('HINCRBY', key .. ':tally', 'made ' .. made, skipped)
+  end
   return 1
 end
 
@@ -265,6 +272,7 @@ function move.reopen(job, states, ...)
       end
       call('HDEL', key .. ':failures', args[i])
       call('HSET', key .. ':again', args[i], args[i + 1])
+      call('SETBIT', key .. ':unsure', args[i], 1)
       call('HINCRBY', key, 'again', 1)
       changed = changed + 1
     end
@@ -282,6 +290,7 @@ function move.restore(job, ...)
   local changed = 0
   for _, index in ipairs({...}) do
     if settle(job, index, STATE.done) then changed = changed + 1 end
+    call('SETBIT', 'cf:job:' .. job .. ':unsure', index, 1)
   end
   return changed
 end
@@ -524,6 +533,14 @@ end
 
 function move.resign(me)
   if call('GET', 'cf:dispatcher') == me then call('DEL', 'cf:dispatcher') end
+end
+
+-- The cursor moves over images that are final already. Answers false when it was elsewhere.
+function fenced.pass_over(job, cursor, to)
+  local key = 'cf:job:' .. job
+  if call('HGET', key, 'cursor') ~= cursor then return false end
+  call('HSET', key, 'cursor', to)
+  return true
 end
 
 -- The next images of a job go on their queues: window and cursor move together. Rows: queue, message, one after another

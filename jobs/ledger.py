@@ -154,9 +154,17 @@ class Ledger:
         """Lines of the manifest of a live job that are in none of its parts yet, `first` of them passed over."""
         return list(self._call("lrange", f"cf:job:{job}:rows", first, first + count - 1))
 
-    def add_part(self, job: str, part: ManifestPart) -> bool:
-        """The part is in S3. False when another number was expected: somebody else lists this job."""
-        return bool(self._move("add_part", job, part.number, part.count, part.first, part.last))
+    def add_part(
+        self, job: str, part: ManifestPart, *, first: int = 0, known: Sequence[bool] = (), made: str = ""
+    ) -> bool:
+        """The part is in S3. False when another number was expected: somebody else lists this job. `known`: for each
+        image, from the even index `first` on, whether it is skipped at once, as made by the fingerprint `made`."""
+        nibbles = [
+            ImageState.SKIPPED if is_known else ImageState.OPEN for is_known in (*known, *[False] * (len(known) % 2))
+        ]
+        states = bytes(high << 4 | low for high, low in zip(nibbles[::2], nibbles[1::2], strict=True))
+        row = (job, part.number, part.count, part.first, part.last)
+        return bool(self._move("add_part", *row, sum(known), first // 2, states, made))
 
     def finish_listing(self, job: str) -> None:
         self._move("listed", job)
@@ -389,6 +397,18 @@ class Ledger:
     def resign(self, me: str) -> None:
         self._move("resign", me)
 
+    def pass_over(self, epoch: int, job: str, cursor: int, to: int) -> bool:
+        """The cursor moves over images that are final already. False when it was elsewhere."""
+        return bool(self._move("pass_over", epoch, job, cursor, to))
+
+    def unsure(self, job: str, first: int, count: int) -> list[bool]:
+        """Of `count` images from `first` on, which may be made from another version than the manifest says."""
+        start, end = first // 8, (first + count + 7) // 8
+        key = f"cf:job:{job}:unsure"
+        raw: bytes = self._call("execute_command", "GETRANGE", key, start, end - 1, NEVER_DECODE=True)
+        bits = [bool(byte >> (7 - bit) & 1) for byte in raw.ljust(end - start, b"\0") for bit in range(8)]
+        return bits[first - 8 * start :][:count]
+
     def feed(self, epoch: int, job: str, cursor: int, rows: Sequence[tuple[str, str]], *, lease_s: float) -> bool:
         """Puts the next images on their queues. Rows: queue, message; or an empty queue, and the failure of an image
         that nobody is to try. False: the cursor was elsewhere, or paused."""
@@ -471,7 +491,7 @@ class Ledger:
     def ping(self) -> None:
         self._call("ping")
 
-    def _move(self, move: str, *args: str | int | float) -> Any:
+    def _move(self, move: str, *args: str | int | float | bytes) -> Any:
         return self._guard(lambda: self._scripts[move](args=(move, *args)))
 
     def _call(self, command: str, *args: Any, **options: Any) -> Any:

@@ -1,7 +1,7 @@
 """ImageTask: the versioned JSON that one Celery message carries. A message is only a hint: what counts is the ledger.
 
 Version 1: {"v": 1, "job": str, "index": int, "key": str, "etag": str, "size": int, "lane": "live" | "backfill"}, and
-where there is one "hint": "new" | "archived".
+where there is one "hint": "new" | "known" | "archived".
 Fields are added, never renamed; the form before is read for one release.
 """
 
@@ -17,7 +17,7 @@ from jobs.errors import ImageError
 Lane = Literal["live", "backfill"]
 LANES: tuple[Lane, ...] = get_args(Lane)
 
-Hint = Literal["", "new", "archived"]
+Hint = Literal["", "new", "known", "archived"]
 HINTS: tuple[Hint, ...] = get_args(Hint)
 
 VERSION = 1
@@ -36,7 +36,8 @@ class BadMessage(ImageError):
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageTask:
     """`etag` without quotes, empty: whatever is there. `size` in bytes, -1: not known. `hint`: what the listing knew of
-    it: `new`, its cutout was not there; `archived`, S3 gives it only after it was restored."""
+    it: `new`, its cutout was not there; `known`, it was, and as the recipe makes it; `archived`, S3 gives it only after
+    it was restored."""
 
     job: str
     index: int

@@ -196,6 +196,11 @@ class Recipe:
             fields |= match.groupdict()
         return _FIELD.sub(lambda field: fields[field[1]], _settle(rendition))
 
+    def rendition_folder(self, rendition: Rendition) -> str:
+        """What all its paths begin with: a folder, or nothing."""
+        fixed = _settle(rendition).partition("{")[0]
+        return fixed[: fixed.rfind("/") + 1]
+
 
 def load_recipe(name_or_path: str, *, model: str = "u2netp") -> Recipe:
     """A built-in's name, or a path that ends with `.toml`. `model`: where the recipe names none. Raises `SettingsError`

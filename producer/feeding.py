@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jobs.broker import lane_queue
 from jobs.errors import ImageError, OutputError
-from jobs.job import Failure, Job
+from jobs.job import Failure, ImageState, Job
 from jobs.ledger import FEED_ROWS, MAX_ROWS, Ledger
 from jobs.message import ImageTask
 from jobs.presets import RENDER
@@ -169,14 +169,26 @@ class Feeder:
 
     def _feed(self, epoch: int, job: Job, count: int) -> int:
         again = self._feed_again(epoch, job, min(count, MAX_ROWS)) if job.again else 0
-        cursor, end = job.cursor, min(_end(job), job.cursor + count - again)
+        start = self._pass_over(epoch, job)
+        cursor, end = start, min(_end(job), start + count - again)
         while cursor < end:
             tasks = self._tasks(job, cursor, min(end - cursor, FEED_ROWS))
             rows = [_row(task, job) for task in tasks]
             if not self._ledger.feed(epoch, job.id, cursor, rows, lease_s=self._lease_s):
                 break
             cursor += len(rows)
-        return again + cursor - job.cursor
+        return again + cursor - start
+
+    def _pass_over(self, epoch: int, job: Job) -> int:
+        """Where the cursor stands after it has moved over what was skipped when it was listed."""
+        cursor = job.cursor
+        while job.skipped and cursor < _end(job):
+            states = self._ledger.states(job.id, cursor, min(PART_ROWS, _end(job) - cursor))
+            final = next((i for i, state in enumerate(states) if state is ImageState.OPEN), len(states))
+            if not final or not self._ledger.pass_over(epoch, job.id, cursor, cursor + final):
+                break
+            cursor += final
+        return cursor
 
     def _feed_again(self, epoch: int, job: Job, count: int) -> int:
         """Whatever version their sources have by now."""

@@ -3,27 +3,32 @@
 In S3 under TO/_cutfleet/JOB/report/: summary.json (counts, rates, cost, quality, verdicts), and one CSV of succeeded
 and of failed images for each part of the manifest, in the columns of S3 Batch Operations reports (no header): Bucket,
 Key, VersionId, TaskStatus, ErrorCode, HTTPStatusCode, ResultMessage; remarks.jsonl: what there is to say of done images
-(key, review, figures, rules), the first ten thousand.
+(key, review, figures, rules), the first ten thousand; made-NNNNNN.jsonl.gz: key and ETag of what was made, or found, by
+the one fingerprint that stands in summary.json, where it was one.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import gzip
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jobs.broker import task_of
 from jobs.job import Failure, ImageState, Job, Tally
 from jobs.ledger import Ledger
+from jobs.message import ImageTask
+from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import Settings
 from jobs.store import Location, Store, image_names, record_location, source_digest
 from producer.costs import bill
 from producer.dead import failures_of, failures_on_disk, json_row
+from producer.known import made_line
 from producer.manifest import PART_ROWS, read_part
 
 _SUCCEEDED = {ImageState.DONE: "done", ImageState.REVIEW: "done, to be reviewed", ImageState.SKIPPED: "skipped"}
@@ -47,6 +52,8 @@ class PictureStatus:
 
 def write_report(job: Job, settings: Settings, *, ledger: Ledger, store: Store) -> None:
     """Safe to repeat; one part of the manifest in memory at a time."""
+    tally = ledger.tally(job.id)
+    tells_made = job.model != RENDER and len(tally.made) == 1
     with failures_on_disk(job, ledger=ledger, store=store) as failures_between:
         for number in range(job.parts):
             tasks = read_part(store, job, number)
@@ -62,11 +69,13 @@ def write_report(job: Job, settings: Settings, *, ledger: Ledger, store: Store) 
             _put_csv(store, job, f"report/succeeded-{number:06d}.csv", succeeded)
             _put_csv(store, job, f"report/failed-{number:06d}.csv", failed)
             _put_dead(store, job, number, failures)
+            if tells_made:
+                _put_made(store, job, number, pairs, ledger.unsure(job.id, first, len(tasks)))
     remarks = ledger.remarks(job.id).values()
     if remarks:
         lines = "".join(f"{remark.to_json()}\n" for remark in remarks)
         store.put(_location(job, "report/remarks.jsonl"), lines.encode(), content_type="application/jsonl")
-    body = json.dumps(_summary(job, settings, ledger.tally(job.id)), indent=1, ensure_ascii=False).encode()
+    body = json.dumps(_summary(job, settings, tally), indent=1, ensure_ascii=False).encode()
     store.put(_location(job, "report/summary.json"), body, content_type="application/json")
 
 
@@ -131,6 +140,19 @@ def _put_csv(store: Store, job: Job, name: str, rows: Iterable[tuple[str, str, s
     for key, status, code, message in rows:
         writer.writerow([bucket, key, "", status, code, "", message])
     store.put(_location(job, name), text.getvalue().encode(), content_type="text/csv")
+
+
+def _put_made(
+    store: Store, job: Job, number: int, pairs: Sequence[tuple[ImageTask, ImageState]], unsure: Sequence[bool]
+) -> None:
+    """What the next submission need not look at again (`producer/known.py`)."""
+    lines = [
+        made_line(task.key, task.etag)
+        for (task, state), is_unsure in zip(pairs, unsure, strict=True)
+        if state in _SUCCEEDED and task.etag and not is_unsure
+    ]
+    body = gzip.compress("\n".join(lines).encode(), compresslevel=5, mtime=0)
+    store.put(_location(job, f"report/made-{number:06d}.jsonl.gz"), body, content_type="application/gzip")
 
 
 def _put_dead(store: Store, job: Job, number: int, failures: Mapping[int, Failure]) -> None:

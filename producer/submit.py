@@ -26,6 +26,7 @@ from jobs.message import ImageTask, Lane
 from jobs.presets import PRESETS, RENDER
 from jobs.recipe import Recipe
 from jobs.store import Location, S3Object, Store, destination_prefix, record_location
+from producer.known import Known, look_up
 from producer.manifest import PART_ROWS, in_parts, keys_listed, last_listed, manifest_line, write_part
 from producer.sources import EVERYTHING, Only, Report, list_prefix, named_keys, read_manifest, refuse_line
 
@@ -76,7 +77,8 @@ def submit(request: Request, *, store: Store, ledger: Ledger, lease_s: float, li
         listed(len(head))
     else:
         ledger.create_job(job)
-        _list(job, itertools.chain(head, rows), store, ledger, first_part=0, listed=listed)
+        with look_up(job, store, ledger, at_least=len(head), whole=len(head) <= MAX_LIVE) as known:
+            _list(job, itertools.chain(head, rows), store, ledger, known, first_part=0, listed=listed)
     return ledger.job(job.id)
 
 
@@ -96,7 +98,8 @@ def resume(job_id: str, request: Request, *, store: Store, ledger: Ledger, liste
         else:
             is_listed = stack.enter_context(keys_listed(store, job))
             rows = (row for row in rows_of(request, store) if not is_listed(row.key))
-        _list(job, rows, store, ledger, first_part=job.parts, listed=listed)
+        known = stack.enter_context(look_up(job, store, ledger, at_least=1, whole=False))
+        _list(job, rows, store, ledger, known, first_part=job.parts, listed=listed)
     return ledger.job(job_id)
 
 
@@ -219,14 +222,19 @@ def _list(
     rows: Iterable[S3Object],
     store: Store,
     ledger: Ledger,
+    known: Known | None,
     *,
     first_part: int,
     listed: Callable[[int], None],
 ) -> None:
     found = first_part * PART_ROWS
+    if known is not None:
+        rows = (dataclasses.replace(row, hint=known.hint(row)) for row in rows)
     for part, batch in in_parts(rows, first_number=first_part):
         write_part(store, job, part, batch)
-        if not ledger.add_part(job.id, part):
+        skipped = [row.hint == "known" for row in batch]
+        made = known.fingerprint if known else ""
+        if not ledger.add_part(job.id, part, first=part.number * PART_ROWS, known=skipped, made=made):
             if ledger.job(job.id).cancelled:
                 raise JobError(f"Job {job.id} was cancelled while it was being listed.", code="job_cancelled")
             raise JobError(f"Somebody else is listing job {job.id}: leave it to them.", code="job_busy")

@@ -85,6 +85,9 @@ class Existing:
         return outcome_of(self.remark(key))
 
 
+NOTHING = Existing(cutout=None, renditions={})
+
+
 def outcome_of(remark: Remark) -> Outcome:
     return (ImageState.REVIEW if remark.review else ImageState.DONE), remark
 

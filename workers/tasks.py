@@ -46,7 +46,7 @@ from workers.metrics import WorkerMetrics
 from workers.models import LoadedModel
 from workers.pipeline import cut_out
 from workers.predictor import Predictor
-from workers.publish import Outcome, Provenance, Target, find_existing, is_complete, outcome_of, publish
+from workers.publish import NOTHING, Outcome, Provenance, Target, find_existing, is_complete, outcome_of, publish
 from workers.quarantine import DECODE_S, ChildDecoder, Fatal, Room
 from workers.rerender import render_again
 from workers.seat import Seat
@@ -195,7 +195,7 @@ def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench:
     recipe = Recipe.from_json(job.recipe)
     places = rendition_names(recipe, job.source, job.destination, task.key)
     target = Target(names=names, renditions=places, recipe=recipe, conditional=job.conditional)
-    existing = find_existing(target, bench.store)
+    existing = NOTHING if _is_new(task, job, seat.claim) else find_existing(target, bench.store)
     if existing.cutout is not None:
         provenance = _provenance(task, recipe, names, bench, etag=task.etag or _etag_now(names, bench.store))
         if is_complete(existing, provenance, target, bench.store):
@@ -244,6 +244,12 @@ def _provenance(task: ImageTask, recipe: Recipe, names: Names, bench: Bench, *, 
         licence=model.terms,
         job=task.job,
     )
+
+
+def _is_new(task: ImageTask, job: Job, claim: Claim) -> bool:
+    """The listing saw no cutout, and nobody has tried since. What is there after all, a conditional write finds out:
+    the image is tried again, and looked for then."""
+    return task.hint == "new" and job.conditional and not claim.tries and not claim.vanished
 
 
 class _Share:

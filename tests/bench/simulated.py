@@ -32,7 +32,9 @@ class FolderStore(Store):
     def list_pages(
         self, prefix: Location, *, role: Role, delimiter: str = "", after: str = ""
     ) -> Iterator[tuple[list[S3Object], list[str]]]:
-        """A thousand keys a folder, a page."""
+        """A thousand keys a folder, a page; nothing in other buckets."""
+        if prefix.bucket != Location.parse(SOURCE).bucket:
+            return
         below = prefix.key.removeprefix(Location.parse(SOURCE).key)
         folders = [int(below.rstrip("/"))] if below else range(-(-self._count // PAGE_KEYS))
         if delimiter:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import http.client
 import random
+import re
 import socket
 import ssl
 import struct
@@ -181,11 +182,13 @@ def _without(names: tuple[str, ...], method: str, path: str, headers: Any, body:
 
 
 class S3Proxy:
-    """In front of the S3 server at `port`. `caused` counts what it did, by kind, or by code for answers."""
+    """In front of the S3 server at `port`. `caused` counts what it did, by kind, or by code for answers; `asked` the
+    requests, by method and bucket, listings as LIST."""
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
         self.to = port
         self.caused: Counter[str] = Counter()
+        self.asked: Counter[tuple[str, str]] = Counter()
         self._fault: Fault | None = None
         self._times = 0
         self._over = threading.Event()
@@ -221,6 +224,7 @@ class S3Proxy:
     def choose(self, method: str, path: str) -> Fault | None:
         """What this request meets."""
         with self._lock:
+            self.asked["LIST" if "list-type=" in path else method, re.split("[/?]", path)[1]] += 1
             fault = self._fault
             if fault is None or method not in fault.methods or not path.startswith(fault.paths):
                 return None

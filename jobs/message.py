@@ -21,6 +21,8 @@ Hint = Literal["", "new", "known", "archived"]
 HINTS: tuple[Hint, ...] = get_args(Hint)
 
 VERSION = 1
+READS = (1,)
+"""This version, and the one before it for one release."""
 MAX_KEY_BYTES = 1024
 """S3's own limit for a key, in UTF-8 bytes."""
 MAX_INDEX = 2**32
@@ -28,9 +30,13 @@ _JOB = re.compile(r"^[0-9a-z-]{1,64}$")
 
 
 class BadMessage(ImageError):
-    """A message that this version can't read: malformed, of a later version, or not one of ours."""
+    """A message that this version can't read: malformed, or not one of ours."""
 
     code = "bad_message"
+
+
+class LaterMessage(BadMessage):
+    """A message of a later version: workers of that version take it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,9 +72,12 @@ class ImageTask:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ImageTask:
-        """Raises `BadMessage` naming the first field that is wrong."""
-        if fields.get("v") != VERSION:
-            raise BadMessage(f"The message has version {fields.get('v')!r}; this worker reads {VERSION}: update it.")
+        """Raises `LaterMessage`, or `BadMessage` naming the first field that is wrong."""
+        version = fields.get("v")
+        if type(version) is int and version > max(READS):
+            raise LaterMessage(f"The message has version {version}; this worker reads {max(READS)}: update it.")
+        if version not in READS:
+            raise BadMessage(f"The message has version {version!r}; this worker reads {READS}.")
         task = cls(**{name: _checked(fields, name) for name in cls.__slots__})
         return task
 

@@ -92,7 +92,7 @@ class WorkerMetrics(Metrics):
         for name, value in seconds.items():
             self._stages.labels(name).observe(value)
 
-    def ended(self, lane: Lane, outcome: str, code: str | None) -> None:
+    def ended(self, lane: str, outcome: str, code: str | None) -> None:
         """`code`: of the error, for one that failed or is tried again later."""
         self._images.labels(outcome, lane).inc()
         if code is not None:

@@ -30,11 +30,12 @@ from jobs.errors import (
     PictureError,
     PictureFailed,
     ServiceUnavailable,
+    SettingsError,
     TransientError,
 )
 from jobs.job import Effort, Failure, ImageState, Job
 from jobs.ledger import Claim, Ledger
-from jobs.message import ImageTask
+from jobs.message import ImageTask, LaterMessage
 from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import Settings
@@ -97,8 +98,15 @@ class Bench:
 
     @functools.cached_property
     def find_job(self) -> Callable[[str], Job]:
-        """What never changes of a job: source, destination, recipe, whether the store honours conditions."""
-        return functools.lru_cache(maxsize=256)(self.ledger.job)
+        """What never changes of a job: source, destination, recipe, whether the store honours conditions. Raises
+        `JobError` when there is none, `SettingsError` when a later version wrote its recipe."""
+
+        def find(name: str) -> Job:
+            job = self.ledger.job(name)
+            Recipe.from_json(job.recipe)
+            return job
+
+        return functools.lru_cache(maxsize=256)(find)
 
 
 def register(app: Celery, bench: Bench) -> None:
@@ -107,7 +115,19 @@ def register(app: Celery, bench: Bench) -> None:
     @app.task(name=TASK_NAME, bind=True, ignore_result=True)  # type: ignore[untyped-decorator]  # Celery has no types
     def image(self: Any, task: Mapping[str, Any]) -> str:
         queue = str(self.request.delivery_info["routing_key"])
-        return do_image(ImageTask.from_fields(task), bench, alone=queue.startswith("suspect."))
+        try:
+            found = ImageTask.from_fields(task)
+        except LaterMessage as exc:
+            return _leave(exc, bench, lane=queue.partition(".")[0])
+        return do_image(found, bench, alone=queue.startswith("suspect."))
+
+
+def _leave(why: CutfleetError, bench: Bench, *, lane: str) -> str:
+    """What a later version wrote is for its workers: this message is dropped, and the dispatcher publishes the image
+    again when a lease has passed, until one of them takes it. No try is used up."""
+    log.warning("left for a newer worker: %s", why, extra={"action": "image"})
+    bench.metrics.ended(lane, "later", None)
+    return "later"
 
 
 def do_image(task: ImageTask, bench: Bench, *, alone: bool) -> str:
@@ -127,6 +147,8 @@ def _do_image(task: ImageTask, bench: Bench, *, alone: bool) -> str:
         job = bench.find_job(task.job)
     except JobError:
         return "gone"
+    except SettingsError as exc:
+        return _leave(exc, bench, lane=task.lane)
     names = image_names(job.source, job.destination, task.key)
     token, lease_s = uuid.uuid4().hex, bench.leases.lease_s
     claim = bench.ledger.claim(task.id, token=token, output=str(names.cutout), lease_s=lease_s, alone=alone)

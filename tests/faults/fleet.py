@@ -22,10 +22,14 @@ import redis
 from factories import Places, wait_until
 from faults.terms import MODEL
 from numpy.typing import NDArray
+from units import Unit
 
 from jobs.ledger import Ledger
+from jobs.message import Lane
+from jobs.recipe import Recipe
 from jobs.store import Location, Store
 from producer.local import LocalStack, inherited_environment
+from producer.submit import Request, submit
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -91,8 +95,9 @@ class Zygote:
 
 class Forks:
     """Processes of one kind, forked for one stack. A supervised one that ends is started again with the settings it
-    had."""
+    had, or stays failed, as its systemd unit says."""
 
+    unit = Unit("cutfleet-worker@.service")
     command: tuple[str, ...] = ()
     """What `cutfleet` is told; nothing: it is a worker."""
 
@@ -129,6 +134,16 @@ class Forks:
         wait_until(lambda: pid in self._zygote.ended, within_s=within_s, what=f"{pid} ends: {self.words()}")
         return self._zygote.ended[pid]
 
+    def restart(self, pid: int) -> int:
+        """`systemctl restart` of a supervised one: it is asked, killed when its time to stop is over, and another is
+        started in its place. Returns its exit code."""
+        os.kill(pid, signal.SIGTERM)
+        try:
+            return self.wait_for(pid, within_s=self.unit.stop_s)
+        except AssertionError:
+            self.kill(pid)
+            raise
+
     def kill(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
         self.wait_for(pid)
@@ -163,7 +178,8 @@ class Forks:
             with self._lock:
                 for pid in [pid for pid in self._supervised if pid in self._zygote.ended]:
                     env = self._supervised.pop(pid)
-                    self._supervised[self._fork(env)] = env
+                    if self.unit.starts_again_after(self._zygote.ended[pid]):
+                        self._supervised[self._fork(env)] = env
 
 
 class Workers(Forks):
@@ -189,6 +205,7 @@ class Workers(Forks):
 
 
 class Dispatchers(Forks):
+    unit = Unit("cutfleet-dispatcher.service")
     command = ("dispatch",)
 
 
@@ -303,3 +320,11 @@ def submit_to(fleet: Fleet, places: Places, *more: str) -> str:
     ran = fleet.run("submit", places.source, "--to", places.to, "--model", MODEL, *more)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
+
+
+def submit_here(fleet: Fleet, places: Places, *keys: str, lane: Lane) -> str:
+    """As `submit_to`, without a process of its own; no keys: everything under the source."""
+    request = Request(
+        source=places.source, destination=places.to, recipe=Recipe(model=MODEL), lane=lane, name="", keys=keys or None
+    )
+    return submit(request, store=fleet.store, ledger=fleet.ledger, lease_s=LEASE_S, listed=lambda _: None).id

@@ -10,7 +10,8 @@ picture; what NVML says of it) and long times: of the broker, of the S3 client a
 `CUTFLEET_TEST_FAILPOINTS=NAME=FILE,...`: the first process that passes the place NAME makes FILE and kills itself with
 SIGKILL; `CUTFLEET_TEST_FREEZEPOINTS`: freezes itself with SIGSTOP. Pictures that hold one of the poisons of `terms` do
 what it says, wherever they are decoded. `CUTFLEET_TEST_STALL_S`: what the watchdog, the device and a child's deadline
-call no progress.
+call no progress. `CUTFLEET_TEST_VERSION=2`: as a later version could be, whose messages and recipes say more than ours
+can read, and which reads ours.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from faults.terms import DEVICE_GREY, DEVICE_HANGS, EXHAUST, HANG, LOCK_S, MODEL
 from torch import Tensor
 
 import jobs.broker
+import jobs.message
 import producer.cli
 import producer.dispatcher
 import producer.feeding
@@ -45,6 +47,7 @@ import workers.models
 import workers.nvml
 import workers.tasks
 from jobs.ledger import Ledger
+from jobs.recipe import Recipe
 from jobs.store import Store
 from workers.models import LoadedModel
 from workers.nvml import Gpu, GpuUse
@@ -228,6 +231,18 @@ def _set_sizes() -> None:
             module.PART_ROWS = int(rows)  # type: ignore[attr-defined]  # a module's own name
 
 
+def _be_later() -> None:
+    if "CUTFLEET_TEST_VERSION" not in os.environ:
+        return
+    later = int(os.environ["CUTFLEET_TEST_VERSION"])
+    jobs.message.VERSION, jobs.message.READS = later, (later - 1, later)
+    ours, read = Recipe.to_json, Recipe.from_json
+    Recipe.to_json = lambda recipe: json.dumps({**json.loads(ours(recipe)), "glow": 1})  # type: ignore[method-assign]
+    Recipe.from_json = lambda text: read(  # type: ignore[method-assign,assignment]
+        json.dumps({name: value for name, value in json.loads(text).items() if name != "glow"})
+    )
+
+
 def _run(request: dict[str, Any]) -> None:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -237,6 +252,7 @@ def _run(request: dict[str, Any]) -> None:
     if clock := os.environ.get("CUTFLEET_TEST_CLOCK"):
         os.environ["FAKETIME"] = clock
     _arm()
+    _be_later()
     _stall_sooner()
     _set_sizes()
     if request["command"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import prometheus
 import pytest
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
@@ -150,6 +151,23 @@ def test_scaling_follows_what_the_dispatcher_shows_of_this_model(overlay: str) -
     assert model == settings["CUTFLEET_MODEL"]
     assert spec["minReplicaCount"] == 0
     assert "replicas" not in find(overlay, "Deployment", "worker")["spec"], "two would count"
+
+
+def test_prometheus_finds_the_pods_as_the_job_that_alerts_and_dashboard_name(tmp_path: Path) -> None:
+    file = ROOT / "infra/kubernetes/scrape.yml"
+    (job,) = yaml.safe_load(file.read_text())["scrape_configs"]
+    elsewhere = job | {"static_configs": [{"targets": ["10.0.0.1:9464"]}]}
+    del elsewhere["kubernetes_sd_configs"]  # Debian's Prometheus is built without it
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": [elsewhere]}))
+
+    subprocess.run([program("promtool"), "check", "config", str(tmp_path / "prometheus.yml")], check=True)
+
+    assert job["job_name"] == prometheus.CONFIG["scrape_configs"][0]["job_name"]
+    assert job["kubernetes_sd_configs"][0]["namespaces"]["names"] == [
+        find("gpu", "Namespace", "cutfleet")["metadata"]["name"]
+    ]
+    ports = [port for pod in pods("gpu").values() for c in pod["containers"] for port in c.get("ports", [])]
+    assert [port["name"] for port in ports].count(job["relabel_configs"][0]["regex"]) == 2
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

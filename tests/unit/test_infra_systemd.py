@@ -9,27 +9,18 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from units import FOLDER, Unit
 
 from jobs.settings import PREFIX, Settings
 from workers.__main__ import EXIT_BUG, EXIT_DRAIN_DEADLINE, EXIT_SETTINGS, EXIT_UNREACHABLE
 from workers.watchdog import EXIT_DEVICE_LOST, EXIT_STALLED
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "infra/systemd"
 WORKER, DISPATCHER = "cutfleet-worker@.service", "cutfleet-dispatcher.service"
 
 
 def directives(unit: str) -> dict[str, list[str]]:
-    """Each directive's values. Fails on a line that is none, such as a comment behind a value's end would leave."""
-    found: dict[str, list[str]] = {}
-    for line in (FOLDER / unit).read_text().splitlines():
-        if line and not line.startswith(("#", "[")):
-            name, mark, value = line.partition("=")
-            assert mark, line
-            assert re.fullmatch(r"[A-Z][A-Za-z]+", name), line
-            assert " #" not in value, f"systemd knows no comment at a line's end: {line}"
-            found.setdefault(name, []).append(value)
-    return found
+    return Unit(unit).directives
 
 
 @pytest.mark.parametrize("unit", [WORKER, DISPATCHER])
@@ -59,6 +50,18 @@ def test_an_instance_has_the_gpu_of_its_number_and_can_reach_it() -> None:
     assert not {"PrivateDevices", "DevicePolicy", "ProtectClock", "MemoryDenyWriteExecute"} & set(said)
 
 
+def test_each_process_of_a_machine_has_a_metrics_port_of_its_own() -> None:
+    def port(unit: str, instance: str) -> int:
+        words = " ".join(directives(unit)["Environment"]).split()
+        (text,) = [word.partition("=")[2] for word in words if word.startswith("CUTFLEET_METRICS_PORT=")]
+        return int(text.replace("%i", instance))
+
+    ports = [port(DISPATCHER, ""), *(port(WORKER, str(gpu)) for gpu in range(16))]
+
+    assert len(set(ports)) == len(ports)
+    assert all(1023 < number < 65_536 for number in ports)
+
+
 def test_what_they_start_is_there() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
@@ -70,7 +73,8 @@ def test_what_they_start_is_there() -> None:
 
 def test_the_environment_file_leaves_the_units_own_settings_to_the_unit() -> None:
     names = re.findall(rf"^#?({PREFIX}[A-Z_0-9]+)=", (FOLDER / "cutfleet.env").read_text(), re.MULTILINE)
-    own = [pair.split("=")[0] for pair in " ".join(directives(WORKER)["Environment"]).split()]
+    pairs = [pair for unit in (WORKER, DISPATCHER) for pair in " ".join(directives(unit)["Environment"]).split()]
+    own = [pair.split("=")[0] for pair in pairs]
 
     assert not set(names) & set(own), "a file's value wins over the unit's: every worker would have one GPU"
     assert f"{PREFIX}REDIS_URL" in names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.message import BadMessage, ImageTask
+from jobs.message import BadMessage, ImageTask, LaterMessage
 
 VERSION_1 = {
     "v": 1,
@@ -34,11 +34,17 @@ def test_a_field_that_is_added_later_is_ignored() -> None:
     assert ImageTask.from_fields({**VERSION_1, "later": True}).index == 3
 
 
+def test_a_message_of_a_later_version_is_told_from_a_bad_one() -> None:
+    with pytest.raises(LaterMessage, match="version 2; this worker reads 1: update it"):
+        ImageTask.from_fields({**VERSION_1, "v": 2, "lane": "a lane of later"})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("v", 2),
+        ("v", 0),
         ("v", None),
+        ("v", "2"),
         ("job", "no job; rm"),
         ("job", 7),
         ("index", -1),

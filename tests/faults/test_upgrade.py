@@ -1,0 +1,70 @@
+"""Old and new versions side by side: each reads what it can, and leaves the rest to the other without harm."""
+
+from __future__ import annotations
+
+from factories import Places, put_pictures, wait_until
+from faults.fleet import Fleet, Reference, Submit
+from faults.truth import prove
+
+SOME = 8
+
+
+def test_workers_leave_what_a_later_version_wrote_to_its_workers(
+    fleet: Fleet, places: Places, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, SOME)
+    fleet.workers.start()
+    with fleet.dispatcher(test_version="2"):
+        assert fleet.fork_submit(places, test_version="2") == 0
+        (job,) = fleet.ledger.open_jobs()
+        wait_until(
+            lambda: fleet.workers.text().count("left for a newer worker") > 2 * SOME,
+            what=f"each was published again: {fleet.workers.words()}",
+        )
+        meanwhile = fleet.ledger.job(job.id)
+
+        fleet.workers.start(test_version="2")
+        truth = prove(fleet, job.id, places, names=names, reference=reference)
+
+    assert (meanwhile.open, meanwhile.failed) == (SOME, 0)
+    assert truth.counts["done"] == SOME
+    assert set(fleet.workers.published(places).values()) == {1}
+    assert set(fleet.workers.begun(job.id).values()) == {1}
+    assert fleet.workers.dismiss() == [0, 0]
+
+
+def test_a_producer_of_a_later_version_loses_nothing_by_coming_first(
+    fleet: Fleet, places: Places, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, SOME)
+    fleet.workers.start()
+    with fleet.dispatcher():
+        assert fleet.fork_submit(places, test_version="2") == 0
+        (job,) = fleet.ledger.open_jobs()
+        known = fleet.workers.text().count("left for a newer worker")
+        wait_until(lambda: fleet.workers.text().count("left for a newer worker") > known, what="they are left")
+        fleet.workers.start(test_version="2")
+        wait_until(lambda: fleet.ledger.job(job.id).done == SOME, what=f"they are done: {fleet.workers.words()}")
+    with fleet.dispatcher(test_version="2"):
+        truth = prove(fleet, job.id, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == SOME
+    assert set(fleet.workers.begun(job.id).values()) == {1}
+    assert fleet.workers.dismiss() == [0, 0]
+
+
+def test_old_and_new_workers_share_what_an_earlier_version_wrote(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 3 * SOME)
+    for version in ({}, {"test_version": "2"}):
+        fleet.workers.start(test_device_ms="50", **version)
+    with fleet.dispatcher():
+        truth = prove(fleet, submit(), places, names=names, reference=reference)
+        wait_until(
+            lambda: all(int(facts["pictures"]) for facts in fleet.ledger.workers().values()), what="both had some"
+        )
+
+    assert truth.counts["done"] == 3 * SOME
+    assert set(fleet.workers.published(places).values()) == {1}
+    assert fleet.workers.dismiss() == [0, 0]

@@ -12,7 +12,7 @@ import re
 import socket
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator
+from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.errors import SettingsError
@@ -31,6 +31,11 @@ class Settings(BaseSettings):
         description="Redis or Valkey for queues and ledger; `rediss://` for TLS. Must not evict (`noeviction`).",
     )
     s3_endpoint: str = Field("", description="S3 endpoint; empty for AWS.")
+    source_endpoint: str = Field("", description="S3 endpoint of the sources, where it is another one; `aws` for AWS.")
+    source_profile: str = Field(
+        "",
+        description="Profile of AWS's files for the account that reads the sources; empty: the one that reads results.",
+    )
     model: str = Field("u2netp", description="What a worker loads: a preset, a directory or a weights file.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`cuda` without a GPU is an error.")
     gpu: int | None = Field(None, ge=0, description="Pins the worker to this GPU, before torch is imported.")
@@ -96,9 +101,11 @@ class Settings(BaseSettings):
             raise ValueError("must start with redis://, rediss:// or sentinel://")
         return url
 
-    @field_validator("s3_endpoint")
+    @field_validator("s3_endpoint", "source_endpoint")
     @classmethod
-    def _endpoint_scheme(cls, url: str) -> str:
+    def _endpoint_scheme(cls, url: str, info: ValidationInfo) -> str:
+        if url == "aws" and info.field_name == "source_endpoint":
+            return url
         if url and not re.match(r"^https?://[^/]+", url):
             raise ValueError("must be empty or start with http:// or https://")
         return url.rstrip("/")
@@ -122,7 +129,16 @@ class Settings(BaseSettings):
 
     @property
     def s3_name(self) -> str:
-        return self.s3_endpoint or "AWS S3"
+        name = self.s3_endpoint or "AWS S3"
+        if not self.has_own_source:
+            return name
+        of_source = "AWS S3" if self.source_endpoint == "aws" else self.source_endpoint or name
+        return f"{name}, sources at {of_source}" + (f" as {self.source_profile}" if self.source_profile else "")
+
+    @property
+    def has_own_source(self) -> bool:
+        """Whether sources are read elsewhere than results are written, or by another account."""
+        return bool(self.source_endpoint or self.source_profile)
 
 
 def load_settings() -> Settings:

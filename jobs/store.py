@@ -28,6 +28,7 @@ from jobs.errors import (
 )
 from jobs.message import MAX_KEY_BYTES, Hint
 from jobs.recipe import OWN_FOLDERS, Delivery, Recipe
+from jobs.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -183,17 +184,25 @@ def source_digest(source: Location) -> str:
     return hashlib.sha256(str(source).encode()).hexdigest()
 
 
-class Store:
-    """One boto3 client, shared by threads. Methods named `source` and `output` say whose fault an error is."""
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """A store, and as whom it is used. `endpoint`: empty for AWS. `credentials`: access key, secret key and region;
+    None: those of `profile`, or as boto3 finds them. `settings`: which variables say so."""
 
-    def __init__(self, endpoint: str, *, connections: int, credentials: tuple[str, str, str] | None = None) -> None:
-        """`endpoint`: empty for AWS. `connections`: at least the number of threads that use this store. `credentials`:
-        access key, secret key and region; None: as boto3 finds them."""
+    endpoint: str
+    credentials: tuple[str, str, str] | None = None
+    profile: str = ""
+    settings: tuple[str, str] = ("CUTFLEET_S3_ENDPOINT", "AWS_ACCESS_KEY_ID")
+
+    @property
+    def name(self) -> str:
+        return self.endpoint or "AWS S3"
+
+    def connect(self, connections: int) -> S3Client:
+        """Raises `SettingsError` for a profile or endpoint that is none."""
         import boto3
         from botocore.config import Config
 
-        self.name = endpoint or "AWS S3"
-        self.heard: Callable[[CutfleetError | None], None] = lambda _: None
         config = Config(
             max_pool_connections=connections,
             connect_timeout=5,
@@ -201,14 +210,51 @@ class Store:
             retries={"mode": "standard", "total_max_attempts": 3},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            s3={"addressing_style": "path"} if endpoint else {},
+            s3={"addressing_style": "path"} if self.endpoint else {},
         )
+        key, secret, region = self.credentials or (None, None, None)
         try:
-            session = boto3.session.Session(*((*credentials[:2], None, credentials[2]) if credentials else ()))
-            self._s3: S3Client = session.client("s3", endpoint_url=endpoint or None, config=config)
-            self._s3.meta.events.register_last("before-call.s3.PutObject", _send_at_once)
+            session = boto3.session.Session(key, secret, None, region, profile_name=self.profile or None)
+            client = session.client("s3", endpoint_url=self.endpoint or None, config=config)
+            client.meta.events.register_last("before-call.s3.PutObject", _send_at_once)
         except Exception as exc:
-            raise map_s3_error(exc, self.name, Location("", ""), role="output") from exc
+            raise map_s3_error(exc, self, Location("", ""), role="output") from exc
+        return client
+
+
+class Store:
+    """Sources and results, for threads to share: one boto3 client for both, or each its own. A role says which of them,
+    and whose fault an error is."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        connections: int,
+        credentials: tuple[str, str, str] | None = None,
+        source: Account | None = None,
+    ) -> None:
+        """`endpoint`, `credentials`: see `Account`. `connections`: at least the number of threads that use this store.
+        `source`: where the sources are, when they are elsewhere."""
+        self.heard: Callable[[CutfleetError | None], None] = lambda _: None
+        results = Account(endpoint, credentials)
+        self.name = results.name
+        self._accounts: dict[Role, Account] = {"output": results, "source": source or results}
+        self._s3 = results.connect(connections)
+        self._clients: dict[Role, S3Client] = {
+            "output": self._s3,
+            "source": source.connect(connections) if source else self._s3,
+        }
+
+    @classmethod
+    def of(cls, settings: Settings, *, connections: int) -> Store:
+        """As the settings say."""
+        source = None
+        if settings.has_own_source:
+            endpoint = settings.source_endpoint or settings.s3_endpoint
+            said = ("CUTFLEET_SOURCE_ENDPOINT", "CUTFLEET_SOURCE_PROFILE")
+            source = Account("" if endpoint == "aws" else endpoint, profile=settings.source_profile, settings=said)
+        return cls(settings.s3_endpoint, connections=connections, source=source)
 
     def list_source(self, prefix: Location, *, after: str = "") -> Iterator[S3Object]:
         """Objects under `prefix`, folder markers left out; only keys behind `after`. AWS lists in key order; not every
@@ -223,7 +269,7 @@ class Store:
         more = {name: value for name, value in (("Delimiter", delimiter), ("StartAfter", after)) if value}
         arguments: dict[str, Any] = {"Bucket": prefix.bucket, "Prefix": prefix.key, **more}
         arguments |= {"OptionalObjectAttributes": ["RestoreStatus"], "PaginationConfig": {"PageSize": PAGE_KEYS}}
-        pages = iter(self._s3.get_paginator("list_objects_v2").paginate(**arguments))
+        pages = iter(self._clients[role].get_paginator("list_objects_v2").paginate(**arguments))
         while (page := self._guard(lambda: next(pages, None), prefix, role)) is not None:
             objects = [_listed(found) for found in page.get("Contents", []) if not found["Key"].endswith("/")]
             yield objects, [found["Prefix"] for found in page.get("CommonPrefixes", [])]
@@ -231,7 +277,9 @@ class Store:
     def head(self, location: Location, *, role: Role) -> S3Object | None:
         """None when there is no such object."""
         try:
-            found = self._guard(lambda: self._s3.head_object(Bucket=location.bucket, Key=location.key), location, role)
+            found = self._guard(
+                lambda: self._clients[role].head_object(Bucket=location.bucket, Key=location.key), location, role
+            )
         except ImageError as exc:
             if exc.code in ("source_missing", "output_missing"):
                 return None
@@ -245,11 +293,13 @@ class Store:
         arguments: dict[str, Any] = {"Bucket": location.bucket, "Key": location.key}
         if etag:
             arguments["IfMatch"] = f'"{etag}"'
-        return self._guard(lambda: self._read(arguments, location, max_bytes), location, role)
+        return self._guard(lambda: self._read(role, arguments, location, max_bytes), location, role)
 
     def download(self, location: Location, to: Path) -> None:
         """A whole object into a file; it may be larger than memory."""
-        self._guard(lambda: self._s3.download_file(location.bucket, location.key, str(to)), location, "source")
+        self._guard(
+            lambda: self._clients["source"].download_file(location.bucket, location.key, str(to)), location, "source"
+        )
 
     def put(
         self,
@@ -275,11 +325,13 @@ class Store:
         )
         return str(answer["ETag"]).strip('"')
 
-    def answers(self, prefix: Location) -> bool:
+    def answers(self, prefix: Location, *, role: Role) -> bool:
         """Whether the store is there: it answers a listing of `prefix`, whatever it says."""
         try:
             self._guard(
-                lambda: self._s3.list_objects_v2(Bucket=prefix.bucket, Prefix=prefix.key, MaxKeys=1), prefix, "source"
+                lambda: self._clients[role].list_objects_v2(Bucket=prefix.bucket, Prefix=prefix.key, MaxKeys=1),
+                prefix,
+                role,
             )
         except (ServiceUnavailable, TransientError):
             return False
@@ -326,7 +378,8 @@ class Store:
                 raise
 
     def close(self) -> None:
-        self._s3.close()
+        for client in self._clients.values():
+            client.close()
 
     def __enter__(self) -> Store:
         return self
@@ -339,10 +392,10 @@ class Store:
         Raises `ServiceUnavailable` when it is not the object."""
         arguments: dict[str, Any] = {"Bucket": location.bucket, "Key": location.key, "Range": "bytes=0-0"}
         with contextlib.suppress(ImageError):
-            self._guard(lambda: self._read(arguments, location, 1), location, role)
+            self._guard(lambda: self._read(role, arguments, location, 1), location, role)
 
-    def _read(self, arguments: dict[str, Any], location: Location, max_bytes: int) -> tuple[bytes, str]:
-        answer = self._s3.get_object(**arguments)
+    def _read(self, role: Role, arguments: dict[str, Any], location: Location, max_bytes: int) -> tuple[bytes, str]:
+        answer = self._clients[role].get_object(**arguments)
         with answer["Body"] as body:
             if answer["ContentLength"] > max_bytes:
                 raise ImageError(
@@ -359,7 +412,7 @@ class Store:
         except CutfleetError:
             raise
         except Exception as exc:
-            error = map_s3_error(exc, self.name, location, role=role)
+            error = map_s3_error(exc, self._accounts[role], location, role=role)
             raise error from exc
         finally:
             self.heard(error)
@@ -389,12 +442,13 @@ def _send_at_once(params: dict[str, Any], **_: Any) -> None:
     params["headers"].pop("Expect", None)
 
 
-def map_s3_error(exc: Exception, store: str, location: Location, *, role: Role) -> CutfleetError:
+def map_s3_error(exc: Exception, account: Account, location: Location, *, role: Role) -> CutfleetError:
     """What botocore raised, as ours. Anything that is not botocore's or urllib3's is a bug and comes back unmapped."""
     from botocore import exceptions as botocore
 
+    store, (endpoint, keys) = account.name, account.settings
     if isinstance(exc, botocore.ClientError):
-        return _map_answer(exc.response, store, location, role)
+        return _map_answer(exc.response, account, location, role)
     if isinstance(exc, (botocore.NoCredentialsError, botocore.PartialCredentialsError, botocore.TokenRetrievalError)):
         return ServiceUnavailable(
             f"No S3 credentials: {exc}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role.",
@@ -403,10 +457,10 @@ def map_s3_error(exc: Exception, store: str, location: Location, *, role: Role) 
     if isinstance(exc, botocore.ParamValidationError):
         return SettingsError(f"S3 does not take this name: {' '.join(str(exc).split())}")
     if isinstance(exc, (botocore.NoRegionError, botocore.ProfileNotFound, botocore.InvalidRegionError, ValueError)):
-        return SettingsError(f"S3 settings: {exc}. Check AWS_REGION, AWS_PROFILE and CUTFLEET_S3_ENDPOINT.")
+        return SettingsError(f"S3 settings: {exc}. Check AWS_REGION, AWS_PROFILE, {keys} and {endpoint}.")
     if isinstance(exc, (botocore.ConnectionError, botocore.HTTPClientError, botocore.IncompleteReadError, OSError)):
         return ServiceUnavailable(
-            f"S3 at {store} can't be reached: {exc}. Check CUTFLEET_S3_ENDPOINT and the network.",
+            f"S3 at {store} can't be reached: {exc}. Check {endpoint} and the network.",
             code="store_unreachable",
         )
     if isinstance(exc, botocore.BotoCoreError):
@@ -414,7 +468,8 @@ def map_s3_error(exc: Exception, store: str, location: Location, *, role: Role) 
     raise exc
 
 
-def _map_answer(answer: Any, store: str, location: Location, role: Role) -> CutfleetError:
+def _map_answer(answer: Any, account: Account, location: Location, role: Role) -> CutfleetError:
+    store = account.name
     error = answer.get("Error", {})
     code = str(error.get("Code", ""))
     text = f"{code} {error.get('Message', '')}".strip()
@@ -446,7 +501,7 @@ def _map_answer(answer: Any, store: str, location: Location, role: Role) -> Cutf
         return SourceError(f"{location} is archived: restore it first, then submit it again.", code="source_archived")
     if code in _BAD_KEYS:
         return ServiceUnavailable(
-            f"S3 at {store} refuses our credentials: {text}. Check AWS_ACCESS_KEY_ID and the clock.",
+            f"S3 at {store} refuses our credentials: {text}. Check {account.settings[1]} and the clock.",
             code="store_denied",
         )
     if code in _BUSY or str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", "")) in _BUSY:

@@ -53,7 +53,7 @@ def examine(
     with Ledger(settings.redis_url, name=settings.redis_name) as ledger:
         yield from caught("redis", lambda: _redis(ledger, now))
         fleet = list(caught("workers", lambda: _fleet(ledger, jobs)))
-    with Store(settings.s3_endpoint, connections=4) as store:
+    with Store.of(settings, connections=4) as store:
         yield from _s3(store, source or _newest(jobs, "source"), destination or _newest(jobs, "destination"))
     yield from (found for found in fleet if found.code not in REMEDIES)  # Redis itself was told of above
 

@@ -82,8 +82,9 @@ class Process:
 class LocalStack:
     """Servers on enter; `start_dispatcher` and `start_worker` as wanted; everything ends on exit."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder`: data and logs; what an earlier stack left there is removed on enter."""
+    def __init__(self, folder: Path, *, keys: tuple[str, str] = (ACCESS_KEY, SECRET_KEY)) -> None:
+        """`folder`: data and logs; what an earlier stack left there is removed on enter. `keys`: of its store."""
+        self.keys = keys
         self.folder = folder.absolute()
         self.redis_port, self.s3_port = free_port(), free_port()
         self._weed_ports = [free_port() for _ in range(3)]
@@ -97,8 +98,8 @@ class LocalStack:
         return {
             "CUTFLEET_REDIS_URL": f"redis://127.0.0.1:{self.redis_port}/0",
             "CUTFLEET_S3_ENDPOINT": f"http://127.0.0.1:{self.s3_port}",
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_ACCESS_KEY_ID": self.keys[0],
+            "AWS_SECRET_ACCESS_KEY": self.keys[1],
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
@@ -142,7 +143,7 @@ class LocalStack:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         identity = {
             "name": "cutfleet",
-            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+            "credentials": [{"accessKey": self.keys[0], "secretKey": self.keys[1]}],
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
@@ -169,9 +170,7 @@ class LocalStack:
 
     def store(self) -> Store:
         """A store of this stack, whatever the environment says."""
-        return Store(
-            self.environment["CUTFLEET_S3_ENDPOINT"], connections=16, credentials=(ACCESS_KEY, SECRET_KEY, "us-east-1")
-        )
+        return Store(self.environment["CUTFLEET_S3_ENDPOINT"], connections=16, credentials=(*self.keys, "us-east-1"))
 
     def ledger(self) -> Ledger:
         return Ledger(self.environment["CUTFLEET_REDIS_URL"], name="the local Valkey")

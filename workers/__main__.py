@@ -94,7 +94,7 @@ def serve(settings: Settings) -> int:
     with (
         Predictor(model, batch_limit=settings.batch_limit or (GPU_BATCH if on_gpu else 1)) as predictor,
         Ledger(settings.redis_url, name=settings.redis_name) as ledger,
-        Store(settings.s3_endpoint, connections=slots + 4) as store,
+        Store.of(settings, connections=slots + 4) as store,
     ):
         metrics.listen(ledger=ledger, store=store)
         predictor.warm_up()

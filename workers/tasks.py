@@ -354,8 +354,10 @@ def _is_away(error: CutfleetError, job: Job, store: Store) -> bool:
     else, several times, since a store that is overloaded answers now and then."""
     if not error.code.startswith("store_"):
         return isinstance(error, ServiceUnavailable)
-    places = (Location.parse(job.source), record_location(job.destination, job.id, ""))
-    return not all(store.answers(place) for place in places * PROBES)
+    source, results = Location.parse(job.source), record_location(job.destination, job.id, "")
+    return not all(
+        store.answers(source, role="source") and store.answers(results, role="output") for _ in range(PROBES)
+    )
 
 
 def _insist(record: Callable[[], str], bench: Bench) -> str:

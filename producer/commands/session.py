@@ -40,7 +40,7 @@ def open_services() -> Iterator[tuple[Settings, Ledger, Store]]:
 
     with open_ledger() as (settings, ledger):
         ledger.ping()
-        with Store(settings.s3_endpoint, connections=CONNECTIONS) as store:
+        with Store.of(settings, connections=CONNECTIONS) as store:
             yield settings, ledger, store
 
 

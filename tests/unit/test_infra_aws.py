@@ -52,7 +52,7 @@ def test_iam_takes_each_document(role: str, credentials: None) -> None:
 
 
 def test_every_call_in_the_code_is_granted_and_every_grant_is_a_call() -> None:
-    store = set(re.findall(r"self\._s3\.(\w+)", (ROOT / "jobs/store.py").read_text())) - LOCAL_ONLY
+    store = set(re.findall(r"self\._(?:s3|clients\[[^]]+\])\.(\w+)", (ROOT / "jobs/store.py").read_text())) - LOCAL_ONLY
     mailbox = set(re.findall(r"self\._sqs\.(\w+)", (ROOT / "jobs/mailbox.py").read_text())) - {"close"}
 
     assert store == set(S3), "a new call: grant it to the roles that make it, and name it here"

@@ -51,6 +51,17 @@ def test_a_second_gpu_fits_too() -> None:
     assert {service["extends"]["service"] for service in second["services"].values()} <= set(SERVICES)
 
 
+def test_sources_of_another_account_fit_too() -> None:
+    other = yaml.safe_load((ROOT / "infra/compose/two-accounts.yml").read_text())
+
+    assert problems(other) == []
+    assert set(other["services"]) == {name for name in OURS if name not in ("dispatcher", "flower")}, (
+        "who reads sources"
+    )
+    for service in other["services"].values():
+        assert all(of_ours(name) or name == "AWS_SHARED_CREDENTIALS_FILE" for name in service["environment"])
+
+
 def test_the_schema_finds_mistakes() -> None:
     assert problems(COMPOSE | {"services": {"worker": {"imagee": "x"}}})
     assert problems(COMPOSE | {"services": {"worker": {"image": "x", "healthcheck": {"interval": 5}}}})

@@ -43,7 +43,8 @@ class Job:
     `spills`: parts of its failures that stand in S3. `judged_*`: counts when a person last unpaused it.
     `watch`: the watch that feeds it. `unrecorded`: live images that stand in no part of its manifest yet.
     `untold`: events that its webhook could not be told of. `asked`: which pictures of its source, for going on with a
-    listing. `to_be_listed`: `cutfleet serve` lists it, since nobody waits for it.
+    listing. `to_be_listed`: `cutfleet serve` lists it, since nobody waits for it. `review_of`: the job that this one
+    makes previews of, and nothing else.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Job:
     to_be_listed: bool = False
     webhook: str = ""
     webhook_pictures: bool = False
+    review_of: str = ""
     closed: float | None = None
     listed: bool = False
     paused: str | None = None
@@ -107,7 +109,7 @@ class Job:
         fields = {name: getattr(self, name) for name in names} | {"conditional": str(int(self.conditional))}
         pace = {"weight": self.weight, "rate": self.rate, "sample": self.sample}
         fields |= {name: str(value) for name, value in pace.items() if value is not None}
-        flags = {"asked": self.asked, "webhook": self.webhook}
+        flags = {"asked": self.asked, "webhook": self.webhook, "review_of": self.review_of}
         flags |= {name: "1" if getattr(self, name) else "" for name in ("webhook_pictures", "to_be_listed")}
         return fields | {name: value for name, value in flags.items() if value}
 
@@ -270,6 +272,7 @@ def job_from_fields(job: str, fields: Mapping[str, str]) -> Job:
         to_be_listed="to_be_listed" in fields,
         webhook=fields.get("webhook", ""),
         webhook_pictures="webhook_pictures" in fields,
+        review_of=fields.get("review_of", ""),
         closed=float(fields["closed"]) if "closed" in fields else None,
         listed="listed" in fields,
         paused=fields.get("paused"),

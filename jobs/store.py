@@ -6,6 +6,7 @@ Objects of a job under its destination TO:
   TO/_cutfleet/JOB/job.json              source, destination, recipe
   TO/_cutfleet/JOB/manifest/NNNNNN.jsonl.gz   index, key, etag, size; sorted by key
   TO/_cutfleet/JOB/report/...            written when the job closes
+  TO/_cutfleet/JOB/review/DIGEST.json    what `cutfleet review` shows of one image; see jobs/preview.py
 """
 
 from __future__ import annotations
@@ -177,6 +178,11 @@ def record_location(destination: str, job: str, name: str) -> Location:
     """Where a job's own file `name` stands."""
     to = destination_prefix(destination)
     return Location(to.bucket, f"{to.key}{RECORDS}/{job}/{name}")
+
+
+def preview_location(destination: str, job: str, source: Location) -> Location:
+    """Where the preview of one image stands, for a review of `job`."""
+    return record_location(destination, job, f"review/{source_digest(source)}.json")
 
 
 def source_digest(source: Location) -> str:

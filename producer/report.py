@@ -98,6 +98,8 @@ def picture_status(source: Location, *, ledger: Ledger, store: Store) -> Picture
     """The jobs whose source covers the key, newest first: in flight or failed from the ledger, done from the output."""
     for job in ledger.jobs(limit=1000):
         prefix = Location.parse(job.source)
+        if job.review_of:
+            continue
         if prefix.bucket == source.bucket and source.key.startswith(prefix.key):
             status = _status_in(job, source, ledger, store)
             if status is not None:

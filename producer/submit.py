@@ -40,7 +40,7 @@ _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 class Request:
     """What a person asks for. `keys` and `manifest` None: everything under `source` that `only` takes.
     `bad_line` is told of a line of the manifest that makes no sense, by number and reason, and may raise. `weight`,
-    `rate`, `sample`: see `Job`."""
+    `rate`, `sample`, `review_of`: see `Job`."""
 
     source: str
     destination: str
@@ -56,6 +56,7 @@ class Request:
     sample: int | None = None
     webhook: str = ""
     webhook_pictures: bool = False
+    review_of: str = ""
 
 
 def submit(request: Request, *, store: Store, ledger: Ledger, lease_s: float, listed: Callable[[int], None]) -> Job:
@@ -196,6 +197,7 @@ def _new_job(request: Request, *, conditional: bool) -> Job:
         lane=request.lane,
         webhook=request.webhook,
         webhook_pictures=request.webhook_pictures,
+        review_of=request.review_of,
         conditional=conditional,
         created=now,
         weight=request.weight,

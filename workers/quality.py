@@ -24,6 +24,8 @@ from jobs.recipe import Review
 Pixels = NDArray[np.uint8]
 
 _SIDE = 256
+_SEARCH_SIDE = 1024
+"""Where the worst edge is looked for: near enough for a part of some hundred pixels."""
 _CLEAR, _HALF, _SURE = 13, 128, 242
 """0.05, 0.5 and 0.95 of 255."""
 _PIECE_SHARE, _HOLE_SHARE = 0.01, 0.001
@@ -59,6 +61,28 @@ def review_reasons(figures: Mapping[str, float], review: Review) -> tuple[str, .
         "holes": figures["holes"] > review.max_holes,
     }
     return tuple(name for name, holds in reasons.items() if holds)
+
+
+def find_worst_edge(alpha: Pixels, side: int) -> tuple[slice, slice]:
+    """Rows and columns of the part of at most `side` by `side` pixels that has most with 0.05 < alpha < 0.95; where
+    there are none, most of the outline.
+    """
+    height, width = alpha.shape
+    scale = max(1.0, max(alpha.shape) / _SEARCH_SIDE)
+    size = (max(1, round(width / scale)), max(1, round(height / scale)))
+    edge = cv2.inRange(alpha, _CLEAR + 1, _SURE - 1)
+    if not edge.any():
+        edge = cv2.morphologyEx(cv2.inRange(alpha, _HALF, 255), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
+    sums = cv2.integral(cv2.resize(edge, size, interpolation=cv2.INTER_AREA).astype(np.float64))
+    rows, columns = (max(1, min(length, round(side / scale))) for length in reversed(size))
+    density = sums[rows:, columns:] - sums[:-rows, columns:] - sums[rows:, :-columns] + sums[:-rows, :-columns]
+    top, left = np.unravel_index(int(density.argmax()), density.shape)
+    return _at_most(round(int(top) * scale), side, height), _at_most(round(int(left) * scale), side, width)
+
+
+def _at_most(start: int, side: int, length: int) -> slice:
+    start = max(0, min(start, length - side))
+    return slice(start, min(length, start + side))
 
 
 def _reduced(alpha: Pixels) -> tuple[Pixels, float]:

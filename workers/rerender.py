@@ -13,7 +13,7 @@ import numpy as np
 
 from jobs.errors import SourceError, TransientError
 from jobs.message import ImageTask
-from jobs.store import Store
+from jobs.store import S3Object, Store
 from workers.decode import Limits
 from workers.pipeline import render_outputs
 from workers.publish import Outcome, Provenance, Target, find_existing, is_complete, outcome_of, publish
@@ -35,18 +35,28 @@ def render_again(
     provenance = _provenance(existing.cutout.metadata, target, task.job)
     if is_complete(existing, provenance, target, store):
         return existing.outcome(task.job, task.key)
-    max_bytes = limits.max_pixels * _BYTES_PER_PIXEL
-    data, etag = store.get(target.names.cutout, role="output", max_bytes=max_bytes)
-    if etag != existing.cutout.etag:
-        raise TransientError(f"{target.names.cutout} was replaced meanwhile.", code="output_conflict")
+    data = fetch_cutout(existing.cutout, store, target, limits)
     with seat.room(data):
         with seat.computing():
-            picture = seat.decode(data, limits=dataclasses.replace(limits, max_bytes=max_bytes), animation="first")
+            picture = seat.decode(data, limits=cutout_limits(limits), animation="first")
             alpha = np.full(picture.rgb.shape[:2], 255, np.uint8) if picture.alpha is None else picture.alpha
             outputs = render_outputs(picture, alpha, target.recipe, text=provenance.to_text())
         outputs = dataclasses.replace(outputs, cutout=data)
         publish(outputs, target, provenance, store=store, existing=existing, is_ours=is_ours)
         return outcome_of(outputs.remark(task.key))
+
+
+def fetch_cutout(found: S3Object, store: Store, target: Target, limits: Limits) -> bytes:
+    """What was `found` there; raises `TransientError` when it was replaced meanwhile."""
+    data, etag = store.get(target.names.cutout, role="output", max_bytes=cutout_limits(limits).max_bytes)
+    if etag != found.etag:
+        raise TransientError(f"{target.names.cutout} was replaced meanwhile.", code="output_conflict")
+    return data
+
+
+def cutout_limits(limits: Limits) -> Limits:
+    """Of a cutout whose source was within `limits`."""
+    return dataclasses.replace(limits, max_bytes=limits.max_pixels * _BYTES_PER_PIXEL)
 
 
 def _provenance(told: Mapping[str, str], target: Target, job: str) -> Provenance:

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from workers.decode import Limits, decode_picture
 from workers.encode import encode_flat_png
+from workers.quality import find_worst_edge
 
 Pixels = NDArray[np.uint8]
 
@@ -90,18 +91,13 @@ def _cells(row: SheetRow) -> list[Pixels]:
 
 
 def worst_edge(cutout: Pixels, mask: Pixels, *, side: int) -> Pixels:
-    """(`side`, `side`, 3): the part at full size with most pixels between 5 and 95 % alpha, `cutout` already flattened;
-    padded where the picture is smaller.
+    """(`side`, `side`, 3): the worst edge at full size, `cutout` already flattened; padded where the picture is
+    smaller.
     """
-    soft = ((mask > 12) & (mask < 243)).astype(np.float32)
-    padded = [max(0, side - length) for length in mask.shape]
+    shown = cutout[find_worst_edge(mask, side)]
+    padded = [side - length for length in shown.shape[:2]]
     borders = (padded[0] // 2, padded[0] - padded[0] // 2, padded[1] // 2, padded[1] - padded[1] // 2)
-    soft = np.asarray(cv2.copyMakeBorder(soft, *borders, cv2.BORDER_CONSTANT, value=0))
-    shown = np.asarray(cv2.copyMakeBorder(cutout, *borders, cv2.BORDER_CONSTANT, value=_PAPER), np.uint8)
-    sums = cv2.integral(soft)
-    density = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
-    top, left = np.unravel_index(int(density.argmax()), density.shape)
-    return shown[top : top + side, left : left + side]
+    return np.asarray(cv2.copyMakeBorder(shown, *borders, cv2.BORDER_CONSTANT, value=_PAPER), np.uint8)
 
 
 def _shown(data: bytes) -> Pixels:

@@ -39,7 +39,16 @@ from jobs.message import ImageTask, LaterMessage
 from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import Settings
-from jobs.store import Location, Names, Store, image_names, record_location, rendition_names, source_digest
+from jobs.store import (
+    Location,
+    Names,
+    Store,
+    image_names,
+    preview_location,
+    record_location,
+    rendition_names,
+    source_digest,
+)
 from workers.decode import Limits
 from workers.leases import Draining, Leases
 from workers.memory import MemoryBudget
@@ -47,6 +56,7 @@ from workers.metrics import WorkerMetrics
 from workers.models import LoadedModel
 from workers.pipeline import cut_out
 from workers.predictor import Predictor
+from workers.preview import make_preview
 from workers.publish import NOTHING, Outcome, Provenance, Target, find_existing, is_complete, outcome_of, publish
 from workers.quarantine import DECODE_S, ChildDecoder, Fatal, Room
 from workers.rerender import render_again
@@ -190,7 +200,7 @@ def _settle(
         limits=bench.limits,
     )
     try:
-        do = _render_and_publish if job.model == RENDER else _cut_and_publish
+        do = _preview if job.review_of else _render_and_publish if job.model == RENDER else _cut_and_publish
         state, remark = _hold_while_store_is_away(lambda: do(task, job, names, seat, bench), job, bench)
     except (Draining, HeldTooLong):
         return _give_back(claim, bench), None
@@ -253,6 +263,14 @@ def _render_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, ben
     return render_again(
         task, target, seat, store=bench.store, limits=bench.limits, is_ours=lambda: bench.leases.is_ours(seat.claim)
     )
+
+
+def _preview(task: ImageTask, job: Job, names: Names, seat: Seat, bench: Bench) -> Outcome:
+    """Whatever can't be shown is said in the preview: a picture that failed is one to look at, too."""
+    shown = make_preview(task, job, names, seat, store=bench.store, limits=bench.limits)
+    place = preview_location(job.destination, job.review_of, names.source)
+    bench.store.put(place, shown.to_json().encode(), content_type="application/json")
+    return ImageState.DONE, None
 
 
 def _provenance(task: ImageTask, recipe: Recipe, names: Names, bench: Bench, *, etag: str) -> Provenance:

@@ -92,6 +92,14 @@ def show_job(job: Job, ledger: Ledger, *, err: bool = False) -> None:
         click.echo(line, err=err)
 
 
+def tell_unserved(job: Job, ledger: Ledger) -> None:
+    from jobs.presets import RENDER
+
+    if not is_served(job, ledger):
+        wanted = "is on a CPU" if job.model == RENDER else f"serves model {job.model!r}"
+        click.echo(f"No running worker {wanted}: the job waits until one does.", err=True)
+
+
 def is_served(job: Job, ledger: Ledger) -> bool:
     from producer.fleet import count_served
 

@@ -1,15 +1,16 @@
-"""What became of jobs and pictures: status, jobs, wait, dead."""
+"""What became of jobs and pictures: status, jobs, wait, dead, review."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from jobs.errors import SettingsError
-from producer.commands.session import open_ledger, open_services, show_job, wait_until_closed
+from producer.commands.session import open_ledger, open_services, show_job, tell_unserved, wait_until_closed
 
 if TYPE_CHECKING:
     from jobs.job import Failure, Job
@@ -79,6 +80,31 @@ def wait(job: str, timeout_s: float | None) -> None:
 
 @click.command()
 @click.argument("job")
+@click.option("--flagged", is_flag=True, help="What its recipe or its rules flag.")
+@click.option("--failed", is_flag=True, help="What failed.  [default: both]")
+@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="N more, drawn at random of all cutouts.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=".", show_default=True)
+def review(job: str, flagged: bool, failed: bool, sample: int | None, out: Path) -> None:
+    """Make a page to look at a job's pictures: before and after, the worst edge at 100 %, figures, reasons; approve and
+    reject. Any CPU worker makes the previews. Prints the page's path."""
+    from producer.review import Wanted, write_review
+
+    unsaid = not (flagged or failed or sample)
+    wanted = Wanted(flagged=flagged or unsaid, failed=failed or unsaid, sample=sample or 0)
+    with open_services() as (settings, ledger, store):
+
+        def asked(made: Job) -> None:
+            click.echo(f"{made.total} previews are made by job {made.id}", err=True)
+            tell_unserved(made, ledger)
+
+        page = write_review(
+            ledger.job(job), wanted, out, store=store, ledger=ledger, lease_s=settings.lease_s, asked=asked
+        )
+    click.echo(page)
+
+
+@click.command()
+@click.argument("job")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
 def dead(job: str, as_json: bool) -> None:
     """The dead letters of a job: every picture that failed, its code, tries, time, worker and reason."""
@@ -123,4 +149,4 @@ def _picture_status(uri: str, as_json: bool) -> None:
         click.echo(f"{name + ':':9} {value}")
 
 
-COMMANDS = (status, jobs, wait, dead)
+COMMANDS = (status, jobs, wait, dead, review)

@@ -11,7 +11,7 @@ import click
 
 from jobs.errors import SettingsError
 from producer.commands.options import MADE, PACE, SOUGHT, TOLD, Made, Pace, Sought, Told, gathers
-from producer.commands.session import check_webhook, is_served, open_services, progress, wait_until_closed
+from producer.commands.session import check_webhook, open_services, progress, tell_unserved, wait_until_closed
 
 if TYPE_CHECKING:
     from jobs.job import Job
@@ -200,12 +200,8 @@ def show(name: str) -> None:
 
 
 def _tell_submitted(job: Job, ledger: Ledger) -> None:
-    from jobs.presets import RENDER
-
     click.echo(f"{job.total} pictures from {job.source} to {job.destination}, model {job.model}", err=True)
-    if not is_served(job, ledger):
-        wanted = "is on a CPU" if job.model == RENDER else f"serves model {job.model!r}"
-        click.echo(f"No running worker {wanted}: the job waits until one does.", err=True)
+    tell_unserved(job, ledger)
 
 
 COMMANDS = (plan, submit, render, recipes)

@@ -22,6 +22,7 @@ ORDER = [
     "recipe",
     "presets",
     "job",
+    "preview",
     "store",
     "mailbox",
     "ledger",

@@ -1,0 +1,223 @@
+"""A job reviewed: pictures chosen by the ledger, previews made by a worker, a page, a new job of what was rejected."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Run
+from factories import Places, decode, fetch, picture, put_pictures, wait_until
+from PIL import Image
+from playwright.sync_api import Browser
+
+from jobs.errors import JobError
+from jobs.job import Failure, ImageState, Job
+from jobs.ledger import Ledger
+from jobs.preview import Preview
+from jobs.recipe import Recipe
+from jobs.store import Store, preview_location
+from producer.local import LocalStack
+from producer.report import picture_status
+from producer.review import Wanted, write_review
+from producer.submit import Request
+from producer.submit import submit as submit_request
+
+EVERYTHING_FLAGGED = "[review]\nmax_subject = 0.0\n"
+NAMES = ["<img onerror>.jpg", 'it\'s "7" & more.jpg', "日本語.jpg"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    (tmp_path / "flags.toml").write_text(EVERYTHING_FLAGGED)
+    return str(tmp_path / "flags.toml")
+
+
+class Desk:
+    """Someone who submits and reviews, without a process for each command."""
+
+    def __init__(self, store: Store, ledger: Ledger, places: Places, folder: Path) -> None:
+        self.store, self.ledger, self.places, self.folder = store, ledger, places, folder
+        self.asked: list[Job] = []
+
+    def submit(self, *, model: str = "u2netp", keys: tuple[str, ...] | None = None) -> Job:
+        request = Request(
+            source=self.places.source,
+            destination=self.places.to,
+            recipe=Recipe(model=model),
+            lane="live" if keys else "backfill",
+            name="reviewed",
+            keys=keys,
+        )
+        return submit_request(request, store=self.store, ledger=self.ledger, lease_s=60, listed=lambda _: None)
+
+    def run(self) -> Job:
+        """Everything under the source, until it is closed."""
+        job = self.submit()
+        wait_until(lambda: self.ledger.job(job.id).closed is not None, what=f"{job.id} is closed")
+        return self.ledger.job(job.id)
+
+    def review(
+        self, job: Job, *, flagged: bool = False, failed: bool = False, sample: int = 0
+    ) -> list[dict[str, object]]:
+        """The rows of the page, worst first."""
+        page = write_review(
+            job,
+            Wanted(flagged, failed, sample),
+            self.folder,
+            store=self.store,
+            ledger=self.ledger,
+            lease_s=60,
+            asked=self.asked.append,
+        )
+        return list(json.loads(page.read_text().split('id="rows">')[1].split("</script>")[0]))
+
+    def preview(self, job: Job, name: str) -> Preview:
+        return Preview.from_json(fetch(self.store, preview_location(self.places.to, job.id, self.places.key(name))))
+
+
+@pytest.fixture
+def desk(store: Store, ledger: Ledger, places: Places, tmp_path: Path) -> Desk:
+    return Desk(store, ledger, places, tmp_path)
+
+
+def unpacked(preview: Preview, name: str) -> Image.Image:
+    return decode(base64.b64decode(preview.images[name]))
+
+
+def test_what_is_rejected_on_the_page_is_a_new_job_for_another_model(
+    fleet: LocalStack,
+    cutfleet: Run,
+    store: Store,
+    ledger: Ledger,
+    places: Places,
+    recipe: str,
+    browser: Browser,
+    tmp_path: Path,
+) -> None:
+    etags = {name: store.put(places.key(name), picture(), content_type="image/jpeg") for name in NAMES}
+    store.put(places.key("page.jpg"), b"<html>", content_type="text/html")
+    job = cutfleet("submit", places.source, "--to", places.to, "--recipe", recipe, "--wait").stdout.strip()
+
+    ran = cutfleet("review", job, "--out", str(tmp_path / "looks"))
+
+    assert ran.returncode == 0, ran.stderr
+    context = browser.new_context(offline=True)
+    page = context.new_page()
+    page.goto(Path(ran.stdout.strip()).as_uri())
+    keys = page.eval_on_selector_all(".tile", "tiles => tiles.map(tile => tile.title)")
+    assert keys[0] == "page.jpg" and set(keys[1:]) == set(NAMES)
+    assert "not_an_image" in str(page.text_content("#why"))
+    for key in keys[1:]:
+        page.keyboard.press("ArrowRight")
+        assert page.text_content("#key") == key and "full" in str(page.text_content("#why"))
+        page.wait_for_function("[...document.querySelectorAll('.lens img')].every(image => image.naturalWidth)")
+    page.keyboard.press("r")
+    page.fill("#search", "onerror")
+    page.click("#reject")
+    with page.expect_download() as saved:
+        page.click("#save-rejected")
+    command = str(page.text_content("#command"))
+    saved.value.save_as(tmp_path / saved.value.suggested_filename)
+    context.close()
+    rejected = {keys[-1], "<img onerror>.jpg"}
+    words = shlex.split(command.replace("OTHER", "u2net").replace(" --recipe FILE", ""))
+    again = cutfleet(*words[1:-3], str(tmp_path / words[-3]), *words[-2:])
+    assert again.returncode == 0, again.stderr
+    made = ledger.job(again.stdout.strip())
+    cutfleet("cancel", made.id)
+    assert (made.total, made.model, made.source, made.destination) == (len(rejected), "u2net", places.source, places.to)
+    lines = [json.loads(line) for line in (tmp_path / words[-3]).read_text().splitlines()]
+    assert {line["key"]: line["etag"] for line in lines} == {name: etags[name] for name in rejected}
+
+
+def test_a_preview_shows_what_is_stored(fleet: LocalStack, desk: Desk, store: Store, places: Places) -> None:
+    store.put(places.key("big.jpg"), picture(size=(1600, 1200)), content_type="image/jpeg")
+    job = desk.run()
+
+    desk.review(job, sample=1)
+
+    shown = desk.preview(job, "big.jpg")
+    cutout = np.asarray(decode(fetch(store, places.cutout("big.jpg"))))
+    source = np.asarray(decode(fetch(store, places.key("big.jpg"))))
+    assert (shown.width, shown.height, shown.model, shown.job) == (1600, 1200, "u2netp", job.id)
+    assert unpacked(shown, "before").size == unpacked(shown, "after").size == (640, 480)
+    assert unpacked(shown, "thumb").size == (160, 120)
+    assert shown.edge is not None
+    left, top, width, height = shown.edge
+    part = np.s_[top : top + height, left : left + width]
+    edge = np.asarray(unpacked(shown, "edge_after").convert("RGBA"))
+    assert edge.shape == (360, 360, 4)
+    assert np.array_equal(edge[..., 3], cutout[part][..., 3]), "alpha is exact"
+    soft = (cutout[part][..., 3] > 12) & (cutout[part][..., 3] < 243)
+    assert soft.any(), "it is an edge"
+    before = np.asarray(unpacked(shown, "edge_before").convert("RGB")).astype(int)
+    assert np.abs(before - source[part]).mean() < 8, "noise costs most"
+    whole = np.asarray(unpacked(shown, "after").convert("RGBA"))[..., 3].astype(int)
+    small = np.asarray(Image.fromarray(cutout[..., 3]).resize((640, 480), Image.Resampling.BOX)).astype(int)
+    assert np.abs(whole - small).mean() < 2
+
+
+def test_only_what_is_asked_for_is_on_the_page(fleet: LocalStack, desk: Desk, store: Store, places: Places) -> None:
+    put_pictures(store, places, 12)
+    store.put(places.key("page.jpg"), b"<html>", content_type="text/html")
+    job = desk.run()
+
+    first, second = ([row["key"] for row in desk.review(job, failed=True, sample=5)] for _ in range(2))
+
+    assert first[0] == "page.jpg"
+    assert len(set(first)) == 6
+    assert first == second, "the same ones each time"
+    with pytest.raises(JobError, match="nothing to review"):
+        desk.review(job, flagged=True)
+
+
+def test_what_changed_since_is_told_and_the_rest_is_shown(
+    fleet: LocalStack, desk: Desk, store: Store, places: Places
+) -> None:
+    put_pictures(store, places, 3)
+    job = desk.run()
+    store.put(places.key("p00000.jpg"), picture(seed=9), content_type="image/jpeg")
+    store._s3.delete_object(Bucket=places.cutout("").bucket, Key=places.cutout("p00001.jpg").key)
+
+    desk.review(job, sample=3)
+
+    replaced, gone, fine = (desk.preview(job, f"p0000{number}.jpg") for number in range(3))
+    assert set(replaced.images) == {"thumb", "after", "edge_after"} and "[source_changed]" in replaced.notes[0]
+    assert set(gone.images) == {"thumb", "before"}
+    assert len(fine.images) == 5 and not fine.notes
+
+
+def test_a_review_changes_no_output_and_hides_no_job(
+    fleet: LocalStack, desk: Desk, store: Store, ledger: Ledger, places: Places
+) -> None:
+    (name,) = put_pictures(store, places, 1)
+    job = desk.run()
+    before = store.head(places.cutout(name), role="output")
+
+    desk.review(job, sample=1)
+
+    (made,) = desk.asked
+    told = picture_status(places.key(name), ledger=ledger, store=store)
+    assert (made.review_of, made.model) == (job.id, "render")
+    assert (told.job, told.state) == (job.id, "done")
+    assert store.head(places.cutout(name), role="output") == before
+    assert desk.run().skipped == 1
+
+
+def test_what_brought_workers_down_is_not_given_to_them_again(
+    desk: Desk, store: Store, ledger: Ledger, places: Places
+) -> None:
+    (name,) = put_pictures(store, places, 1)
+    job = desk.submit(model="u2net", keys=(name,))  # which nobody serves
+    claim = ledger.claim(f"{job.id}:0", token="t", output=str(places.cutout(name)), lease_s=60)
+    ledger.finish(claim, ImageState.FAILED, Failure(name, "crashed_decoder", "The decoder crashed.", 1, 0.0, "cpu"))
+
+    (row,) = desk.review(ledger.job(job.id), failed=True)
+
+    assert not desk.asked
+    assert (row["key"], row["code"]) == (name, "crashed_decoder")
+    assert "brought workers down" in str(row["notes"])

@@ -37,16 +37,20 @@ photographs of hair and fur), for a third of the bytes of lossless."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drawn:
+class Drawn:
     """`thumb`: (h, w, 4)."""
 
     shown: Preview
     thumb: Pixels | None = None
 
+    def finished(self) -> Preview:
+        thumb = {} if self.thumb is None else {"thumb": _webp(self.thumb, _WHOLE_QUALITY)}
+        return dataclasses.replace(self.shown, images={**self.shown.images, **thumb})
+
 
 def make_preview(task: ImageTask, job: Job, names: Names, seat: Seat, *, store: Store, limits: Limits) -> Preview:
     """Says in `notes` what can't be shown of cutout or source, and why. Raises what is to be tried again."""
-    drawn, notes = _Drawn(Preview(etag=task.etag)), []
+    drawn, notes = Drawn(Preview(etag=task.etag)), []
     try:
         drawn = _show_cutout(task, job, names, seat, store=store, limits=limits) or drawn
     except ImageError as exc:
@@ -55,11 +59,10 @@ def make_preview(task: ImageTask, job: Job, names: Names, seat: Seat, *, store: 
         drawn = _show_source(drawn, names, seat, store=store, limits=limits)
     except ImageError as exc:
         notes.append(f"source: {exc} [{exc.code}]")
-    thumb = {} if drawn.thumb is None else {"thumb": _webp(drawn.thumb, _WHOLE_QUALITY)}
-    return dataclasses.replace(drawn.shown, notes=tuple(notes), images={**drawn.shown.images, **thumb})
+    return dataclasses.replace(drawn.finished(), notes=tuple(notes))
 
 
-def _show_cutout(task: ImageTask, job: Job, names: Names, seat: Seat, *, store: Store, limits: Limits) -> _Drawn | None:
+def _show_cutout(task: ImageTask, job: Job, names: Names, seat: Seat, *, store: Store, limits: Limits) -> Drawn | None:
     """None where there is no cutout."""
     recipe = Recipe.from_json(job.recipe)
     places = rendition_names(recipe, job.source, job.destination, task.key)
@@ -79,10 +82,11 @@ def _show_cutout(task: ImageTask, job: Job, names: Names, seat: Seat, *, store: 
     )
     data = fetch_cutout(found, store, target, limits)
     with seat.room(data), seat.computing():
-        return _draw_cutout(seat.decode(data, limits=cutout_limits(limits), animation="first"), shown)
+        return draw_cutout(seat.decode(data, limits=cutout_limits(limits), animation="first"), shown)
 
 
-def _draw_cutout(picture: Picture, shown: Preview) -> _Drawn:
+def draw_cutout(picture: Picture, shown: Preview) -> Drawn:
+    """`shown`: what is told of it."""
     rgb, alpha = picture.rgb, _alpha_of(picture)
     rows, columns = find_worst_edge(alpha, _EDGE)
     shown = dataclasses.replace(
@@ -95,23 +99,26 @@ def _draw_cutout(picture: Picture, shown: Preview) -> _Drawn:
             "edge_after": _webp(np.dstack([rgb[rows, columns], alpha[rows, columns]]), _EDGE_QUALITY),
         },
     )
-    return _Drawn(shown, _reduced(rgb, alpha, _THUMB))
+    return Drawn(shown, _reduced(rgb, alpha, _THUMB))
 
 
-def _show_source(drawn: _Drawn, names: Names, seat: Seat, *, store: Store, limits: Limits) -> _Drawn:
-    """The version that the cutout was made from, on white where it is transparent."""
-    shown = drawn.shown
-    data, _ = store.get(names.source, role="source", etag=shown.etag, max_bytes=limits.max_bytes)
+def _show_source(drawn: Drawn, names: Names, seat: Seat, *, store: Store, limits: Limits) -> Drawn:
+    """The version that the cutout was made from."""
+    data, _ = store.get(names.source, role="source", etag=drawn.shown.etag, max_bytes=limits.max_bytes)
     with seat.room(data), seat.computing():
-        picture = seat.decode(data, limits=limits, animation="first")
-        rgb, alpha = picture.rgb, _alpha_of(picture)
-        images = {"before": _webp(_on_white(_reduced(rgb, alpha, _WHOLE)), _WHOLE_QUALITY)}
-        if shown.edge is not None and alpha.shape == (shown.height, shown.width):
-            left, top, width, height = shown.edge
-            part = np.s_[top : top + height, left : left + width]
-            images["edge_before"] = _webp(_on_white(np.dstack([rgb[part], alpha[part]])), _EDGE_QUALITY)
-        thumb = _faded(_on_white(_reduced(rgb, alpha, _THUMB)), drawn.thumb)
-    return _Drawn(dataclasses.replace(shown, images={**shown.images, **images}), thumb)
+        return draw_source(seat.decode(data, limits=limits, animation="first"), drawn)
+
+
+def draw_source(picture: Picture, drawn: Drawn) -> Drawn:
+    """On white where it is transparent. `drawn`: of its cutout."""
+    rgb, alpha, shown = picture.rgb, _alpha_of(picture), drawn.shown
+    images = {"before": _webp(_on_white(_reduced(rgb, alpha, _WHOLE)), _WHOLE_QUALITY)}
+    if shown.edge is not None and alpha.shape == (shown.height, shown.width):
+        left, top, width, height = shown.edge
+        part = np.s_[top : top + height, left : left + width]
+        images["edge_before"] = _webp(_on_white(np.dstack([rgb[part], alpha[part]])), _EDGE_QUALITY)
+    thumb = _faded(_on_white(_reduced(rgb, alpha, _THUMB)), drawn.thumb)
+    return Drawn(dataclasses.replace(shown, images={**shown.images, **images}), thumb)
 
 
 def _faded(source: Pixels, cutout: Pixels | None) -> Pixels:

@@ -27,6 +27,7 @@ from producer.submit import Request
 from producer.submit import submit as submit_request
 
 EVERYTHING_FLAGGED = "[review]\nmax_subject = 0.0\n"
+WIDTHS = "images => images.map(image => image.naturalWidth)"
 NAMES = ["<img onerror>.jpg", 'it\'s "7" & more.jpg', "日本語.jpg"]
 
 
@@ -114,7 +115,7 @@ def test_what_is_rejected_on_the_page_is_a_new_job_for_another_model(
     for key in keys[1:]:
         page.keyboard.press("ArrowRight")
         assert page.text_content("#key") == key and "full" in str(page.text_content("#why"))
-        page.wait_for_function("[...document.querySelectorAll('.lens img')].every(image => image.naturalWidth)")
+        wait_until(lambda: all(page.eval_on_selector_all(".lens img", WIDTHS)), what="its images are drawn")
     page.keyboard.press("r")
     page.fill("#search", "onerror")
     page.click("#reject")

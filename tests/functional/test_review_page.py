@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from factories import wait_until
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
@@ -252,7 +253,7 @@ def test_of_thousands_only_what_is_in_sight_is_drawn(open_page: Open) -> None:
 
     assert drawn < 100
     assert page.locator(".tile").count() == 2000
-    page.wait_for_function("document.querySelectorAll('.tile img').length < 100")
+    wait_until(lambda: page.locator(".tile img").count() < 100, what="what left the screen is let go")
 
 
 @pytest.mark.parametrize("width", [360, 390, 768, 1024, 1280, 1920])

@@ -1,0 +1,96 @@
+"""The review page: what a preview costs a worker, and how soon Chromium shows a page from a file.
+
+    python -m tests.bench.review [COUNT ...]
+
+The pictures are made here, of 12 megapixels; each page has COUNT rows (500 and 5,000), their previews taken in
+turn from a few.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from jobs.job import Job
+from jobs.preview import Preview
+from jobs.recipe import Recipe
+from producer.page import Row, write_page
+from tests.bench.pictures import make_mask, make_photo
+from tests.factories import program, wait_until
+from workers.decode import Limits, decode_picture
+from workers.edges import clean_edges
+from workers.encode import encode_cutout_png
+from workers.pipeline import limit_threads
+from workers.preview import Drawn, draw_cutout, draw_source
+from workers.quality import measure_mask
+from workers.resize import enlarge
+
+SHAPES = ((3000, 4000), (4000, 3000), (3000, 3000))
+COUNTS = (500, 5000)
+IS_SHOWN = "Boolean(document.querySelector('#whole .before')?.naturalWidth)"
+
+
+def main(counts: Sequence[int]) -> None:
+    limit_threads(1)
+    previews = [make_preview(*shape) for shape in SHAPES]
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
+        for count in counts:
+            path = Path(folder) / f"{count}.html"
+            started = time.perf_counter()
+            write_page(JOB, rows(previews, count), path, of=count)
+            wrote = time.perf_counter() - started
+            print(f"{count} pictures: {path.stat().st_size / 1e6:.0f} MB, written in {wrote:.1f} s")
+            for turn in ("first", "second"):
+                page = browser.new_page(viewport={"width": 1280, "height": 800})
+                started = time.perf_counter()
+                page.goto(path.as_uri(), wait_until="commit")
+                wait_until(lambda page=page: page.evaluate(IS_SHOWN), what="the first picture")  # type: ignore[misc]
+                usable = time.perf_counter() - started
+                page.wait_for_load_state("load", timeout=120_000)
+                loaded = time.perf_counter() - started
+                page.close()
+                print(f"  opened, {turn} time: first picture after {usable:.2f} s, all read after {loaded:.2f} s")
+        browser.close()
+
+
+def make_preview(height: int, width: int) -> Preview:
+    photo, mask = make_photo(height, width), enlarge(make_mask(), (height, width))
+    picture = decode_picture(photo, limits=Limits(), animation="first")
+    clean_edges(picture.rgb, mask)
+    cutout = encode_cutout_png(picture.rgb, mask, text={})
+    began = time.process_time()
+    shown = Preview(figures=measure_mask(mask), review=("uncertain",))
+    drawn = draw_cutout(decode_picture(cutout, limits=Limits(), animation="first"), shown)
+    done: Drawn = draw_source(decode_picture(photo, limits=Limits(), animation="first"), drawn)
+    made = done.finished()
+    cost = time.process_time() - began
+    kilobytes = sum(map(len, made.images.values())) * 0.75e-3
+    print(f"a preview of {width} x {height}: {1000 * cost:.0f} ms on one core, {kilobytes:.0f} kB")
+    return made
+
+
+def rows(previews: Sequence[Preview], count: int) -> Iterator[Row]:
+    for number in range(count):
+        yield Row(f"photos/{number:06d}.jpg", None, previews[number % len(previews)])
+
+
+JOB = Job(
+    id="20261124-120000-abcdef",
+    name="bench",
+    source="s3://shop/photos/",
+    destination="s3://cutouts/",
+    recipe=Recipe().to_json(),
+    model="u2netp",
+    lane="backfill",
+    conditional=True,
+    created=0.0,
+)
+
+if __name__ == "__main__":
+    main([int(word) for word in sys.argv[1:]] or COUNTS)

@@ -115,7 +115,8 @@ class Job:
 
     def summary(self) -> dict[str, Any]:
         """What `--json` shows."""
-        return {
+        told = {"review_of": self.review_of} if self.review_of else {}
+        return told | {
             "job": self.id,
             "name": self.name,
             "state": str(self.state),

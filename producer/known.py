@@ -184,7 +184,7 @@ def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Last
         return None
     with concurrent.futures.ThreadPoolExecutor(LISTERS) as pool:
         records = list(pool.map(lambda other: _record(job, other, store), others))
-    alike = [record for record in records if record is not None and _same_names(job, record)]
+    alike = [record for record in records if record is not None and _same_names(job, record) and _makes(record)]
     closed = [record for record in alike if record.get("closed") is not None]
     if not closed:
         return None
@@ -194,7 +194,7 @@ def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Last
         return None
     for other in ledger.open_jobs():
         place = {"source": other.source, "destination": other.destination}
-        if other.id == job.id or not _same_names(job, place):
+        if other.id == job.id or other.review_of or not _same_names(job, place):
             continue
         if served_fingerprint(Recipe.from_json(other.recipe), ledger) != fingerprint:
             return None
@@ -209,6 +209,11 @@ def _record(job: Job, other: str, store: Store) -> Mapping[str, Any] | None:
             body, _ = store.get(place, role="output", max_bytes=_MAX_BYTES)
             return dict(json.loads(body))
     return None
+
+
+def _makes(record: Mapping[str, Any]) -> bool:
+    """A review writes no output."""
+    return not record.get("review_of")
 
 
 def _same_names(job: Job, record: Mapping[str, Any]) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 
 import redis
 
+from jobs.alive import AliveFile
 from jobs.broker import TASK_NAME, consume, make_app
 from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
@@ -88,7 +89,7 @@ def _measure(stack: LocalStack, ledger: Ledger, folder: Path, options: argparse.
         context.Process(target=consumer, args=(url, number, stop, told))
         for number in range(options.celery or options.consumers)
     ]
-    dispatcher = context.Process(target=_dispatch, args=(url, str(folder), stop))
+    dispatcher = context.Process(target=run_dispatcher, args=(url, str(folder), stop))
     submitter = context.Process(target=_submit, args=(url, str(folder), count, told))
     started = time.monotonic()
     for process in (dispatcher, *workers, submitter):
@@ -197,7 +198,7 @@ def _submit(url: str, folder: str, count: int, told: SimpleQueue[Any]) -> None:
     told.put({"max_mb": _resident_mb(), "early_mb": early[0] if early else _resident_mb()})
 
 
-def _dispatch(url: str, folder: str, stop: Any) -> None:
+def run_dispatcher(url: str, folder: str, stop: Any) -> None:
     with Ledger(url, name="scale") as ledger:
         _stop_with(dispatcher_stop := threading.Event(), stop)
         Dispatcher(ledger, FolderStore(Path(folder), 0), Settings(redis_url=url)).run(dispatcher_stop)
@@ -225,7 +226,7 @@ def _celery(url: str, number: int, stop: Any, told: SimpleQueue[Any]) -> None:
 
     app = make_app(url)
     consume(app, MODEL)
-    harden(app)
+    harden(app, AliveFile(""))
     figures = {"finish ok": 0, "injected": 0}
     lock = threading.Lock()
     ledger = Ledger(url, name="scale")

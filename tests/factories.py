@@ -69,6 +69,41 @@ def picture(*, seed: int = 0, size: tuple[int, int] = (160, 120), form: str = "J
     return body.getvalue()
 
 
+def s3_event(
+    key: str,
+    *,
+    bucket: str = "shop",
+    name: str = "ObjectCreated:Put",
+    etag: str = "d41d8cd9",
+    sequencer: str = "0A1B",
+) -> Any:
+    """As in AWS's "Event message structure", version 2.1; `key` as it is sent."""
+    return {
+        "Records": [
+            {
+                "eventVersion": "2.1",
+                "eventSource": "aws:s3",
+                "awsRegion": "us-west-2",
+                "eventTime": "1970-01-01T00:00:00.000Z",
+                "eventName": name,
+                "userIdentity": {"principalId": "AIDAJDPLRKLG7UEXAMPLE"},
+                "requestParameters": {"sourceIPAddress": "127.0.0.1"},
+                "responseElements": {"x-amz-request-id": "C3D13FE58DE4C810"},
+                "s3": {
+                    "s3SchemaVersion": "1.0",
+                    "configurationId": "testConfigRule",
+                    "bucket": {
+                        "name": bucket,
+                        "ownerIdentity": {"principalId": "A3NL"},
+                        "arn": f"arn:aws:s3:::{bucket}",
+                    },
+                    "object": {"key": key, "size": 1024, "eTag": etag, "sequencer": sequencer},
+                },
+            }
+        ]
+    }
+
+
 def put_pictures(store: Store, places: Places, count: int, *, start: int = 0) -> list[str]:
     """Uploads `count` pictures; returns their names below the source."""
     names = [f"p{number:05d}.jpg" for number in range(start, start + count)]

@@ -18,7 +18,7 @@ from urllib.parse import quote_plus
 import boto3
 import pytest
 from conftest import Run
-from factories import Places, free_port, put_pictures, wait_until
+from factories import Places, free_port, put_pictures, s3_event, wait_until
 from moto.server import ThreadedMotoServer
 
 from jobs.broker import task_of
@@ -88,11 +88,8 @@ def watcher_of(places: Places, store: Store, ledger: Ledger) -> Watcher:
     return Watcher(request, store=store, ledger=ledger, lease_s=60)
 
 
-def s3_event(places: Places, key: str, etag: str) -> str:
-    bucket = Location.parse(places.source).bucket
-    found = {"key": quote_plus(key, safe="/"), "size": 5, "eTag": etag, "sequencer": "00617F08299329D189"}
-    record = {"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": bucket}, "object": found}}
-    return json.dumps({"Records": [record]})
+def put_event(places: Places, key: str, etag: str) -> str:
+    return json.dumps(s3_event(quote_plus(key, safe="/"), bucket=Location.parse(places.source).bucket, etag=etag))
 
 
 def send(sqs: Any, queue: str, bodies: Sequence[str]) -> None:
@@ -126,7 +123,7 @@ def test_a_burst_is_taken_once_though_the_watcher_is_killed(
     stack: LocalStack, ledger: Ledger, places: Places, sqs: Any, queue: str, start_watch: Start
 ) -> None:
     keys = [f"neu/фото {n} +50%.jpg" for n in range(500)]
-    bodies = [s3_event(places, key, f"etag-{n}") for n, key in enumerate(keys)]
+    bodies = [put_event(places, key, f"etag-{n}") for n, key in enumerate(keys)]
     first = start_watch("--queue", queue)
 
     send(sqs, queue, bodies[:250] + bodies[:25])
@@ -153,7 +150,7 @@ def test_a_letter_is_deleted_only_after_the_ledger_has_it(
             raise KeyboardInterrupt
 
     watcher = watcher_of(places, store, ledger)
-    send(sqs, queue, [s3_event(places, f"{n}.jpg", "e") for n in range(12)] + ["no event"])
+    send(sqs, queue, [put_event(places, f"{n}.jpg", "e") for n in range(12)] + ["no event"])
 
     with KilledBeforeDelete(queue) as mailbox, pytest.raises(KeyboardInterrupt):
         watcher.empty(mailbox, wait_s=1)
@@ -312,7 +309,7 @@ def test_the_webhook_refuses_strangers_and_nonsense(
             with exc:
                 return exc.code
 
-    event = s3_event(places, "a.jpg", "e").encode()
+    event = put_event(places, "a.jpg", "e").encode()
     assert post(event, token="wrong") == 401
     assert post(b"{}") == 400
     assert post(b" " * 4_000_001) == 413

@@ -6,32 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from factories import s3_event
 
 from producer.events import Arrival, BadEvent, arrivals_of, newest
-
-
-def s3_event(key: str, *, name: str = "ObjectCreated:Put", etag: str = "d41d8cd9", sequencer: str = "0A1B") -> Any:
-    """As in AWS's "Event message structure", version 2.1; `key` as it is sent."""
-    return {
-        "Records": [
-            {
-                "eventVersion": "2.1",
-                "eventSource": "aws:s3",
-                "awsRegion": "us-west-2",
-                "eventTime": "1970-01-01T00:00:00.000Z",
-                "eventName": name,
-                "userIdentity": {"principalId": "AIDAJDPLRKLG7UEXAMPLE"},
-                "requestParameters": {"sourceIPAddress": "127.0.0.1"},
-                "responseElements": {"x-amz-request-id": "C3D13FE58DE4C810"},
-                "s3": {
-                    "s3SchemaVersion": "1.0",
-                    "configurationId": "testConfigRule",
-                    "bucket": {"name": "shop", "ownerIdentity": {"principalId": "A3NL"}, "arn": "arn:aws:s3:::shop"},
-                    "object": {"key": key, "size": 1024, "eTag": etag, "sequencer": sequencer},
-                },
-            }
-        ]
-    }
 
 
 @pytest.mark.parametrize(

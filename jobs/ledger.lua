@@ -166,6 +166,16 @@ local function holds(id, token)
   return owner and string.match(owner, '^(%S+) ') == token
 end
 
+-- What they say of themselves: {node, {name, value ...}} ...
+local function workers_alive()
+  local alive = {}
+  for _, node in ipairs(call('ZRANGE', 'cf:workers', 0, -1)) do
+    local facts = call('HGETALL', 'cf:worker:' .. node)
+    if #facts > 0 then alive[#alive + 1] = {node, facts} end
+  end
+  return alive
+end
+
 local function only_active(epoch)
   return call('GET', 'cf:dispatcher:epoch') == epoch
 end
@@ -450,14 +460,11 @@ function move.heartbeat(node, ttl, ...)
   call('ZREMRANGEBYSCORE', 'cf:workers', '-inf', at(now - 86400))
 end
 
--- What the workers that are alive say of themselves: {node, {name, value ...}} ...
-function move.workers()
-  local alive = {}
-  for _, node in ipairs(call('ZRANGE', 'cf:workers', 0, -1)) do
-    local facts = call('HGETALL', 'cf:worker:' .. node)
-    if #facts > 0 then alive[#alive + 1] = {node, facts} end
-  end
-  return alive
+function move.workers() return workers_alive() end
+
+-- A job, its tally and the workers, in one round trip: each may wait behind others' moves.
+function move.look(job)
+  return {call('HGETALL', 'cf:job:' .. job), call('HGETALL', 'cf:job:' .. job .. ':tally'), workers_alive()}
 end
 
 -- The size of the window by place, then of each queue its length and the age of its oldest message, in seconds.

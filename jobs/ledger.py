@@ -210,11 +210,16 @@ class Ledger:
         """Raises `JobError` when there is none."""
         found = self.find_job(job)
         if found is None:
-            raise JobError(
-                f"There is no job {job!r} on {self.name}. `cutfleet jobs` lists them; a closed job is kept for "
-                "CUTFLEET_KEEP_DAYS, its report in S3 for ever."
-            )
+            raise self._unknown(job)
         return found
+
+    def look(self, job: str) -> tuple[Job, Tally, dict[str, dict[str, str]]]:
+        """A job, its tally, and `workers`, in one round trip. Raises `JobError` when there is no such job."""
+        fields, counts, workers = self._move("look", job)
+        if not fields:
+            raise self._unknown(job)
+        tally = Tally.of_counts({word: int(count) for word, count in _pairs(counts).items()})
+        return job_from_fields(job, _pairs(fields)), tally, {node: _pairs(facts) for node, facts in workers}
 
     def find_job(self, job: str) -> Job | None:
         fields = self._call("hgetall", f"cf:job:{job}")
@@ -362,7 +367,7 @@ class Ledger:
 
     def workers(self) -> dict[str, dict[str, str]]:
         """What the workers that are alive say of themselves, by node name."""
-        return {node: dict(zip(flat[::2], flat[1::2], strict=True)) for node, flat in self._move("workers")}
+        return {node: _pairs(facts) for node, facts in self._move("workers")}
 
     # Webhooks
 
@@ -491,6 +496,12 @@ class Ledger:
     def ping(self) -> None:
         self._call("ping")
 
+    def _unknown(self, job: str) -> JobError:
+        return JobError(
+            f"There is no job {job!r} on {self.name}. `cutfleet jobs` lists them; a closed job is kept for "
+            "CUTFLEET_KEEP_DAYS, its report in S3 for ever."
+        )
+
     def _move(self, move: str, *args: str | int | float | bytes) -> Any:
         return self._guard(lambda: self._scripts[move](args=(move, *args)))
 
@@ -547,3 +558,7 @@ def _read_scripts() -> dict[str, str]:
 
 def _flat(pairs: Mapping[str, str | int | float]) -> list[str | int | float]:
     return [value for pair in pairs.items() for value in pair]
+
+
+def _pairs(flat: Sequence[str]) -> dict[str, str]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))

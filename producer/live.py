@@ -68,10 +68,10 @@ def watch_job(job_id: str, ledger: Ledger, *, console: Console) -> Job:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             try:
-                job = ledger.job(job_id)
+                job, _, workers = ledger.look(job_id)
                 pace.look(time.monotonic(), job.final)
                 survey = ledger.survey(worker_queues(job.model))
-                live.update(screen(job, pace, survey, ledger.workers(), codes.of(job, ledger)), refresh=True)
+                live.update(screen(job, pace, survey, workers, codes.of(job, ledger)), refresh=True)
                 if job.closed is not None:
                     return job
             except ServiceUnavailable as exc:

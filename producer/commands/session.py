@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from jobs.errors import SettingsError
 if TYPE_CHECKING:
     import threading
 
-    from jobs.job import Job
+    from jobs.job import Job, Tally
     from jobs.ledger import Ledger
     from jobs.settings import Settings
     from jobs.store import Store
@@ -76,31 +76,31 @@ def wait_until_closed(job_id: str, ledger: Ledger, *, timeout_s: float | None) -
     """The exit code."""
     from producer.show import wait_for
 
-    job = wait_for(job_id, ledger, timeout_s=timeout_s)
-    show_job(job, ledger, err=True)
+    wait_for(job_id, ledger, timeout_s=timeout_s)
+    job, tally, workers = ledger.look(job_id)
+    show_job(job, tally, workers, err=True)
     if job.closed is None:
         click.echo(f"cutfleet: still {job.open} pictures open after {timeout_s:g} s [deadline]", err=True)
         return DEADLINE
     return SOME_FAILED if job.failed else ALL_DONE
 
 
-def show_job(job: Job, ledger: Ledger, *, err: bool = False) -> None:
+def show_job(job: Job, tally: Tally, workers: Mapping[str, Mapping[str, str]], *, err: bool = False) -> None:
     from producer.show import job_lines
 
-    served = job.closed is not None or is_served(job, ledger)
-    for line in job_lines(job, served=served, tally=ledger.tally(job.id)):
+    for line in job_lines(job, served=job.closed is not None or is_served(job, workers), tally=tally):
         click.echo(line, err=err)
 
 
 def tell_unserved(job: Job, ledger: Ledger) -> None:
     from jobs.presets import RENDER
 
-    if not is_served(job, ledger):
+    if not is_served(job, ledger.workers()):
         wanted = "is on a CPU" if job.model == RENDER else f"serves model {job.model!r}"
         click.echo(f"No running worker {wanted}: the job waits until one does.", err=True)
 
 
-def is_served(job: Job, ledger: Ledger) -> bool:
+def is_served(job: Job, workers: Mapping[str, Mapping[str, str]]) -> bool:
     from producer.fleet import count_served
 
-    return job.model in count_served(ledger.workers())
+    return job.model in count_served(workers)

@@ -36,17 +36,17 @@ def status(what: str, as_json: bool, failed: bool, flagged: bool, live: bool) ->
         _watch_job(what)
         return
     with open_ledger() as (_, ledger):
-        job = ledger.job(what)
+        job, tally, workers = ledger.look(what)
         failures = _failures(job, ledger) if failed else []
         remarks = list(ledger.remarks(what).values()) if flagged else []
         if as_json:
             rows = [{"key": f.key, "code": f.code, "message": f.message, "tries": f.tries} for _, f in failures]
-            told = job.summary() | {"tally": asdict(ledger.tally(what))} | ({"failures": rows} if failed else {})
+            told = job.summary() | {"tally": asdict(tally)} | ({"failures": rows} if failed else {})
             told |= {"flagged": [json.loads(remark.to_json()) for remark in remarks]} if flagged else {}
             click.echo(json.dumps(told, ensure_ascii=False))
             return
         if not failed and not flagged:
-            show_job(job, ledger)
+            show_job(job, tally, workers)
         for _, failure in failures:
             click.echo(f"{failure.key}\t{failure.code}\t{failure.message}")
         for remark in remarks:

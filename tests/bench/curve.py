@@ -34,6 +34,8 @@ BATCH = 8
 SLOTS = 24
 WORKERS = (8, 16, 32, 64, 128, 256, 512)
 PLAYERS = 2
+WAKE_S = 0.02
+"""A player that wakes up later than this has let its device wait."""
 RAMP_S = 4.0
 """Until every worker holds what it can: not counted."""
 
@@ -125,7 +127,7 @@ def _play(url: str, count: int, first: int, stop: Any, told: SimpleQueue[int]) -
             taken = consumer.take(wanted)
             held[number] += taken
             short += len(held[number]) < BATCH
-            heapq.heapreplace(due, (max(at + BATCH / PACE, time.monotonic() - BATCH / PACE), number))
+            heapq.heapreplace(due, (max(at, time.monotonic() - WAKE_S) + BATCH / PACE, number))
         consumer.close()
     told.put(short)
 

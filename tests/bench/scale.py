@@ -138,11 +138,9 @@ def _watch(
 
 
 def _status(ledger: Ledger, job_id: str) -> tuple[Job, float]:
-    """What `cutfleet status JOB` asks for, and how many milliseconds the answers took."""
+    """What `cutfleet status JOB` asks for, and how many milliseconds the answer took."""
     before = time.perf_counter()
-    job = ledger.job(job_id)
-    ledger.workers()
-    ledger.tally(job_id)
+    job, _, _ = ledger.look(job_id)
     return job, 1000 * (time.perf_counter() - before)
 
 

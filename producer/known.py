@@ -63,19 +63,20 @@ class Known:
 
     def __init__(self, job: Job, recipe: Recipe, table: sqlite3.Connection, *, closed: float, fingerprint: str) -> None:
         self.fingerprint = fingerprint
+        self._is_empty = _is_empty(table)
         self._job = job
         self._recipe = recipe
         self._table = table
         self._written_before = closed - _CLOCK_S
 
     def hint(self, row: S3Object) -> Hint:
-        """What is known of a picture, beside what its row says already."""
-        if row.hint:
-            return row.hint
+        """What is known of a picture. One that is archived is so only where it is new: another may be done."""
+        if self._is_empty:
+            return row.hint or "new"
         names = image_names(self._job.source, self._job.destination, row.key)
         written = self._written(names.cutout)
         if written is None:
-            return "new"
+            return row.hint or "new"
         if not self.fingerprint or not row.etag or not self._was_made(row):
             return ""
         try:
@@ -110,8 +111,8 @@ def look_up(job: Job, store: Store, ledger: Ledger, *, at_least: int, whole: boo
         if not _list_outputs([_folder(job, "cutouts")], table, store, limit):
             yield None
             return
-        empty = table.execute("select 1 from outputs limit 1").fetchone() is None
-        fingerprint = "" if empty or job.webhook_pictures else served_fingerprint(recipe, ledger)
+        tells_nothing = job.webhook_pictures or _is_empty(table)
+        fingerprint = "" if tells_nothing else served_fingerprint(recipe, ledger)
         last = _last_job(job, fingerprint, store, ledger) if fingerprint else None
         if last is None or not _list_outputs(_beside(job, recipe), table, store, limit):
             yield Known(job, recipe, table, closed=0, fingerprint="")
@@ -170,6 +171,10 @@ def _list_outputs(places: Iterable[Location], table: sqlite3.Connection, store: 
     return True
 
 
+def _is_empty(table: sqlite3.Connection) -> bool:
+    return table.execute("select 1 from outputs limit 1").fetchone() is None
+
+
 def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Last | None:
     """The newest closed job on the same names, if it and all that worked on them meanwhile, or do now, made their
     pictures by this fingerprint."""
@@ -190,7 +195,7 @@ def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Last
         return None
     last = max(closed, key=lambda record: float(record["created"]))
     meanwhile = [record for record in closed if float(record["closed"]) >= float(last["created"])]
-    if any(list(record["tally"].get("made", {})) != [fingerprint] for record in meanwhile):
+    if any(list(record.get("tally", {}).get("made", {})) != [fingerprint] for record in meanwhile):
         return None
     for other in ledger.open_jobs():
         place = {"source": other.source, "destination": other.destination}

@@ -81,7 +81,9 @@ def keys_listed(store: Store, job: Job) -> Iterator[Callable[[str], bool]]:
     with contextlib.closing(sqlite3.connect("")) as table:
         table.execute("create table keys (key text primary key) without rowid")
         for number in range(job.parts):
-            table.executemany("insert into keys values (?)", ((task.key,) for task in read_part(store, job, number)))
+            table.executemany(
+                "insert or ignore into keys values (?)", ((task.key,) for task in read_part(store, job, number))
+            )
         yield lambda key: table.execute("select 1 from keys where key = ?", (key,)).fetchone() is not None
 
 

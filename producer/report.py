@@ -95,38 +95,51 @@ def _summary(job: Job, settings: Settings, tally: Tally) -> dict[str, Any]:
 
 
 def picture_status(source: Location, *, ledger: Ledger, store: Store) -> PictureStatus:
-    """The jobs whose source covers the key, newest first: in flight or failed from the ledger, done from the output."""
+    """The jobs whose source covers the key, newest first: in flight from the ledger, done from the output, failed from
+    the dead letters. A job without failures costs one request at most, whatever its size, unless it is open."""
+    in_flight = _in_flight(source, ledger)
     for job in ledger.jobs(limit=1000):
         prefix = Location.parse(job.source)
         if job.review_of:
             continue
         if prefix.bucket == source.bucket and source.key.startswith(prefix.key):
-            status = _status_in(job, source, ledger, store)
+            status = _status_in(job, source, in_flight.get(job.id), ledger, store)
             if status is not None:
                 return status
     return PictureStatus(source=str(source), state="unknown")
 
 
-def _status_in(job: Job, source: Location, ledger: Ledger, store: Store) -> PictureStatus | None:
+def _in_flight(source: Location, ledger: Ledger) -> dict[str, str]:
+    """By job, the image in its window that has this key."""
+    return {
+        image.rpartition(":")[0]: image for image, message in ledger.entries() if task_of(message).key == source.key
+    }
+
+
+def _status_in(job: Job, source: Location, image: str | None, ledger: Ledger, store: Store) -> PictureStatus | None:
     names = image_names(job.source, job.destination, source.key)
 
     def status(state: str, **more: str) -> PictureStatus:
         return PictureStatus(source=str(source), state=state, job=job.id, **more)
 
-    for image, message in ledger.entries():
-        if image.startswith(f"{job.id}:") and task_of(message).key == source.key:
-            return status(ledger.place(image) or "open")
-    for _, failure in failures_of(job, ledger=ledger, store=store):
-        if failure.key == source.key:
-            return status("failed", code=failure.code, message=failure.message)
+    if image is not None:
+        return status(ledger.place(image) or "open")
     output = store.head(names.cutout, role="output")
+    made_by = ""
     if output is not None and output.metadata.get("cf-source") == source_digest(source):
+        made_by = output.metadata.get("cf-job", "")
+    if job.failed and made_by != job.id:
+        for _, failure in failures_of(job, ledger=ledger, store=store):
+            if failure.key == source.key:
+                return status("failed", code=failure.code, message=failure.message)
+    if made_by:
         return status("done", cutout=str(names.cutout), mask=str(names.mask))
-    return status("open") if job.closed is None and _is_listed(job, source.key, ledger) else None
+    return status("open") if job.closed is None and _is_listed(job, source.key, ledger, store) else None
 
 
-def _is_listed(job: Job, key: str, ledger: Ledger) -> bool:
-    return any(part.first <= key <= part.last for part in ledger.parts(job.id))
+def _is_listed(job: Job, key: str, ledger: Ledger, store: Store) -> bool:
+    parts = [part.number for part in ledger.parts(job.id) if part.first <= key <= part.last]
+    return any(task.key == key for number in parts for task in read_part(store, job, number))
 
 
 def _failed_row(key: str, failure: Failure | None, state: ImageState) -> tuple[str, str, str, str]:

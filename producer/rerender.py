@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobs.errors import JobError
 from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
-from jobs.message import Lane
+from jobs.message import ImageTask, Lane
 from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.store import Store
-from producer.manifest import PART_ROWS, read_part
+from producer.manifest import PART_ROWS, read_part, read_unrecorded
 from producer.submit import Request, submit
 
+_MAX_UNRECORDED = 10 * PART_ROWS
+"""Far more than the dispatcher leaves unrecorded."""
 _HAVE_CUTOUT = (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED)
 
 
@@ -40,8 +42,7 @@ def render(
         count = _write_keys(job, Path(manifest.name), store, ledger)
         if not count:
             raise JobError(
-                f"Job {job.id} has no cutouts to render from"
-                + ("." if job.parts else " yet. A live job can be rendered again once it is closed."),
+                f"Job {job.id} has no cutouts to render from" + ("." if job.closed else " yet."),
                 code="nothing_to_render",
             )
         request = Request(
@@ -59,11 +60,19 @@ def render(
 def _write_keys(job: Job, to: Path, store: Store, ledger: Ledger) -> int:
     count = 0
     with to.open("w", encoding="utf-8") as lines:
-        for number in range(job.parts):
-            tasks = read_part(store, job, number)
-            states = ledger.states(job.id, number * PART_ROWS, len(tasks))
+        for tasks in _tasks(job, store, ledger):
+            states = ledger.states(job.id, tasks[0].index, len(tasks))
             for task, state in zip(tasks, states, strict=True):
                 if state in _HAVE_CUTOUT:
                     lines.write(json.dumps({"key": task.key, "etag": task.etag, "size": task.size}) + "\n")
                     count += 1
     return count
+
+
+def _tasks(job: Job, store: Store, ledger: Ledger) -> Iterator[list[ImageTask]]:
+    """Part by part; of a live job also what stands in no part yet. That first: recorded meanwhile, it comes twice, and
+    counts once."""
+    if waiting := read_unrecorded(job, first=0, count=_MAX_UNRECORDED, ledger=ledger):
+        yield waiting
+    for number in range(ledger.job(job.id).parts):
+        yield read_part(store, job, number)

@@ -6,7 +6,7 @@ A manifest is a local file, an s3:// object or `-` (stdin), gzipped or not:
             Operations takes it (its keys are URL-encoded; those under a header or alone are not)
   JSONL     {"key": ..., "etag": ..., "size": ...} a line; etag and size may be missing, other fields are ignored
   Parquet   columns key, etag, size (extra `parquet`)
-  manifest.json   of an S3 Inventory: its CSV or Parquet parts are read from beside it
+  manifest.json   of an S3 Inventory: its CSV or Parquet parts are read from beside it; of one with versions, the latest
 A key must be complete, as S3 lists it, and stand under the source's prefix.
 """
 
@@ -33,7 +33,11 @@ from producer.listing import list_side_by_side
 
 GZIP = b"\x1f\x8b"
 PARQUET = b"PAR1"
-_COLUMNS = {"key": "key", "etag": "etag", "e_tag": "etag", "size": "size", "bucket": "bucket"}
+_COLUMNS = {
+    **{name: name for name in ("key", "etag", "size", "bucket")},
+    **{"e_tag": "etag", "islatest": "latest", "is_latest": "latest"},
+    **{"isdeletemarker": "deleted", "is_delete_marker": "deleted"},
+}
 
 Report = Callable[[int, str], None]
 """Told of a line that makes no sense, by number (from 1) and reason; it may raise."""
@@ -119,9 +123,13 @@ def _inventory_parts(
     listed = json.loads(path.read_text())
     if listed.get("sourceBucket") not in (source.bucket, None):
         raise SettingsError(f"{place} is an inventory of bucket {listed['sourceBucket']!r}, not of {source.bucket!r}.")
-    columns = [name.strip().lower() for name in str(listed.get("fileSchema", "")).split(",")]
+    names = [name.strip().lower() for name in str(listed.get("fileSchema", "")).split(",")]
+    columns = [_COLUMNS.get(name, name) for name in names]
     if listed.get("fileFormat") not in ("CSV", "Parquet"):
-        raise SettingsError(f"{place} has format {listed.get('fileFormat')!r}: set the inventory to CSV or Parquet.")
+        raise SettingsError(
+            f"{place} has format {listed.get('fileFormat')!r}: set the inventory to CSV or Parquet.",
+            code="inventory_format",
+        )
     for part in listed["files"]:
         key = str(part["key"])
         beside = Location.parse(place) if place.startswith("s3://") else None
@@ -209,6 +217,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _checked(rows: Iterable[tuple[int, Mapping[str, Any]]], source: Location, report: Report) -> Iterator[S3Object]:
     for number, fields in rows:
         key, size = fields.get("key"), fields.get("size")
+        if str(fields.get("latest", True)).lower() == "false" or str(fields.get("deleted", False)).lower() == "true":
+            continue
         bucket = fields.get("bucket") or source.bucket
         try:
             if not isinstance(key, str) or not key:

@@ -230,8 +230,7 @@ def _list(
     listed: Callable[[int], None],
 ) -> None:
     found = first_part * PART_ROWS
-    if known is not None:
-        rows = (dataclasses.replace(row, hint=known.hint(row)) for row in rows)
+    rows = (dataclasses.replace(row, hint=known.hint(row) if known else "") for row in rows)
     for part, batch in in_parts(rows, first_number=first_part):
         write_part(store, job, part, batch)
         skipped = [row.hint == "known" for row in batch]

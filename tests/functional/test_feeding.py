@@ -175,6 +175,7 @@ def test_tune_changes_a_running_job_and_refuses_a_closed_one(
     hand = Hand(alone, store)
     hand.turn()
     hand.turn(seconds=1)
+    assert (alone.queue_depth("live.u2netp"), alone.queue_depth("backfill.u2netp")) == (1, 0), "it is first now"
     hand.finish(job, 0, 1)
     assert alone.close_job(hand.epoch, job.id, keep_s=60)
 

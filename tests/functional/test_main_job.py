@@ -173,6 +173,8 @@ def test_keys_can_be_named(fleet: LocalStack, cutfleet: Run, store: Store, place
     job = ran.stdout.strip()
     assert counts(cutfleet, job) == {"total": 3, "done": 2, "failed": 1}
     assert cutfleet("status", job, "--failed").stdout.startswith("missing.jpg\tsource_missing\t")
+    again = cutfleet("submit", places.source, *names[:2], "--to", places.to, "--lane", lane, "--wait")
+    assert counts(cutfleet, again.stdout.strip()) == {"total": 2, "skipped": 2}, "in the version that is there now"
 
 
 def test_a_picture_whose_results_could_have_no_name_fails(fleet: LocalStack, cutfleet: Run, places: Places) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 from conftest import Run
-from factories import Places, decode, fetch, put_pictures
+from factories import Places, decode, fetch, put_pictures, wait_until
 
 from jobs.ledger import Ledger
-from jobs.store import Location, Store
+from jobs.recipe import Recipe
+from jobs.store import Location, S3Object, Store
 from producer.local import LocalStack
+from producer.submit import Request, live_row, watch_job
 
 
 def test_a_new_recipe_is_rendered_from_the_stored_cutouts_without_the_model(
@@ -80,3 +82,23 @@ def test_a_live_job_is_rendered_again_too(fleet: LocalStack, cutfleet: Run, stor
     again = cutfleet("render", live, "--recipe", "ebay", "--wait")
 
     assert again.returncode == 0, again.stderr
+
+
+def test_a_live_job_that_is_not_closed_is_rendered_too(
+    fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
+) -> None:
+    names = put_pictures(store, places, 2)
+    request = Request(source=places.source, destination=places.to, recipe=Recipe(), lane="live", name="", keys=None)
+    day = watch_job(request, job_id="20260101-rendered-while-open", watch="rendered", store=store)
+    rows = [
+        ("d" * 8 + name, "", "e", *live_row(index, S3Object(name, "", -1), day)) for index, name in enumerate(names)
+    ]
+    assert ledger.append_live(day, rows, lease_s=60) == "ok"
+    wait_until(lambda: ledger.job(day.id).done == 2, what="both are done")
+    assert (ledger.job(day.id).closed, ledger.job(day.id).parts) == (None, 0)
+
+    again = cutfleet("render", day.id, "--recipe", "ebay", "--wait")
+
+    assert again.returncode == 0, again.stderr
+    assert ledger.job(again.stdout.strip()).done == 2
+    ledger.cancel(day.id)

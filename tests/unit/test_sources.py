@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import time
@@ -89,39 +90,87 @@ def test_a_line_that_makes_no_sense_is_told_by_its_number(store: Store, tmp_path
     assert reason in told[0][1]
 
 
-@pytest.fixture
-def inventory(store: Store) -> str:
-    """An S3 Inventory as AWS lays it out: manifest.json and a gzip CSV without a header, keys URL-encoded."""
-    store.create_bucket("inventories")
-    rows = [
-        '"shop","photos/a+b%2Bc%25.jpg","7","2026-01-01T00:00:00.000Z","0cc1"',
-        '"shop","photos/%D0%BA%D0%BB%D1%8E%D1%87.jpg","8","2026-01-01T00:00:00.000Z","0cc2"',
-    ]
-    part = "shop/daily/data/1.csv.gz"
-    store.put(Location("inventories", part), gzip.compress("\n".join(rows).encode()), content_type="text/csv")
+PLACE = Location("inventories", "shop/daily/2026-01-01T01-00Z/manifest.json")
+
+
+def put_inventory(store: Store, kind: str, schema: str, part: bytes) -> str:
+    """As AWS lays it out: manifest.json under a date, its parts under data/."""
+    key = f"shop/daily/data/1.{kind.lower()}"
     manifest = {
         "sourceBucket": "shop",
         "destinationBucket": "arn:aws:s3:::inventories",
         "version": "2016-11-30",
-        "fileFormat": "CSV",
-        "fileSchema": "Bucket, Key, Size, LastModifiedDate, ETag",
-        "files": [{"key": part, "size": 1, "MD5checksum": ""}],
+        "creationTimestamp": "1767229200000",
+        "fileFormat": kind,
+        "fileSchema": schema,
+        "files": [{"key": key, "size": len(part), "MD5checksum": hashlib.md5(part).hexdigest()}],  # noqa: S324  (AWS's)
     }
-    place = Location("inventories", "shop/daily/2026-01-01T01-00Z/manifest.json")
-    store.put(place, json.dumps(manifest).encode(), content_type="application/json")
-    return str(place)
+    store.create_bucket("inventories")
+    store.put(Location("inventories", key), part, content_type="application/octet-stream")
+    store.put(PLACE, json.dumps(manifest).encode(), content_type="application/json")
+    return str(PLACE)
 
 
-def test_an_s3_inventory_is_read_from_where_it_lies(store: Store, inventory: str) -> None:
-    assert read(inventory, store) == [
+def test_an_inventory_of_csv_has_no_header_and_encoded_keys(store: Store) -> None:
+    rows = [
+        '"shop","photos/a+b%2Bc%25.jpg","7","2026-01-01T00:00:00.000Z","0cc1"',
+        '"shop","photos/%D0%BA%D0%BB%D1%8E%D1%87.jpg","8","2026-01-01T00:00:00.000Z","0cc2"',
+    ]
+    part = gzip.compress("\n".join(rows).encode())
+
+    assert read(put_inventory(store, "CSV", "Bucket, Key, Size, LastModifiedDate, ETag", part), store) == [
         S3Object("photos/a b+c%.jpg", "0cc1", 7),
         S3Object("photos/ключ.jpg", "0cc2", 8),
     ]
 
 
-def test_an_inventory_of_another_bucket_is_refused(store: Store, inventory: str) -> None:
+def test_an_inventory_with_versions_gives_the_latest_that_are_there(store: Store) -> None:
+    schema = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag"
+    rows = [
+        '"shop","photos/a.jpg","v2","true","false","7","2026-01-02T00:00:00.000Z","new"',
+        '"shop","photos/a.jpg","v1","false","false","6","2026-01-01T00:00:00.000Z","old"',
+        '"shop","photos/gone.jpg","v2","true","true","","2026-01-02T00:00:00.000Z",""',
+        '"shop","photos/gone.jpg","v1","false","false","6","2026-01-01T00:00:00.000Z","old"',
+    ]
+    place = put_inventory(store, "CSV", schema, gzip.compress("\n".join(rows).encode()))
+
+    assert read(place, store) == [S3Object("photos/a.jpg", "new", 7)]
+
+
+def test_an_inventory_of_parquet_has_plain_keys(store: Store, tmp_path: Path) -> None:
+    columns = {
+        "bucket": ["shop"] * 3,
+        "key": ["photos/a b+c%.jpg", "photos/ключ.jpg", "photos/old.jpg"],
+        "version_id": ["v1", "v1", "v1"],
+        "is_latest": [True, True, False],
+        "is_delete_marker": [False, False, False],
+        "size": [7, 8, 9],
+        "last_modified_date": arrow.array([0, 0, 0], arrow.timestamp("ms")),
+        "e_tag": ["0cc1", "0cc2", "0cc3"],
+        "storage_class": ["STANDARD", "STANDARD", "STANDARD"],
+    }
+    parquet.write_table(arrow.table(columns), tmp_path / "part", compression="snappy")
+    schema = "message s3.inventory { required binary bucket (UTF8); required binary key (UTF8); optional int64 size; }"
+    place = put_inventory(store, "Parquet", schema, (tmp_path / "part").read_bytes())
+
+    assert read(place, store) == [
+        S3Object("photos/a b+c%.jpg", "0cc1", 7),
+        S3Object("photos/ключ.jpg", "0cc2", 8),
+    ]
+
+
+def test_an_inventory_that_can_not_be_read_says_what_to_set(store: Store) -> None:
+    with pytest.raises(SettingsError, match="CSV or Parquet") as caught:
+        read(put_inventory(store, "ORC", "struct<bucket:string,key:string>", b"ORC"), store)
+
+    assert caught.value.code == "inventory_format"
+
+
+def test_an_inventory_of_another_bucket_is_refused(store: Store) -> None:
+    place = put_inventory(store, "CSV", "Bucket, Key", b"")
+
     with pytest.raises(SettingsError, match="'shop', not of 'other'"):
-        list(read_manifest(inventory, Location("other", ""), store, report=refuse_line))
+        list(read_manifest(place, Location("other", ""), store, report=refuse_line))
 
 
 def test_parquet(store: Store, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Colour spaces of cameras, phones and presses as sRGB: against littleCMS, and against the published formulas."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import icc
+import numpy as np
+import pillow_heif
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+from workers.decode import Limits, decode_picture
+
+Pixels = NDArray[np.uint8]
+WITHIN = 3
+pillow_heif.register_heif_opener()
+
+
+def every_colour(channels: int, *, levels: int) -> Pixels:
+    """All mixtures of `levels` values in each channel, in a picture 512 pixels wide."""
+    steps = np.linspace(0, 255, levels).round().astype(np.uint8)
+    mixtures = np.stack(np.meshgrid(*[steps] * channels, indexing="ij"), axis=-1).reshape(-1, channels)
+    rows = -(-len(mixtures) // 512)
+    return np.resize(mixtures, (rows, 512, channels))
+
+
+def saved(pixels: Pixels, kind: str, profile: bytes, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image = Image.frombytes("CMYK" if pixels.shape[2] == 4 else "RGB", pixels.shape[1::-1], pixels.tobytes())
+    image.save(out, kind, icc_profile=profile, **options)
+    return out.getvalue()
+
+
+def decoded(data: bytes) -> Pixels:
+    picture = decode_picture(data, limits=Limits(), animation="first")
+    assert picture.notes == (), "the profile was used"
+    return picture.rgb
+
+
+def by_littlecms(data: bytes, profile: bytes) -> Pixels:
+    """What it makes of the pixels as the file's decoder gives them."""
+    with Image.open(io.BytesIO(data)) as image:
+        converted = ImageCms.profileToProfile(
+            image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    assert converted is not None
+    return np.asarray(converted)
+
+
+def apart(one: NDArray[Any], other: NDArray[Any]) -> float:
+    return float(np.abs(one.astype(float) - other.astype(float)).max())
+
+
+RGB_FILES = [
+    ("PNG", {}),
+    ("TIFF", {}),
+    ("JPEG", {"quality": 95}),
+    ("WEBP", {"lossless": True}),
+    ("HEIF", {"quality": 90}),
+    ("AVIF", {"quality": 90}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), RGB_FILES)
+@pytest.mark.parametrize("profile", [icc.display_p3, icc.adobe_rgb])
+def test_display_p3_and_adobe_rgb_come_out_as_littlecms_makes_them(
+    profile: Callable[[], bytes], kind: str, options: dict[str, Any]
+) -> None:
+    pixels = every_colour(3, levels=33)
+    data = saved(pixels, kind, profile(), **options)
+
+    ours = decoded(data)
+
+    assert apart(ours, by_littlecms(data, profile())) <= WITHIN
+    assert apart(ours, pixels) > 20, "they are other colours"
+
+
+def test_display_p3_and_adobe_rgb_come_out_as_their_numbers_say() -> None:
+    pixels = every_colour(3, levels=33)
+    p3 = icc.to_srgb(icc.srgb_to_linear(pixels / 255), icc.DISPLAY_P3)
+    adobe = icc.to_srgb((pixels / 255) ** icc.ADOBE_GAMMA, icc.ADOBE_RGB)
+
+    assert apart(decoded(saved(pixels, "PNG", icc.display_p3())), p3) <= WITHIN
+    assert apart(decoded(saved(pixels, "PNG", icc.adobe_rgb())), adobe) <= WITHIN
+
+
+@pytest.mark.parametrize(("kind", "options"), [("TIFF", {}), ("JPEG", {"quality": 95})])
+def test_cmyk_with_a_profile_comes_out_as_littlecms_makes_it(kind: str, options: dict[str, Any]) -> None:
+    data = saved(every_colour(4, levels=17), kind, icc.cmyk_press(), **options)
+
+    ours = decoded(data)
+
+    assert apart(ours, by_littlecms(data, icc.cmyk_press())) <= WITHIN
+    with Image.open(io.BytesIO(data)) as image:
+        assert apart(ours, np.asarray(image.convert("RGB"))) > 50, "not the conversion without a profile"
+
+
+def test_cmyk_inks_look_as_the_press_prints_them() -> None:
+    inks = np.zeros((8, 8, 4), np.uint8)
+    inks[:4, :4] = (0, 255, 255, 0)
+    inks[4:, 4:] = (0, 0, 0, 255)
+
+    rgb = decoded(saved(inks, "TIFF", icc.cmyk_press())).astype(int)
+
+    assert rgb[0, 7].min() >= 252, "paper is white"
+    assert rgb[0, 0, 0] > 200 and rgb[0, 0, 1:].max() < 110, "magenta and yellow are red"
+    assert rgb[7, 7].max() < 80, "black is as dark as this press makes it"
+
+
+def test_the_profile_of_a_picture_with_transparency_counts_too() -> None:
+    pixels = every_colour(3, levels=17)
+    image = Image.fromarray(pixels)
+    image.putalpha(Image.fromarray(np.resize(np.arange(256, dtype=np.uint8), pixels.shape[:2])))
+    out = io.BytesIO()
+    image.save(out, "PNG", icc_profile=icc.display_p3())
+
+    picture = decode_picture(out.getvalue(), limits=Limits(), animation="first")
+
+    expected = icc.to_srgb(icc.srgb_to_linear(pixels / 255), icc.DISPLAY_P3)
+    assert apart(picture.rgb, expected) <= WITHIN
+    assert picture.alpha is not None

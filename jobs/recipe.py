@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from jobs.errors import OutputError, SettingsError
 
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 """Part of every fingerprint; raised when the same recipe gives other pixels (a golden test forces it)."""
 
 EXTENSIONS = {"jpeg": ("jpg", "jpeg"), "png": ("png",), "webp": ("webp",)}
@@ -116,7 +116,8 @@ class Rendition:
 class Review:
     """When a person should look at a picture; figures as `workers/quality.py` defines them. By default the thresholds
     flag 8 of 10 bad masks and 3 of 36 good ones (`tests/bench/quality.py`). `max_border` 1: never, since portraits and
-    details run out of their frame; marketplaces, which want the whole product, set it.
+    details run out of their frame; marketplaces, which want the whole product, set it. `max_pieces` 2: shoes
+    come in pairs.
     """
 
     min_subject: Share = 0.005

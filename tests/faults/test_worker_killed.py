@@ -8,14 +8,17 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import redis
 from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import PICTURES, SETTINGS, Fleet, Reference, Submit, is_stopped, listening
+from faults.fleet import PICTURES, SETTINGS, Fleet, Reference, Submit, is_stopped, listening, make_places, submit_to
 from faults.terms import MODEL, PLACES
 from faults.truth import prove
 
 from jobs.broker import lane_queue
 from jobs.store import Location
+
+KILLS = 30
 
 
 def test_killed_at_every_boundary_a_worker_loses_no_picture_and_shows_no_half_one(
@@ -50,35 +53,41 @@ def no_half_picture(fleet: Fleet, places: Places) -> None:
         assert cutout.metadata["cf-mask-etag"] == mask.etag
 
 
-def test_killed_and_frozen_at_random_workers_lose_nothing_and_convict_nobody(
-    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+@pytest.mark.timeout(300)
+def test_thirty_random_kills_lose_no_picture_and_convict_none(
+    fleet: Fleet, places: Places, reference: Reference
 ) -> None:
+    """A third of the workers is frozen first, some for longer than a lease."""
     chance = random.Random(7)
-    names = put_pictures(fleet.store, places, 120)
-    for _ in range(3):
-        fleet.workers.start(supervised=True, slots="4", test_device_ms="30")
+    names = put_pictures(fleet.store, places, 80)
+    for _ in range(4):
+        fleet.workers.start(supervised=True, slots="2", test_device_ms="50")
     before = len(fleet.workers.ends())
+    jobs: dict[str, Places] = {}
 
-    def progress(job: str) -> None:
-        target = fleet.ledger.job(job).final + chance.randint(0, 8)
-        wait_until(lambda: fleet.ledger.job(job).final >= target or not fleet.ledger.job(job).open)
+    def final() -> int:
+        return sum(fleet.ledger.job(job).final for job in jobs)
+
+    def progress() -> None:
+        target = min(final() + chance.randint(0, 6), len(jobs) * len(names))
+        wait_until(lambda: final() >= target)
 
     with fleet.dispatcher():
-        job = submit()
-        while fleet.ledger.job(job).open:
-            progress(job)
+        while len(fleet.workers.ends()) - before < KILLS:
+            if final() > len(jobs) * len(names) - 16:
+                fresh = Places(places.source, make_places(fleet).to)
+                jobs[submit_to(fleet, fresh)] = fresh
+            progress()
             victim = chance.choice(fleet.workers.alive())
-            if chance.random() < 0.5:
+            if chance.random() < 1 / 3:
                 os.kill(victim, signal.SIGSTOP)
-                progress(job)
-            os.kill(victim, signal.SIGKILL)
-            fleet.workers.wait_for(victim)
-            wait_until(lambda: len(fleet.workers.alive()) == 3)
+                progress()
+            fleet.workers.kill(victim)
+            wait_until(lambda: len(fleet.workers.alive()) == 4)
 
-        truth = prove(fleet, job, places, names=names, reference=reference)
+        truths = [prove(fleet, job, to, names=names, reference=reference) for job, to in jobs.items()]
 
-    assert truth.counts["done"] == len(names)
-    assert len(fleet.workers.ends()) - before >= 6
+    assert [truth.counts["done"] for truth in truths] == [len(names)] * len(jobs)
     assert set(fleet.workers.dismiss()) == {0}
 
 

@@ -64,6 +64,7 @@ def make_app(redis_url: str) -> Celery:
             "visibility_timeout": VISIBILITY_S,
             "unacked_restore_interval": 10,
             "unacked_restore_throttle": 1,
+            "unacked_mutex_expire": 15,  # not 300: one that dies while it gives back must not keep others from it
             "queue_order_strategy": "priority",  # queues are emptied in the order given: live first
             "priority_steps": [0],  # one Redis list a queue
             "socket_timeout": 30,  # without it, a publish on a dead connection waits for ever

@@ -30,7 +30,18 @@ from typing import Any
 import botocore.config
 import redis
 import torch
-from faults.terms import DEVICE_GREY, DEVICE_HANGS, EXHAUST, HANG, LOCK_S, MODEL, SEGFAULT, SOCKET_S, VISIBILITY_S
+from faults.terms import (
+    DEVICE_GREY,
+    DEVICE_HANGS,
+    EXHAUST,
+    HANG,
+    LOCK_S,
+    MODEL,
+    SEGFAULT,
+    SOCKET_S,
+    TURN_S,
+    VISIBILITY_S,
+)
 from torch import Tensor
 
 import jobs.broker
@@ -144,6 +155,7 @@ def _arm() -> None:
     _around(Store, "get", after=lambda *_: "after_fetch")
     _around(Predictor, "predict", after=lambda *_: "after_model")
     _around(Store, "put", after=_put_place)
+    _around(workers.consumer.kombu_redis.QoS, "restore_by_tag", before="giving_back", after=lambda *_: "")
     _around(Ledger, "finish", before="before_commit", after=lambda *_: "before_ack")
     for name in ("create_job", "add_part", "submit_live", "feed", "close_job"):
         _around(Ledger, name, before=f"before_{name}", after=lambda *_, name=name: f"after_{name}")
@@ -171,13 +183,15 @@ def _shorten() -> None:
     jobs.broker.VISIBILITY_S = VISIBILITY_S
     workers.consumer.VisibilityLease.every_s = VISIBILITY_S / 4
     producer.dispatcher.LOCK_S = LOCK_S
+    producer.dispatcher.PAUSE_S = TURN_S
     workers.tasks.MAX_HOLD_PAUSE_S = 1.0
     botocore.config.Config = _Impatient  # type: ignore[misc]
     real_app, real_url = jobs.broker.make_app, redis.Redis.from_url
 
     def make_app(redis_url: str) -> Any:
         app = real_app(redis_url)
-        times: dict[str, float] = {"visibility_timeout": VISIBILITY_S, "unacked_restore_interval": 1}
+        given_s = app.conf.broker_transport_options["unacked_mutex_expire"]
+        times = {"visibility_timeout": VISIBILITY_S, "unacked_restore_interval": 1, "unacked_mutex_expire": given_s / 5}
         times |= {"health_check_interval": 2, "socket_timeout": SOCKET_S}
         if poll_s := _told("POLL_S"):
             times["polling_interval"] = poll_s

@@ -7,6 +7,8 @@ SOCKET_S = 4
 """How long clients wait for a server that does not answer, in place of up to 30 s."""
 LOCK_S = 2
 """How long a dead dispatcher's lock lasts, in place of 10 s."""
+TURN_S = 0.2
+"""Between two turns of an idle dispatcher, in place of 1 s."""
 PLACES = ("after_claim", "after_fetch", "after_model", "after_mask", "after_cutout", "before_commit", "before_ack")
 """Where a failpoint kills."""
 SEGFAULT, HANG, EXHAUST = b"#segfault#", b"#hang#", b"#exhaust#"

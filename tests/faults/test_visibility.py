@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import redis
@@ -33,6 +35,27 @@ def test_a_picture_that_takes_longer_than_the_visibility_timeout_is_delivered_on
         prove(fleet, job, places, names=names, reference=reference)
     assert held_s > 2 * VISIBILITY_S, "it was not held for long enough to show anything"
     assert fleet.workers.dismiss() == [0, 0]
+
+
+def test_a_worker_that_dies_while_it_gives_back_a_dead_ones_messages_keeps_nobody_from_it(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
+) -> None:
+    """It dies holding kombu's lock of that."""
+    names = put_pictures(fleet.store, places, 4)
+    first = fleet.workers.start(test_device_ms="60000")
+    with redis.Redis(port=fleet.stack.redis_port) as broker, fleet.dispatcher():
+        job = submit()
+        wait_until(lambda: broker.hlen("unacked") == len(names))
+        fleet.workers.kill(first)
+        second = fleet.workers.start(test_failpoints=f"giving_back={tmp_path / 'killed'}")
+        assert fleet.workers.wait_for(second) == -signal.SIGKILL
+        assert broker.exists("unacked_mutex")
+        fleet.workers.start()
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == len(names)
+    assert fleet.workers.dismiss() == [0]
 
 
 def is_final(fleet: Fleet, job: str, broker: redis.Redis) -> bool:

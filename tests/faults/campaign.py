@@ -64,7 +64,7 @@ class Campaign:
             try:
                 FAULTS[fault](self)
                 self.caused[fault] += 1
-            except ProcessLookupError:
+            except (ProcessLookupError, IndexError):  # nobody there to be harmed just now
                 continue
             self._watch(self.chance.uniform(0.5, 3))
             self._load()

@@ -142,7 +142,7 @@ def test_told_to_go_under_load_workers_drain_and_nothing_runs_twice(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     """The grace is as in `SETTINGS`: at its end a worker would leave with another code than 0."""
-    names = put_pictures(fleet.store, places, 60)
+    names = put_pictures(fleet.store, places, 80)
     *leaving, _ = [fleet.workers.start(slots="6", test_device_ms="200") for _ in range(3)]
     with fleet.dispatcher():
         job = submit()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit, came_back
+from faults.fleet import Fleet, Reference, Submit, came_back, is_stopped
 from faults.terms import VISIBILITY_S
 from faults.truth import prove
 
@@ -42,11 +42,12 @@ def test_a_worker_that_dies_while_it_gives_back_a_dead_ones_messages_keeps_nobod
 ) -> None:
     """It dies holding kombu's lock of that."""
     names = put_pictures(fleet.store, places, 4)
-    first = fleet.workers.start(test_device_ms="60000")
+    first = fleet.workers.start(test_freezepoints=f"after_fetch={tmp_path / 'frozen'}")
     with redis.Redis(port=fleet.stack.redis_port) as broker, fleet.dispatcher():
         job = submit()
-        wait_until(lambda: broker.hlen("unacked") == len(names))
+        wait_until(lambda: is_stopped(first))
         fleet.workers.kill(first)
+        assert broker.hlen("unacked") > 0
         second = fleet.workers.start(test_failpoints=f"giving_back={tmp_path / 'killed'}")
         assert fleet.workers.wait_for(second) == -signal.SIGKILL
         assert broker.exists("unacked_mutex")

@@ -60,7 +60,7 @@ def test_thirty_random_kills_lose_no_picture_and_convict_none(
     chance = random.Random(7)
     names = put_pictures(fleet.store, places, 60)
     for _ in range(4):
-        fleet.workers.start(supervised=True, slots="4", test_device_ms="50")
+        fleet.workers.start(supervised=True, slots="4", test_device_ms="300")
     before = len(fleet.workers.ends())
     jobs: dict[str, Places] = {}
 

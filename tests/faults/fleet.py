@@ -112,11 +112,10 @@ class Forks:
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
         self._supervisor.start()
 
-    def start(self, *, supervised: bool = False, **settings: str) -> int:
-        """Returns the process id. Settings as for `LocalStack`."""
-        env = self._stack.environment | {
-            f"CUTFLEET_{name.upper()}": text for name, text in (SETTINGS | settings).items()
-        }
+    def start(self, *, supervised: bool = False, s3_user: str = "", **settings: str) -> int:
+        """Returns the process id. Settings as for `LocalStack`. `s3_user`: another than the stack's own."""
+        env = self._stack.environment | ({"AWS_ACCESS_KEY_ID": s3_user} if s3_user else {})
+        env |= {f"CUTFLEET_{name.upper()}": text for name, text in (SETTINGS | settings).items()}
         with self._lock:
             pid = self._fork(env)
             if supervised:

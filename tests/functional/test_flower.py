@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import subprocess
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Run
 from factories import Places, picture, wait_until
+from flowers import Flower
 
 from jobs.store import Store
-from producer.local import LocalStack, Process, free_port, inherited_environment
+from producer.local import LocalStack
 
-LOGIN = "night-shift:open-sesame"
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Flower:
-    """A Flower process of the stack, and what it answers."""
-
-    def __init__(self, stack: LocalStack) -> None:
-        self._url = f"http://127.0.0.1:{(port := free_port())}"
-        command = [sys.executable, "-m", "producer.flower", f"--port={port}", "--address=127.0.0.1"]
-        env = inherited_environment() | stack.environment | {"FLOWER_BASIC_AUTH": LOGIN}
-        self.process = Process(command, log=stack.folder / "logs" / "flower.log", env=env)
-
-    def ask(self, path: str, *, login: str | None = LOGIN, method: str = "GET") -> tuple[int, str]:
-        request = urllib.request.Request(self._url + path, method=method)  # noqa: S310  (our own server)
-        if login is not None:
-            request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
-        try:
-            with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as exc:
-            return exc.code, exc.read().decode()
-
-    def is_up(self) -> bool:
-        try:
-            return self.ask("/healthcheck") == (200, "OK")
-        except OSError:
-            return False
-
-    def workers(self) -> dict[str, Any]:
-        return dict(json.loads(self.ask("/api/workers?refresh=1")[1]))
-
-    def tasks(self, search: str) -> list[dict[str, Any]]:
-        answer = self.ask("/api/tasks?" + urllib.parse.urlencode({"search": search}))[1]
-        return list(json.loads(answer).values())
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Together the policies grant what the code calls, and nothing more; which role makes which call is not tried here."""
+"""Together the policies grant what the code calls, and nothing more; `tests/faults/test_policies.py` tries each."""
 
 from __future__ import annotations
 

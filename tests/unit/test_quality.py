@@ -72,7 +72,11 @@ def test_pieces_are_counted_and_specks_are_not() -> None:
 
 
 def test_a_two_piece_subject_shows_in_its_figure() -> None:
-    assert measure_mask(boxed((100, 100, 400, 400), (600, 100, 900, 400)))["pieces"] == 2
+    figures = measure_mask(boxed((100, 100, 400, 400), (600, 100, 900, 400)))
+
+    assert figures["pieces"] == 2
+    assert review_reasons(figures, Review(max_pieces=1)) == ("pieces",)
+    assert review_reasons(figures, Review()) == (), "shoes come in pairs: no matter unless asked"
 
 
 def test_holes_are_counted_and_bays_are_not() -> None:

@@ -43,7 +43,9 @@ class Settings(BaseSettings):
         "", description="Name of the worker before `@host`; empty: `gpuN` or `cpu`."
     )
     slots: int = Field(0, ge=0, le=256, description="Pictures a worker has in flight; 0: 24 with a GPU, else 2 a core.")
-    batch_limit: int = Field(0, ge=0, le=64, description="Most pictures in one device batch; 0: 8 on a GPU, else 1.")
+    batch_limit: int = Field(
+        0, ge=0, le=64, description="Most pictures in one device batch; 0: 8 on a GPU, else 1, of `u2netp` one a core."
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the model; `auto`: float16 on a GPU, float32 on a CPU."
     )

@@ -87,12 +87,12 @@ def serve(settings: Settings) -> int:
     _held_name = claim_name(node)
     model = _load(settings, device)
     slots = settings.slots or (GPU_SLOTS if on_gpu else SLOTS_PER_CORE * cores)
-    limit_threads(torch_threads=1 if on_gpu else cores)
+    limit_threads(torch_threads=1 if on_gpu or model.at_once > 1 else cores)
     metrics = WorkerMetrics()
     rate = Rate()
     draining = threading.Event()
     with (
-        Predictor(model, batch_limit=settings.batch_limit or (GPU_BATCH if on_gpu else 1)) as predictor,
+        Predictor(model, batch_limit=settings.batch_limit or (GPU_BATCH if on_gpu else model.at_once)) as predictor,
         Ledger(settings.redis_url, name=settings.redis_name) as ledger,
         Store.of(settings, connections=slots + 4) as store,
     ):

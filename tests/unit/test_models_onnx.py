@@ -9,10 +9,13 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from graph import export
 from onnx import TensorProto, helper
 
 from jobs.errors import ModelError
 from workers.models import load
+from workers.models.onnx import PACKAGED_GRAPHS
+from workers.models.u2net import U2Net
 from workers.predictor import Predictor
 
 SIZE = (16, 24)
@@ -96,3 +99,32 @@ def test_what_onnxruntime_would_ignore_is_refused(tmp_path: Path, setting: dict[
 
     with pytest.raises(ModelError, match="unset CUTFLEET_DTYPE and CUTFLEET_COMPILE"):
         load(str(tmp_path / "mean.onnx"), **setting)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_built_in_model_gives_the_masks_of_torch(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    fast = load("u2netp")
+    monkeypatch.setattr("workers.models.registry.is_installed", lambda: False)
+    plain = load("u2netp")
+    x = torch.randn(count, 3, 320, 320)
+
+    with torch.inference_mode():
+        apart = (fast(x) - plain(x)).abs().max().item() * 255
+
+    assert apart < 0.1  # grey levels
+    assert (fast.revision, plain.at_once) == (plain.revision, 1)
+    assert fast.at_once == torch.get_num_threads()
+
+
+def test_the_graph_of_the_built_in_model_is_the_one_of_its_network() -> None:
+    """A change of the network without `python -m tests.graph` would leave CPU workers with the old one."""
+    fresh, shipped = (
+        export(U2Net("u2netp")).graph,
+        onnx.load(str(PACKAGED_GRAPHS["u2netp"]), load_external_data=False).graph,
+    )
+
+    assert [describe(node) for node in shipped.node] == [describe(node) for node in fresh.node]
+
+
+def describe(node: onnx.NodeProto) -> tuple[str, list[str], list[str]]:
+    return node.op_type, list(node.input), list(node.output)

@@ -5,6 +5,7 @@ can't be had exactly as asked is a `ModelError` whose text says what to change.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +19,13 @@ from jobs.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS, Preset, check_lic
 from workers.models.birefnet import MULTIPLE, BiRefNet
 from workers.models.checkpoint import WEIGHTS_NAMES, digest, fill, find_weights, read_config, read_weights
 from workers.models.device import place, resolve_device, resolve_dtype
+from workers.models.onnx import PACKAGED_GRAPHS, is_installed, open_graph, open_packaged
 from workers.models.patch_order import decide_patch_order
 from workers.models.remote_code import build_network, check_opt_in, check_pinned_code, logits_of
 from workers.models.swin import SIZES
 from workers.models.u2net import CHANNELS, U2Net, fold_batch_norm
+
+logger = logging.getLogger(__name__)
 
 PACKAGED = {"u2netp": Path(__file__).with_name("u2netp.safetensors")}
 DEFAULT_SIZES = {"birefnet": (1024, 1024), "u2net": (320, 320)}
@@ -31,6 +35,7 @@ UNSTATED = "not stated"
 FREE_LICENCES = ("", "mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0")
 
 Three = tuple[float, float, float]
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,7 @@ class LoadedModel:
 
     `revision`: content hash of the weights, then what else changes what they compute. `input_size`: (height, width).
     `licence_statement`: what the operator stated, where the licence asks for it. `compiled`: batches must be padded.
+    `at_once`: pictures that a CPU computes beside each other, a core each; 1: one after another, on all cores.
     """
 
     name: str
@@ -52,6 +58,7 @@ class LoadedModel:
     forward: Callable[[Tensor], Tensor]
     licence_statement: str = ""
     compiled: bool = False
+    at_once: int = 1
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
@@ -107,11 +114,9 @@ def load(
     else:
         network, size, kind = _build_remote(files, trusted=trust_remote_code, revision=revision)
     fill(network, state, name=str(files.weights))
-    placed = place(network, where, precision)
-
-    def forward(x: Tensor) -> Tensor:
-        return torch.sigmoid(logits_of(placed(x)))
-
+    forward, at_once = _on_cores(files, state, where, precision, compiled=compiled)
+    if forward is None:
+        forward = _in_torch(place(network, where, precision), compiled=compiled)
     return LoadedModel(
         name=files.name,
         revision=digest(files.weights) + kind,
@@ -122,9 +127,32 @@ def load(
         licence_statement=files.licence_statement,
         device=where,
         dtype=precision,
-        forward=torch.compile(forward, dynamic=False) if compiled else forward,
+        forward=forward,
         compiled=compiled,
+        at_once=at_once,
     )
+
+
+def _in_torch(network: nn.Module, *, compiled: bool) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        return torch.sigmoid(logits_of(network(x)))
+
+    return torch.compile(forward, dynamic=False) if compiled else forward
+
+
+def _on_cores(
+    files: _Files, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, *, compiled: bool
+) -> tuple[Forward | None, int]:
+    """The built-in model in float32 on a CPU, and how many pictures it takes at once; None: torch computes it."""
+    if files.name not in PACKAGED_GRAPHS or files.weights != PACKAGED.get(files.name):
+        return None, 1
+    if device.type != "cpu" or dtype != torch.float32 or compiled:
+        return None, 1
+    if not is_installed():
+        logger.warning("onnxruntime is not installed: %s takes a third longer on a CPU.", files.name)
+        return None, 1
+    cores = torch.get_num_threads()
+    return open_packaged(files.name, state, cores=cores), cores
 
 
 def _find_files(source: str, accept_licence: str, *, trust_remote_code: bool, revision: str) -> _Files:
@@ -231,8 +259,6 @@ def _check_onnx_settings(path: Path, dtype: str | None, *, compiled: bool) -> No
 
 
 def _load_onnx(files: _Files, device: torch.device) -> LoadedModel:
-    from workers.models.onnx import open_graph
-
     graph = open_graph(files.weights, device, input_size=_input_size(files))
     outside = sorted(files.weights.parent.glob(f"{files.weights.name}*data"))
     return LoadedModel(

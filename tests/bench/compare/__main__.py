@@ -50,6 +50,8 @@ COUNTS = {
 """Pictures a round: some ten seconds each."""
 PACKAGES = {"ray": ["ray[data]"], "rembg": ["rembg[cpu,cli]"]}
 FIRST = "p00000.jpg"
+EQUAL = 2
+"""Grey levels: what rounding and two ways to decode a JPEG may differ by."""
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     names = options.only or NAMES
     programs = {name: prepare_environment(options.envs, name) for name in PACKAGES}
     with fleet() as here:
-        worker = here.stack.start_worker(slots=str(SLOTS), device="cpu", dtype="float32", node="ours")
+        worker = here.stack.start_worker(slots=str(SLOTS), device="cpu", node="ours")
         for size in options.size or COUNTS:
             yield from Contest(here, worker, size, programs).run(names, options.rounds)
 
@@ -139,7 +141,9 @@ class Contest:
             theirs = self._rembg_cutout() if name == REMBG else self._cutout(self._target(name))
             apart = np.abs(mine.astype(np.int16) - theirs)
             both = (mine[..., 3] == 255) & (theirs[..., 3] == 255)
-            yield fact(f"{self.size}: {name}: alpha apart from ours, mean", float(apart[..., 3].mean()), "grey levels")
+            beyond = 100 * float((apart[..., 3] > EQUAL).mean())
+            yield fact(f"{self.size}: {name}: alpha apart from ours, most", float(apart[..., 3].max()), "grey levels")
+            yield fact(f"{self.size}: {name}: alpha apart by more than {EQUAL} grey levels", beyond, "% of pixels")
             colour = float(apart[both][:, :3].max()) if both.any() else 0.0
             yield fact(f"{self.size}: {name}: colour apart where both are opaque, most", colour, "grey levels")
 

@@ -12,15 +12,21 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from workers.models.registry import load
+from workers.models.checkpoint import fill, read_weights
+from workers.models.device import place
+from workers.models.registry import PACKAGED
+from workers.models.u2net import U2Net, fold_batch_norm
 
 Model = Callable[[Tensor], Tensor]
 
 
 def load_model(threads: int) -> Model:
-    """Our weights and network, in float32."""
+    """Our weights and network, in torch and float32."""
     torch.set_num_threads(threads)
-    return load("u2netp", device="cpu", dtype="float32")
+    network = U2Net("u2netp")
+    fill(network, fold_batch_norm(read_weights(PACKAGED["u2netp"])), name="u2netp")
+    placed = place(network, torch.device("cpu"), torch.float32)
+    return lambda x: torch.sigmoid(placed(x))
 
 
 TO_INPUT = transforms.Compose(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.bench.report import Row, from_json, machine_facts, progress, to_json, to_markdown
+from tests.bench.report import TERMINATED, Row, from_json, machine_facts, progress, to_json, to_markdown
 
 PARTS: Mapping[str, Sequence[str]] = {
     "pictures": ("--rounds", "5"),
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--keep", action="store_true", help=f"append the ratios to {RESULTS.name}")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     if unknown := set(options.part) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     started = time.monotonic()
@@ -68,7 +70,14 @@ def run(part: str) -> list[Row]:
     progress(f"{part} ...")
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-m", f"tests.bench.{part}", *PARTS[part], "--json", file.name]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+            try:
+                code = child.wait()
+            except BaseException:
+                child.terminate()  # and waits, by `with`: its servers end with it
+                raise
+        if code:
+            raise SystemExit(f"{part} ended with {code}")
         return from_json(Path(file.name).read_text())
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+TERMINATED = 143
+"""As a shell says that SIGTERM ended a program."""
 _LIBRARIES = ("torch", "numpy", "pillow", "opencv-python-headless", "simplejpeg", "isal", "celery", "boto3", "redis")
 
 
@@ -95,7 +98,9 @@ def machine_facts() -> dict[str, str | int]:
 
 
 def tell(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], Iterable[Row]]) -> None:
-    """The end of every benchmark's `main`: prints the table; `--json FILE` keeps the rows."""
+    """The end of every benchmark's `main`: prints the table; `--json FILE` keeps the rows. SIGTERM ends it as an error
+    would: what it started ends with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     rows = list(measure(options))

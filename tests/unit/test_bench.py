@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from factories import wait_until
 
 from tests.bench.__main__ import find_losses, ratios_of
-from tests.bench.report import Row, from_json, row, to_json
+from tests.bench.report import TERMINATED, Row, from_json, row, to_json
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_loss_of_more_than_a_tenth_is_named() -> None:
@@ -29,3 +37,28 @@ def test_rows_survive_json() -> None:
     rows: list[Row] = [row("decode", [1.0, 2.0], "ms", against="naive", others=[3.0])]
 
     assert from_json(json.dumps(to_json(rows))) == rows
+
+
+def test_a_benchmark_that_is_told_to_go_leaves_no_server(tmp_path: Path) -> None:
+    benchmark = subprocess.Popen(
+        [sys.executable, "-m", "tests.bench", "queue"], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
+    wait_until(lambda: len(servers_in(tmp_path)) == 1, what="Valkey runs")
+
+    benchmark.terminate()
+
+    assert benchmark.wait(60) == TERMINATED
+    assert servers_in(tmp_path) == []
+
+
+def servers_in(folder: Path) -> list[str]:
+    """Process ids of servers whose data lies there."""
+    commands = {path.parent.name: _command(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
+    return [pid for pid, words in commands.items() if any(word.startswith(f"{folder}/") for word in words)]
+
+
+def _command(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").split("\0")
+    except OSError:  # it ended meanwhile
+        return []

@@ -118,3 +118,23 @@ def test_a_worker_loads_the_compiler_only_for_the_models_that_need_it() -> None:
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
 
     assert shown.stdout.strip() == "[]"
+
+
+def test_importing_the_workers_does_no_work() -> None:
+    """No thread, no connection, no weights read: what imports a module gets definitions and nothing else."""
+    names = ", ".join(f"workers.{path.stem}" for path in (ROOT / "workers").glob("*.py") if path.stem != "__init__")
+    program = f"""
+import sys, threading
+done = []
+def look(event, args):
+    weights = event == "open" and str(args[0]).endswith((".safetensors", ".onnx"))
+    if weights or event == "socket.connect":
+        done.append((event, str(args[0])))
+sys.addaudithook(look)
+import {names}, workers.models.onnx, workers.models.birefnet
+print(done + [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()])
+"""
+
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+
+    assert shown.stdout.strip() == "[]"

@@ -1,0 +1,69 @@
+"""Throughput against worker processes on this machine, and what the queue costs a picture meanwhile.
+
+    python -m tests.bench.processes [--rounds N] [--most 3] [--json FILE]
+
+2-megapixel pictures, edges off, a device that costs nothing. The last rows say where Valkey, the dispatcher and one
+worker's interpreter would bend: each runs on one core, so at 1000 ms of processor time a second, if a picture costs it
+under load what it costs here. That is on the safe side: the busier they are, the more each of their turns takes along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+
+from jobs.recipe import Recipe
+from tests.bench.flow import Flow, fleet
+from tests.bench.pictures import SIZES, make_photo
+from tests.bench.report import Row, fact, progress, row, tell
+from tests.bench.worker import SLOTS, start_stand_in
+
+PICTURES = 240
+SINGLE = {"broker": "Valkey", "dispatcher": "the dispatcher"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most", type=int, default=3, metavar="WORKERS")
+    tell(parser, measure)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    flows: dict[int, list[Flow]] = {}
+    with fleet() as here:
+        here.upload("flood", make_photo(*SIZES["2 MP"]), PICTURES)
+        counts = range(1, options.most + 1)
+        fleets = {}
+        for count in counts:
+            started = [
+                start_stand_in(here, count / 1000, node=f"of-{count}-{number}", slots=str(max(1, SLOTS // count)))
+                for number in range(count)
+            ]
+            fleets[count] = [worker for worker, _ in started], started[0][1]
+        for turn in range(options.rounds):
+            for count, (workers, model) in fleets.items():
+                flow = here.run("flood", Recipe(model=model, edges="off"), workers, slots=SLOTS)
+                flows.setdefault(count, []).append(flow)
+            progress(f"round {turn + 1}: " + ", ".join(f"{n}: {f[-1].rate:.1f}/s" for n, f in flows.items()))
+    yield from _rows(flows)
+
+
+def _rows(flows: dict[int, list[Flow]]) -> Iterator[Row]:
+    single = [flow.rate for flow in flows[1]]
+    for count, measured in flows.items():
+        rates = [flow.rate for flow in measured]
+        name = f"{count} worker process{'es' if count > 1 else ''}, {SLOTS} slots together"
+        others = single if count > 1 else []
+        yield row(name, rates, "pictures/s", against="one process" if others else "", others=others, better="more")
+        yield row(f"{name}: all workers", [flow.cpu_ms["worker"] for flow in measured], "CPU ms/picture")
+    every = [flow for measured in flows.values() for flow in measured]
+    for process, name in SINGLE.items():
+        spent = [flow.cpu_ms[process] for flow in every]
+        yield row(f"queue, {name}", spent, "CPU ms/picture")
+        yield fact(f"{name} alone on its core would bend at", 1000 / statistics.median(spent), "pictures/s")
+
+
+if __name__ == "__main__":
+    main()

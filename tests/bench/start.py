@@ -1,0 +1,70 @@
+"""How long a CPU worker takes from nothing to ready, and what of that is imports.
+
+    python -m tests.bench.start [--rounds N] [--json FILE]
+
+Ready: model loaded and warm, Redis and S3 reached, heard of in the ledger. Imports: each package with what it brings
+and nothing before it did, in a process of its own (`-X importtime`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from producer.local import LocalStack
+from tests.bench.flow import cpu_s
+from tests.bench.report import Row, fact, row, tell
+
+SERVED = "workers.tasks"
+"""The module that a worker imports last, and that brings nearly all."""
+PACKAGES = ("torch", "torchvision", "cv2", "celery", "kombu", "boto3", "botocore", "redis", "PIL", "numpy", "pydantic")
+SHOWN_S = 0.02
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    tell(parser, measure)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(prefix="cutfleet-bench-") as folder, LocalStack(Path(folder)) as stack:
+        wall, cpu = zip(*(_start(stack) for _ in range(options.rounds)), strict=True)
+    yield row("CPU worker with u2netp, from nothing to ready", wall, "s")
+    yield row("the same, processor time", cpu, "s")
+    yield row("import workers", [_import_s("workers") for _ in range(options.rounds)], "s")
+    times = _import_times(SERVED)
+    yield fact(f"import {SERVED}", times[SERVED], "s")
+    for name in sorted(PACKAGES, key=lambda name: -times.get(name, 0.0)):
+        if times.get(name, 0.0) >= SHOWN_S:
+            yield fact(f"of that, {name}", times[name], "s")
+
+
+def _start(stack: LocalStack) -> tuple[float, float]:
+    began = time.perf_counter()
+    worker = stack.start_worker(device="cpu")
+    wall, cpu = time.perf_counter() - began, cpu_s(worker.pid)
+    worker.stop()
+    return wall, cpu
+
+
+def _import_s(module: str) -> float:
+    return _import_times(module)[module]
+
+
+def _import_times(module: str) -> dict[str, float]:
+    """Seconds, what it imports included, by module."""
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", f"import {module}"], check=True, capture_output=True, text=True
+    )
+    fields = [line.removeprefix("import time:").split("|") for line in ran.stderr.splitlines() if "|" in line]
+    return {name.strip(): int(both) / 1e6 for _, both, name in fields if both.strip().isdigit()}
+
+
+if __name__ == "__main__":
+    main()

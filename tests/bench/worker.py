@@ -1,5 +1,6 @@
 """A worker end to end, on this machine's cores that it shares with Valkey and SeaweedFS: with a device that costs
-nothing against the bare picture path in one process, with one of 11 ms a picture, and with u2netp on the CPU.
+nothing against the bare picture path in one process, with one of 11 ms a picture, with one so slow that these cores
+suffice for it, and with u2netp on the CPU.
 
     python -m tests.bench.worker [--rounds N] [--size 12MP] [--json FILE]
 
@@ -30,6 +31,8 @@ DEVICE_MS = 11.0
 """What BiRefNet is planned to take on an H100."""
 CORES = len(os.sched_getaffinity(0))
 SLOTS = 2 * CORES
+SUFFICES_MS = {"12MP": 400 / CORES, "2MP": 100 / CORES}
+"""The whole fleet, SeaweedFS included, takes some 220 and 55 ms of processor time a picture: these cores are enough."""
 FREE, BUSY, MODEL = "device of 0 ms", f"device of {DEVICE_MS:g} ms", "u2netp"
 PROCESSES = ("worker", "store", "broker", "dispatcher")
 
@@ -49,7 +52,12 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             MODEL: (here.stack.start_worker(slots=str(SLOTS), device="cpu", node=MODEL), MODEL),
         }
         for size in options.size or PICTURES:
-            yield from _one_size(here, size, workers, rounds=options.rounds)
+            slow = {slow_name(size): start_stand_in(here, SUFFICES_MS[size])}
+            yield from _one_size(here, size, workers | slow, rounds=options.rounds)
+
+
+def slow_name(size: str) -> str:
+    return f"device of {SUFFICES_MS[size]:g} ms"
 
 
 def start_stand_in(here: Fleet, device_ms: float, **settings: str) -> tuple[Process, str]:
@@ -105,7 +113,12 @@ def _rows(size: str, bare: list[tuple[float, float]], flows: dict[str, list[Flow
     free = flows[FREE]
     own = [flow.cpu_ms["worker"] - statistics.median(costs) for flow in free]
     yield row(f"{size}: worker beside the picture path (Celery, S3, ledger)", own, "CPU ms/picture")
-    yield row(f"{size}: {BUSY} busy", [flow.rate * DEVICE_MS / 10 for flow in flows[BUSY]], "%", better="more")
+    bare_ms = statistics.median(costs)
+    for what, names in (("the worker's", PROCESSES[:1]), ("all processes'", PROCESSES)):
+        shares = [100 * bare_ms / sum(flow.cpu_ms[name] for name in names) for flow in free]
+        yield row(f"{size}: the picture path's share of {what} processor time", shares, "%", better="more")
+    for name, ms in ((BUSY, DEVICE_MS), (slow_name(size), SUFFICES_MS[size])):
+        yield row(f"{size}: {name} busy", [flow.rate * ms / 10 for flow in flows[name]], "%", better="more")
     for what, names in (("worker", PROCESSES[:1]), ("whole fleet, store included", PROCESSES)):
         spent = statistics.median(sum(flow.cpu_ms[name] for name in names) for flow in free)
         yield fact(f"{size}: cores of the {what} that keep a {BUSY} busy", spent / DEVICE_MS, "cores")

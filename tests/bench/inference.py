@@ -1,0 +1,86 @@
+"""u2netp on one CPU core: the ways to compute it, what each costs, and how far its masks are from float32 in torch.
+
+    python -m tests.bench.inference [--rounds N] [--compile] [--json FILE]
+
+A way is chosen only if it is faster and its masks are the same. `--compile`: `torch.compile` too, which takes a C++
+compiler and minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import torch
+from torch import Tensor
+
+from tests.bench.compare.recipe import load_model
+from tests.bench.report import Row, fact, row, tell
+from workers.models.registry import load
+from workers.pipeline import limit_threads
+
+PHOTO = Path(__file__).parents[2] / "producer/samples/astronaut.jpg"
+SIDE = 320
+PLAIN, CHOSEN = "torch, float32", "onnxruntime, float32 (chosen)"
+Way = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true")
+    tell(parser, measure)
+
+
+@torch.inference_mode()
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    limit_threads(1)
+    x = picture()
+    ways = dict(_ways(compiled=options.compile))
+    masks = {name: way(x).float() for name, way in ways.items()}  # and warm
+    costs: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            started = time.process_time()
+            way(x)
+            costs[name].append((time.process_time() - started) * 1000)
+    for name, spent in costs.items():
+        others = [] if name == PLAIN else costs[PLAIN]
+        yield row(f"u2netp: {name}", spent, "CPU ms/picture", against=PLAIN if others else "", others=others)
+    for name, mask in masks.items():
+        apart = (mask - masks[PLAIN]).abs() * 255
+        yield fact(f"u2netp: {name}: mask apart, mean", apart.mean().item(), "grey levels")
+        yield fact(f"u2netp: {name}: mask apart, most", apart.max().item(), "grey levels")
+
+
+def _ways(*, compiled: bool) -> Iterator[tuple[str, Way]]:
+    plain = load_model(threads=1)
+    yield PLAIN, plain
+    yield "torch, float32, input channels last", lambda x: plain(x.contiguous(memory_format=torch.channels_last))
+    for dtype in ("bfloat16", "float16"):
+        yield f"torch, {dtype}", _half(dtype)
+    if compiled:
+        yield "torch.compile, float32", load("u2netp", compiled=True)
+    yield CHOSEN, load("u2netp")
+
+
+def _half(dtype: str) -> Way:
+    model = load("u2netp", dtype=dtype)
+    return lambda x: model(x.to(model.dtype))
+
+
+def picture() -> Tensor:
+    """A photograph, normalised: what numbers are like decides how far lower precision is off."""
+    bgr = cv2.imread(str(PHOTO))
+    assert bgr is not None
+    rgb = cv2.cvtColor(cv2.resize(bgr, (SIDE, SIDE), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB)
+    scaled = torch.from_numpy(rgb).permute(2, 0, 1)[None].float() / 255
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (scaled - mean) / std
+
+
+if __name__ == "__main__":
+    main()

@@ -39,6 +39,7 @@
 -- cf:workers              zset    worker -> when it was last heard                                 a day after the last word
 -- cf:worker:NODE          hash    what the worker says of itself                                   three heartbeats
 -- cf:dispatcher           string  who is the active dispatcher                                     its lock's time
+-- cf:room                 string  empty: written to see whether Redis is full                      for ever
 -- cf:dispatcher:epoch     string  fencing token: grows with each change of dispatcher              for ever
 -- live.M backfill.M suspect.M, unacked*, _kombu.*  belong to Celery; here only LPUSH to the first three
 
@@ -295,14 +296,58 @@ function move.reopen(job, states, ...)
   return changed
 end
 
--- What S3 holds already of a job that was lost here: indexes of done images.
+-- What S3 holds already of a job that was lost here: index, state ... of images that are final. What is in the window
+-- is left to its worker. Answers how many changed.
 function move.restore(job, ...)
-  local changed = 0
-  for _, index in ipairs({...}) do
-    if settle(job, index, STATE.done) then changed = changed + 1 end
-    call('SETBIT', 'cf:job:' .. job .. ':unsure', index, 1)
+  local args, changed = {...}, 0
+  for i = 1, #args, 2 do
+    local fed = call('HEXISTS', 'cf:entry', job .. ':' .. args[i]) == 1
+    if not fed and settle(job, args[i], tonumber(args[i + 1])) then changed = changed + 1 end
+    call('SETBIT', 'cf:job:' .. job .. ':unsure', args[i], 1)
   end
   return changed
+end
+
+-- Counts a job's images by their states, looks for what final images have left in the window, and puts both right
+-- (repair: 1). Answers what was counted (COUNTED), what was kept instead, and the images. Some 0.1 s for each million.
+function move.check(job, repair)
+  local COUNTED = {'done', 'failed', 'skipped', 'cancelled', 'review', 'window'}
+  local key, total = 'cf:job:' .. job, tonumber(call('HGET', 'cf:job:' .. job, 'total'))
+  local bits, of = call('GET', key .. ':bits') or '', {}
+  for state = 0, 15 do of[state] = 0 end
+  for i = 1, math.min(#bits, math.ceil(total / 2)) do
+    local byte = string.byte(bits, i)
+    local low, high = byte % 16, math.floor(byte / 16)
+    of[high] = of[high] + 1
+    of[low] = of[low] + 1
+  end
+  local entries, left = 0, {}
+  for _, id in ipairs(call('HKEYS', 'cf:entry')) do
+    local owner, index = split(id)
+    if owner == job then
+      if tonumber(index) >= total or state_of(job, index) ~= STATE.open then
+        left[#left + 1] = id
+      else
+        entries = entries + 1
+      end
+    end
+  end
+  local claims = call('HGETALL', 'cf:claim')
+  for i = 1, #claims, 2 do
+    if split(claims[i + 1]) == job and call('HEXISTS', 'cf:entry', claims[i + 1]) == 0 then
+      left[#left + 1] = claims[i + 1]
+      if repair == '1' then call('HDEL', 'cf:claim', claims[i]) end
+    end
+  end
+  local counted = {of[1] + of[5], of[2], of[3], of[4], of[5], entries}
+  local kept = call('HMGET', key, unpack(COUNTED))
+  if repair == '1' then
+    for _, id in ipairs(left) do leave_window(id) end
+    for i, name in ipairs(COUNTED) do
+      call('HSET', key, name, counted[i])
+    end
+  end
+  return {counted, kept, left}
 end
 
 -- A live job as a whole: queue, message, row ... in the order of its indexes, then its fields. Done before: nothing
@@ -550,19 +595,26 @@ function fenced.pass_over(job, cursor, to)
   return true
 end
 
+-- Writes what a full Redis refuses.
+function fenced.room()
+  call('SET', 'cf:room', '')
+end
+
 -- The next images of a job go on their queues: window and cursor move together. Rows: queue, message, one after another
--- from `cursor` on; without a queue, the image fails as the message says. Answers the new cursor, or false when it was
+-- from `cursor` on; without a queue, the image fails as the message says; final images are passed over. Answers how many
+-- went on a queue, or false when the cursor was
 -- elsewhere or the job may not be fed.
 function fenced.feed(job, cursor, lease, ...)
   local key, args = 'cf:job:' .. job, {...}
   if call('HGET', key, 'cursor') ~= cursor then return false end
   if call('HEXISTS', key, 'cancelled_at') == 1 or call('HEXISTS', key, 'paused') == 1 then return false end
-  local index = tonumber(cursor)
+  local index, entered = tonumber(cursor), 0
   for i = 1, #args, 2 do
     if state_of(job, index) == STATE.open then
       local number = string.format('%d', index)
       if args[i] ~= '' then
         enter(job .. ':' .. number, args[i], args[i + 1], lease)
+        entered = entered + 1
       else
         settle(job, number, STATE.failed)
         call('HSET', key .. ':failures', number, args[i + 1])
@@ -572,7 +624,7 @@ function fenced.feed(job, cursor, lease, ...)
     index = index + 1
   end
   call('HSET', key, 'cursor', string.format('%d', index))
-  return index
+  return entered
 end
 
 -- The first rows of a live job are in S3 now, as a part of its manifest. Answers 0 when another part was expected.

@@ -41,6 +41,23 @@ MAX_LIVE = 1000
 """Most images of a live job that is published at once, without a manifest."""
 
 
+_ALLOW_OOM = "#!lua flags=allow-oom\n"
+_NEVER_REFUSED = {"claim", "renew", "finish", "defer", "release", "vanish", "heartbeat", "delivered"}
+_NEVER_REFUSED |= {
+    "lead",
+    "resign",
+    "close",
+    "cancel",
+    "cancel_rest",
+    "spilled",
+    "record",
+    "listed",
+    "pause",
+    "unpause",
+}
+"""Moves that a full Redis takes all the same: they free memory, or take a little for what is in work already, so that
+workers and dispatcher end what they hold and there is room again."""
+_COUNTED = ("done", "failed", "skipped", "cancelled", "review", "window")
 _UNACKED = "unacked"  # kombu's hash of messages that workers hold
 _CORRELATION = re.compile(r'"correlation_id": ?"([^"]+)"')
 
@@ -87,6 +104,15 @@ class Event:
     lease_ends: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What is wrong in the books of a job. `counts`: name -> what was kept, what it should be. `left`: final images
+    that still have a message or a claim."""
+
+    counts: Mapping[str, tuple[int, int]]
+    left: Sequence[str]
+
+
 class Ledger:
     """One connection pool; may be shared by threads. Every method raises `ServiceUnavailable` when Redis fails us."""
 
@@ -116,9 +142,9 @@ class Ledger:
 
     # Jobs
 
-    def create_job(self, job: Job) -> bool:
-        """False when the job is there already; nothing changes then."""
-        return bool(self._move("create", job.id, *_flat(job.to_fields())))
+    def create_job(self, job: Job, **more: str | int | float) -> bool:
+        """False when the job is there already; nothing changes then. `more`: fields of the glossary to begin with."""
+        return bool(self._move("create", job.id, *_flat(job.to_fields() | more)))
 
     def submit_live(self, job: Job, rows: Sequence[tuple[str, str, str]], *, lease_s: float) -> bool:
         """Creates a job of at most `MAX_LIVE` images, all on their queues, in one step. Rows: queue, message, line of
@@ -195,9 +221,25 @@ class Ledger:
         flat = self._call("hrandfield", f"cf:job:{job}:again", limit, withvalues=True)
         return {int(index): key for index, key in zip(flat[::2], flat[1::2], strict=True)}
 
-    def restore(self, job: str, done: Sequence[int]) -> int:
-        """Open images that S3 proves to be done are done. At most `MAX_ROWS`. Returns how many changed."""
-        return int(self._move("restore", job, *done)) if done else 0
+    def restore(self, job: str, states: Mapping[int, ImageState]) -> int:
+        """Open images (by index) that S3 proves to be final are so, but for those in the window. At most `MAX_ROWS`.
+        Returns how many changed."""
+        return int(self._move("restore", job, *_flat({str(i): int(state) for i, state in states.items()})))
+
+    def check(self, job: str, *, repair: bool) -> Check:
+        """Counts, claims and messages of a job against the states of its images, in one step."""
+        counted, kept, left = self._move("check", job, int(repair))
+        wrong = {
+            name: (int(was or 0), int(is_now))
+            for name, was, is_now in zip(_COUNTED, kept, counted, strict=True)
+            if int(was or 0) != int(is_now)
+        }
+        return Check(wrong, list(left))
+
+    def in_window(self, images: Sequence[str]) -> set[str]:
+        """Those of `images` that are on a queue, in a worker's hands or to be tried again."""
+        found = self._call("hmget", "cf:entry", images) if images else []
+        return {image for image, entry in zip(images, found, strict=True) if entry is not None}
 
     def tune(self, job: str, *, weight: int | None = None, rate: float | None = None, lane: Lane | None = None) -> bool:
         """What is fed from now on; None leaves it, a rate of 0 lifts the limit. False when the job is closed."""
@@ -399,6 +441,10 @@ class Ledger:
         epoch = self._move("lead", me, int(ttl_s * 1000))
         return int(epoch) if epoch else None
 
+    def check_room(self, epoch: int) -> None:
+        """Raises `ServiceUnavailable` `redis_full` where a new picture would be refused."""
+        self._move("room", epoch)
+
     def resign(self, me: str) -> None:
         self._move("resign", me)
 
@@ -414,10 +460,11 @@ class Ledger:
         bits = [bool(byte >> (7 - bit) & 1) for byte in raw.ljust(end - start, b"\0") for bit in range(8)]
         return bits[first - 8 * start :][:count]
 
-    def feed(self, epoch: int, job: str, cursor: int, rows: Sequence[tuple[str, str]], *, lease_s: float) -> bool:
-        """Puts the next images on their queues. Rows: queue, message; or an empty queue, and the failure of an image
-        that nobody is to try. False: the cursor was elsewhere, or paused."""
-        return bool(self._move("feed", epoch, job, cursor, lease_s, *[text for row in rows for text in row]))
+    def feed(self, epoch: int, job: str, cursor: int, rows: Sequence[tuple[str, str]], *, lease_s: float) -> int | None:
+        """Puts the next images on their queues but for final ones; how many. Rows: queue, message; or an empty queue,
+        and the failure of an image that nobody is to try. None: the cursor was elsewhere, or paused."""
+        fed = self._move("feed", epoch, job, cursor, lease_s, *[text for row in rows for text in row])
+        return None if fed is None else int(fed)
 
     def record_part(self, epoch: int, job: str, part: ManifestPart) -> bool:
         """The first rows of a live job are in S3, as this part. False when another number was expected."""
@@ -553,7 +600,11 @@ def _read_scripts() -> dict[str, str]:
     """By move, as the head of `ledger.lua` says."""
     text = importlib.resources.files("jobs").joinpath("ledger.lua").read_text()
     head, *moves = re.split(r"(?m)^(?=function (?:move|fenced)\.)", text)
-    return {text[text.index(".") + 1 : text.index("(")]: f"{head}{text}\nreturn run()" for text in moves}
+    named = {text[text.index(".") + 1 : text.index("(")]: text for text in moves}
+    return {
+        move: f"{_ALLOW_OOM if move in _NEVER_REFUSED else ''}{head}{text}\nreturn run()"
+        for move, text in named.items()
+    }
 
 
 def _flat(pairs: Mapping[str, str | int | float]) -> list[str | int | float]:

@@ -3,8 +3,8 @@
 Objects of a job under its destination TO:
   TO/cutouts/REL.png, TO/masks/REL.png   outputs; REL is the key after the last `/` of the source prefix
   TO/NAME/REL.jpg                        rendition NAME, unless its recipe says another path
-  TO/_cutfleet/JOB/job.json              source, destination, recipe
-  TO/_cutfleet/JOB/manifest/NNNNNN.jsonl.gz   index, key, etag, size; sorted by key
+  TO/_cutfleet/JOB/job.json              source, destination, recipe; a live job's rows
+  TO/_cutfleet/JOB/manifest/NNNNNN.jsonl.gz   index, key, etag, size; end.json once it is complete
   TO/_cutfleet/JOB/report/...            written when the job closes
   TO/_cutfleet/JOB/review/DIGEST.json    what `cutfleet review` shows of one image; see jobs/preview.py
 """

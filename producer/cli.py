@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from jobs.errors import CutfleetError, ServiceUnavailable, TransientError
-from producer.commands import fleet, services, status, steering, submitting
+from producer.commands import auditing, fleet, services, status, steering, submitting
 from producer.commands.session import UNREACHABLE, USAGE
 
 
@@ -36,6 +36,6 @@ def main() -> None:
     """Point it at a bucket; get a cutout and a mask back for every picture, with the truth about each one."""
 
 
-for _group in (submitting, status, steering, services, fleet):
+for _group in (submitting, status, steering, auditing, services, fleet):
     for _command in _group.COMMANDS:
         main.add_command(_command)

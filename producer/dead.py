@@ -9,7 +9,7 @@ import gzip
 import itertools
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from jobs.job import Failure, ImageState, Job
@@ -40,10 +40,14 @@ def spill(epoch: int, job: Job, *, ledger: Ledger, store: Store) -> bool:
     if ledger.failures_held(job.id) <= MAX_HELD:
         return False
     rows = dict(itertools.islice(ledger.failures(job.id), SPILL_ROWS))
+    write_spill(job, job.spills, rows, store)
+    return ledger.drop_spilled(epoch, job.id, job.spills, rows)
+
+
+def write_spill(job: Job, number: int, rows: Mapping[int, Failure], store: Store) -> None:
     lines = "".join(f"{json_row(index, failure)}\n" for index, failure in rows.items())
     body = gzip.compress(lines.encode(), compresslevel=5, mtime=0)
-    store.put(_location(job, job.spills), body, content_type="application/gzip")
-    return ledger.drop_spilled(epoch, job.id, job.spills, rows)
+    store.put(_location(job, number), body, content_type="application/gzip")
 
 
 @contextmanager

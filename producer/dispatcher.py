@@ -12,11 +12,11 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jobs.alive import AliveFile
 from jobs.broker import lane_queue
-from jobs.errors import CutfleetError
+from jobs.errors import CutfleetError, ServiceUnavailable
 from jobs.job import Job
 from jobs.ledger import Fenced, Ledger
 from jobs.settings import Settings
@@ -72,7 +72,7 @@ class Dispatcher:
             except Fenced:
                 self._stand_by()
             except CutfleetError as exc:
-                if exc.code.startswith("redis_"):
+                if exc.code.startswith("redis_") and exc.code != "redis_full":
                     self._quiet_until = time.monotonic() + self._lease_s  # leases could not be renewed meanwhile
                 if exc.code != failing:
                     log.error(str(exc), extra={"action": "dispatch", "code": exc.code})
@@ -88,16 +88,33 @@ class Dispatcher:
             return False
         if not self._active:
             self._become_active(epoch)
-        self._ledger.retry_due(epoch, lease_s=self._lease_s)
-        if time.monotonic() >= self._quiet_until:
-            self._reconcile(epoch)
+        full = self._why_full(epoch)
         jobs = self._ledger.open_jobs()
-        busy = self._feeder.feed(epoch, jobs)
+        busy = False if full else self._publish(epoch, jobs)
         for job in jobs:
             busy = self._attend(epoch, job) or busy
         self._close_all(epoch, jobs)
         self.metrics.survey(self._ledger, jobs)
+        if full:
+            raise full
         return busy
+
+    def _why_full(self, epoch: int) -> CutfleetError | None:
+        """Redis refuses what makes it grow: nothing is published then, all that ends goes on."""
+        try:
+            self._ledger.check_room(epoch)
+        except ServiceUnavailable as exc:
+            if exc.code != "redis_full":
+                raise
+            return exc
+        return None
+
+    def _publish(self, epoch: int, jobs: Sequence[Job]) -> bool:
+        """Whatever goes on a queue. True when images were fed."""
+        self._ledger.retry_due(epoch, lease_s=self._lease_s)
+        if time.monotonic() >= self._quiet_until:
+            self._reconcile(epoch)
+        return self._feeder.feed(epoch, jobs)
 
     def close(self) -> None:
         """Gives the lock back, so that another need not wait for it."""

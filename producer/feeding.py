@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 MIN_WINDOW = 64
 """Images of one queue in flight when no worker has said how many slots it has."""
 WINDOW_PER_SLOT = 4
+MAX_PASSED = 10_000
+"""Images of a job that was rebuilt that are passed over in a turn, since they are final."""
 BURST_S = 2.0
 """What a limited job was not fed is made up for this long, not longer."""
 
@@ -168,16 +170,18 @@ class Feeder:
             return 0
 
     def _feed(self, epoch: int, job: Job, count: int) -> int:
-        again = self._feed_again(epoch, job, min(count, MAX_ROWS)) if job.again else 0
-        start = self._pass_over(epoch, job)
-        cursor, end = start, min(_end(job), start + count - again)
-        while cursor < end:
-            tasks = self._tasks(job, cursor, min(end - cursor, FEED_ROWS))
+        fed = self._feed_again(epoch, job, min(count, MAX_ROWS)) if job.again else 0
+        cursor = start = self._pass_over(epoch, job)
+        end = min(_end(job), start + max(count, MAX_PASSED))
+        while cursor < end and fed < count:
+            tasks = self._tasks(job, cursor, min(end - cursor, count - fed, FEED_ROWS))
             rows = [_row(task, job) for task in tasks]
-            if not self._ledger.feed(epoch, job.id, cursor, rows, lease_s=self._lease_s):
+            entered = self._ledger.feed(epoch, job.id, cursor, rows, lease_s=self._lease_s)
+            if entered is None:
                 break
             cursor += len(rows)
-        return again + cursor - start
+            fed += entered
+        return fed
 
     def _pass_over(self, epoch: int, job: Job) -> int:
         """Where the cursor stands after it has moved over what was skipped when it was listed."""

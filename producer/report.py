@@ -9,16 +9,18 @@ the one fingerprint that stands in summary.json, where it was one.
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import gzip
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jobs.broker import task_of
+from jobs.errors import OutputError
 from jobs.job import Failure, ImageState, Job, Tally
 from jobs.ledger import Ledger
 from jobs.message import ImageTask
@@ -29,7 +31,7 @@ from jobs.store import Location, Store, image_names, record_location, source_dig
 from producer.costs import bill
 from producer.dead import failures_of, failures_on_disk, json_row
 from producer.known import made_line
-from producer.manifest import PART_ROWS, read_part
+from producer.manifest import MAX_PART_BYTES, PART_ROWS, read_part
 
 _SUCCEEDED = {ImageState.DONE: "done", ImageState.REVIEW: "done, to be reviewed", ImageState.SKIPPED: "skipped"}
 
@@ -92,6 +94,25 @@ def _summary(job: Job, settings: Settings, tally: Tally) -> dict[str, Any]:
     }
     more = {"rates": rates, "cost": cost.summary(), "tally": dataclasses.asdict(tally)}
     return job.summary() | {"state": "closed", "closed": closed} | more
+
+
+def read_report(job: Job, tasks: Sequence[ImageTask], *, store: Store) -> tuple[list[ImageState], dict[int, Failure]]:
+    """What the report says of the images of one part: their states, open where it is not clear which of several images
+    of one key is meant; and failures by index."""
+    number = tasks[0].index // PART_ROWS
+    words = {word: state for state, word in _SUCCEEDED.items()}
+    known: dict[str, set[ImageState]] = collections.defaultdict(set)
+    for row in _read_csv(store, job, f"report/succeeded-{number:06d}.csv"):
+        known[row[1]].add(words.get(row[6], ImageState.DONE))
+    for row in _read_csv(store, job, f"report/failed-{number:06d}.csv"):
+        known[row[1]].add(ImageState.CANCELLED if row[4] == "cancelled" else ImageState.FAILED)
+    failures = {}
+    for line in _read(store, job, f"report/dead-{number:06d}.jsonl").splitlines():
+        row = json.loads(line)
+        index = int(row.pop("index"))
+        failures[index] = Failure(**row)
+    states = [next(iter(found)) if len(found := known[task.key]) == 1 else ImageState.OPEN for task in tasks]
+    return [ImageState.FAILED if t.index in failures else s for t, s in zip(tasks, states, strict=True)], failures
 
 
 def picture_status(source: Location, *, ledger: Ledger, store: Store) -> PictureStatus:
@@ -168,6 +189,20 @@ def _put_made(
     ]
     body = gzip.compress("\n".join(lines).encode(), compresslevel=5, mtime=0)
     store.put(_location(job, f"report/made-{number:06d}.jsonl.gz"), body, content_type="application/gzip")
+
+
+def _read_csv(store: Store, job: Job, name: str) -> Iterator[list[str]]:
+    return csv.reader(io.StringIO(_read(store, job, name), newline=""))
+
+
+def _read(store: Store, job: Job, name: str) -> str:
+    """Empty when there is none."""
+    try:
+        return store.get(_location(job, name), role="output", max_bytes=MAX_PART_BYTES)[0].decode()
+    except OutputError as exc:
+        if exc.code != "output_missing":
+            raise
+        return ""
 
 
 def _put_dead(store: Store, job: Job, number: int, failures: Mapping[int, Failure]) -> None:

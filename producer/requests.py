@@ -27,7 +27,7 @@ from jobs.store import Location, Store, image_names, rendition_names
 from producer.access import Caller
 from producer.manifest import PART_ROWS, read_part, read_unrecorded
 from producer.sources import list_prefix, named_keys
-from producer.submit import Request, check_request, live_row, watch_job
+from producer.submit import Request, check_request, draft, live_row
 
 LINK_S = 3600
 LOOKS_AT_ONCE = 8
@@ -98,10 +98,10 @@ def submit(request: Request, job_id: str, *, store: Store, ledger: Ledger, lease
     if not head:
         raise SettingsError(f"There are no pictures under {request.source}.", code="source_empty")
     if len(head) > MAX_LIVE:
-        backfill = watch_job(dataclasses.replace(request, lane="backfill"), job_id=job_id, watch="", store=store)
+        backfill = draft(dataclasses.replace(request, lane="backfill"), job_id=job_id, store=store)
         ledger.create_job(dataclasses.replace(backfill, to_be_listed=True))
     else:
-        job = watch_job(request, job_id=job_id, watch="", store=store)
+        job = draft(request, job_id=job_id, rows=head, store=store)
         ledger.submit_live(job, [live_row(index, row, job) for index, row in enumerate(head)], lease_s=lease_s)
     return ledger.job(job_id)
 

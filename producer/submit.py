@@ -9,30 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from jobs.broker import lane_queue, render
-from jobs.errors import JobError, SettingsError
+from jobs.errors import JobError, ServiceUnavailable, SettingsError
 from jobs.job import Job
 from jobs.ledger import MAX_LIVE, Ledger
 from jobs.message import ImageTask, Lane
 from jobs.presets import PRESETS, RENDER
 from jobs.recipe import Recipe
-from jobs.store import Location, S3Object, Store, destination_prefix, record_location
+from jobs.store import Location, S3Object, Store, destination_prefix
 from producer.known import Known, look_up
 from producer.manifest import PART_ROWS, in_parts, keys_listed, last_listed, manifest_line, write_part
+from producer.record import write_end, write_record
 from producer.sources import EVERYTHING, Only, Report, list_prefix, named_keys, read_manifest, refuse_line
 
+T = TypeVar("T")
 NAMED_BY_HASH = re.compile(r"[A-Za-z0-9_.-]+@[0-9a-f]{12}")
 """What a worker calls a model that is no preset: `cutfleet workers` shows it."""
 
+Waiting = Callable[[str], None] | None
+"""Told once that Redis is full, and waits until there is room; None: it is an error."""
+ROOM_S = 1.0
+"""How often a full Redis is tried again."""
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
@@ -59,7 +67,15 @@ class Request:
     review_of: str = ""
 
 
-def submit(request: Request, *, store: Store, ledger: Ledger, lease_s: float, listed: Callable[[int], None]) -> Job:
+def submit(
+    request: Request,
+    *,
+    store: Store,
+    ledger: Ledger,
+    lease_s: float,
+    listed: Callable[[int], None],
+    waiting: Waiting = None,
+) -> Job:
     """Returns the job as the ledger has it after listing. `listed` is told how many images were found so far.
 
     Raises `SettingsError` for a source that is empty, a destination under its source, a model that is unknown; whatever
@@ -71,19 +87,46 @@ def submit(request: Request, *, store: Store, ledger: Ledger, lease_s: float, li
     if not head:
         raise SettingsError(f"There are no pictures under {request.source}.", code="source_empty")
     job = _new_job(request, conditional=True)
-    job = dataclasses.replace(job, conditional=_write_record(job, store))
-    at_once = request.lane == "live" and request.rate is None and request.sample is None
-    if at_once and len(head) <= MAX_LIVE:
-        _submit_live(job, head, ledger, lease_s)
+    at_once = request.lane == "live" and request.rate is None and request.sample is None and len(head) <= MAX_LIVE
+    job = dataclasses.replace(job, conditional=write_record(job, store, rows=head if at_once else ()))
+    if at_once:
+        lines = [live_row(index, row, job) for index, row in enumerate(head)]
+        when_there_is_room(lambda: ledger.submit_live(job, lines, lease_s=lease_s), job, waiting, begun=False)
         listed(len(head))
     else:
-        ledger.create_job(job)
+        when_there_is_room(lambda: ledger.create_job(job), job, waiting, begun=False)
         with look_up(job, store, ledger, at_least=len(head), whole=len(head) <= MAX_LIVE) as known:
-            _list(job, itertools.chain(head, rows), store, ledger, known, first_part=0, listed=listed)
+            _list(job, itertools.chain(head, rows), store, ledger, known, first_part=0, listed=listed, waiting=waiting)
     return ledger.job(job.id)
 
 
-def resume(job_id: str, request: Request, *, store: Store, ledger: Ledger, listed: Callable[[int], None]) -> Job:
+def when_there_is_room(put: Callable[[], T], job: Job, waiting: Waiting, *, begun: bool) -> T:
+    """Tries until Redis is not full, if somebody is `waiting`. Where it was, `put` changed nothing. `begun`: the ledger
+    knows the job."""
+    told = False
+    while True:
+        try:
+            return put()
+        except ServiceUnavailable as exc:
+            if exc.code != "redis_full" or waiting is None:
+                raise
+            if not told:
+                resume = f"it is taken up again by: cutfleet submit {job.source} --resume {job.id}"
+                later = resume if begun else "nothing is submitted: submit it again."
+                waiting(f"{exc} Job {job.id} waits for room. Interrupted, {later}")
+            told = True
+            time.sleep(ROOM_S)
+
+
+def resume(
+    job_id: str,
+    request: Request,
+    *,
+    store: Store,
+    ledger: Ledger,
+    listed: Callable[[int], None],
+    waiting: Waiting = None,
+) -> Job:
     """Lists on from where a killed `submit` stopped. Of `request` counts which pictures it asks for: raises `JobError`
     `other_source` when they are others than the job's. Safe to repeat; nothing happens to a job that is listed."""
     job = ledger.job(job_id)
@@ -100,7 +143,7 @@ def resume(job_id: str, request: Request, *, store: Store, ledger: Ledger, liste
             is_listed = stack.enter_context(keys_listed(store, job))
             rows = (row for row in rows_of(request, store) if not is_listed(row.key))
         known = stack.enter_context(look_up(job, store, ledger, at_least=1, whole=False))
-        _list(job, rows, store, ledger, known, first_part=job.parts, listed=listed)
+        _list(job, rows, store, ledger, known, first_part=job.parts, listed=listed, waiting=waiting)
     return ledger.job(job_id)
 
 
@@ -147,10 +190,10 @@ def rows_of(request: Request, store: Store, *, after: str = "") -> Iterator[S3Ob
     return list_prefix(store, source, only=request.only)
 
 
-def watch_job(request: Request, *, job_id: str, watch: str, store: Store) -> Job:
-    """A job as the first images of a watch will make it. Its record is in S3; the ledger does not know it yet."""
+def draft(request: Request, *, job_id: str, watch: str = "", rows: Sequence[S3Object] = (), store: Store) -> Job:
+    """A live job whose record, with `rows` if they are known, is in S3; the ledger does not know it yet."""
     job = dataclasses.replace(_new_job(request, conditional=True), id=job_id, watch=watch)
-    return dataclasses.replace(job, conditional=_write_record(job, store))
+    return dataclasses.replace(job, conditional=write_record(job, store, rows=rows))
 
 
 def live_row(index: int, row: S3Object, job: Job) -> tuple[str, str, str]:
@@ -207,18 +250,6 @@ def _new_job(request: Request, *, conditional: bool) -> Job:
     )
 
 
-def _write_record(job: Job, store: Store) -> bool:
-    """Writes job.json, which shows that the destination can be written; returns whether the store honours
-    conditions."""
-    record = {"v": 1, "job": job.id, "created": job.created} | job.to_fields() | {"recipe": json.loads(job.recipe)}
-    body = json.dumps(record, indent=1, ensure_ascii=False).encode()
-    return store.honours_conditions(record_location(job.destination, job.id, "job.json"), body)
-
-
-def _submit_live(job: Job, rows: list[S3Object], ledger: Ledger, lease_s: float) -> None:
-    ledger.submit_live(job, [live_row(index, row, job) for index, row in enumerate(rows)], lease_s=lease_s)
-
-
 def _list(
     job: Job,
     rows: Iterable[S3Object],
@@ -228,6 +259,7 @@ def _list(
     *,
     first_part: int,
     listed: Callable[[int], None],
+    waiting: Waiting,
 ) -> None:
     found = first_part * PART_ROWS
     rows = (dataclasses.replace(row, hint=known.hint(row) if known else "") for row in rows)
@@ -235,10 +267,13 @@ def _list(
         write_part(store, job, part, batch)
         skipped = [row.hint == "known" for row in batch]
         made = known.fingerprint if known else ""
-        if not ledger.add_part(job.id, part, first=part.number * PART_ROWS, known=skipped, made=made):
+        first = part.number * PART_ROWS
+        add = functools.partial(ledger.add_part, job.id, part, first=first, known=skipped, made=made)
+        if not when_there_is_room(add, job, waiting, begun=True):
             if ledger.job(job.id).cancelled:
                 raise JobError(f"Job {job.id} was cancelled while it was being listed.", code="job_cancelled")
             raise JobError(f"Somebody else is listing job {job.id}: leave it to them.", code="job_busy")
         found += part.count
         listed(found)
+    write_end(job, ledger.job(job.id).total, store)
     ledger.finish_listing(job.id)

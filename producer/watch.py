@@ -27,7 +27,8 @@ from jobs.ledger import Ledger
 from jobs.mailbox import Letter, Mailbox
 from jobs.store import Location, S3Object, Store
 from producer.events import Arrival, BadEvent, arrivals_of, newest
-from producer.submit import Request, check_request, live_row, watch_job
+from producer.manifest import part_numbers
+from producer.submit import Request, check_request, draft, live_row
 
 log = logging.getLogger(__name__)
 
@@ -138,21 +139,24 @@ class Watcher:
                 return len(fresh)
 
     def _todays_job(self) -> Job:
-        """As the ledger has it, or about to be made. A day has a second one when its first was cancelled."""
+        """As the ledger has it, or about to be made. A day has a second one when its first was cancelled, or lost with
+        Redis after parts of its manifest were written."""
         day = time.strftime("%Y%m%d", time.gmtime())
         number = 1
         while True:
             job_id = f"{day}-watch-{self.id}" + (f"-{number}" if number > 1 else "")
             job = self._ledger.find_job(job_id)
             if job is None:
-                return self._draft(job_id)
-            if not (job.listed or job.cancelled):
+                new = self._draft(job_id)
+                if not part_numbers(new, self._store):
+                    return new
+            elif not (job.listed or job.cancelled):
                 return job
             number += 1
 
     def _draft(self, job_id: str) -> Job:
         if job_id not in self._drafts:
-            self._drafts = {job_id: watch_job(self._request, job_id=job_id, watch=self.id, store=self._store)}
+            self._drafts = {job_id: draft(self._request, job_id=job_id, watch=self.id, store=self._store)}
         return self._drafts[job_id]
 
     def _is_watched(self, arrival: Arrival) -> bool:

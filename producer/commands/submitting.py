@@ -66,9 +66,11 @@ def submit(
             _confirm(request, settings, store, ledger, over=confirm_over)
         with progress("listing") as found:
             if resume is not None:
-                job = submission.resume(resume, request, store=store, ledger=ledger, listed=found)
+                job = submission.resume(resume, request, store=store, ledger=ledger, listed=found, waiting=_tell)
             else:
-                job = submission.submit(request, store=store, ledger=ledger, lease_s=settings.lease_s, listed=found)
+                job = submission.submit(
+                    request, store=store, ledger=ledger, lease_s=settings.lease_s, listed=found, waiting=_tell
+                )
         _tell_submitted(job, ledger)
         click.echo(job.id)
         if wait:
@@ -197,6 +199,10 @@ def show(name: str) -> None:
     from jobs.recipe import recipe_text
 
     click.echo(recipe_text(name), nl=False)
+
+
+def _tell(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _tell_submitted(job: Job, ledger: Ledger) -> None:

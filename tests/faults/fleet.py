@@ -198,6 +198,12 @@ class Workers(Forks):
         """How often a cutout was written, by its s3:// name."""
         return Counter(re.findall(rf"^published ({re.escape(places.to)}.*)$", self.text(), re.M))
 
+    def are_idle(self) -> bool:
+        """Each says so in the ledger."""
+        with self._stack.ledger() as ledger:
+            said = [facts.get("in_flight") for facts in ledger.workers().values()]
+        return len(said) == len(self.alive()) and set(said) == {"0"}
+
     def begun(self, job: str) -> Counter[str]:
         """How often an image of the job was claimed."""
         return Counter(re.findall(rf"^claimed ({re.escape(job)}:\d+)$", self.text(), re.M))

@@ -1,0 +1,86 @@
+"""What a job leaves in S3 of itself, under TO/_cutfleet/JOB/, and what can be known of it from there alone.
+
+job.json            source, destination, recipe, pace; `rows` of a live job that was submitted at once, as in a part
+manifest/           numbered parts (`producer/manifest.py`); end.json once there is no more to come: total
+report/             summary.json and the rest, written before the job closes (`producer/report.py`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.errors import JobError, OutputError
+from jobs.job import Job, job_from_fields
+from jobs.recipe import Recipe
+from jobs.store import RECORDS, Location, S3Object, Store, destination_prefix, record_location
+from producer.manifest import manifest_line
+
+MAX_RECORD_BYTES = 16_000_000
+"""Far above a live job's thousand rows with keys of 1,024 bytes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """`job` as it was submitted. `body`: job.json as it stands. `rows`: of a live job, where it has no manifest yet.
+    `total`: how many images, once no more can come. `closed`: its report is complete."""
+
+    job: Job
+    body: bytes
+    rows: tuple[S3Object, ...]
+    total: int | None
+    closed: bool
+
+
+def write_record(job: Job, store: Store, *, rows: Sequence[S3Object] = ()) -> bool:
+    """Writes job.json, which shows that the destination can be written; returns whether the store honours
+    conditions. `rows`: of a live job, so that they stand in S3 before anybody is told that it was submitted."""
+    record: dict[str, Any] = {"v": 1, "job": job.id, "created": job.created} | job.to_fields()
+    record |= {"recipe": json.loads(job.recipe)}
+    if rows:
+        record["rows"] = [json.loads(manifest_line(index, row)) for index, row in enumerate(rows)]
+    body = json.dumps(record, indent=None if rows else 1, ensure_ascii=False).encode()
+    return store.honours_conditions(record_location(job.destination, job.id, "job.json"), body)
+
+
+def write_end(job: Job, total: int, store: Store) -> None:
+    """The manifest is complete."""
+    body = json.dumps({"total": total}).encode()
+    store.put(record_location(job.destination, job.id, "manifest/end.json"), body, content_type="application/json")
+
+
+def read_record(place: Location, store: Store) -> Record:
+    """`place`: s3://BUCKET/TO/_cutfleet/JOB/. Raises `JobError` when there is none."""
+    to, job_id = split_place(place)
+    body = _read(store, Location(place.bucket, f"{to}{RECORDS}/{job_id}/job.json"))
+    if body is None:
+        raise JobError(f"There is no job.json under {place}: name the folder of one job.", code="record_missing")
+    fields = json.loads(body)
+    rows = tuple(S3Object(r["key"], r["etag"], r["size"], hint=r.get("hint", "")) for r in fields.pop("rows", ()))
+    recipe = Recipe.from_json(json.dumps(fields["recipe"])).to_json()
+    job = job_from_fields(job_id, fields | {"recipe": recipe, "created": str(fields["created"])})
+    report = _read(store, record_location(job.destination, job_id, "report/summary.json"))
+    end = _read(store, record_location(job.destination, job_id, "manifest/end.json"))
+    total: int | None = len(rows) or None
+    for known in (end, report):
+        total = json.loads(known)["total"] if known else total
+    return Record(job=job, body=body, rows=rows, total=total, closed=report is not None)
+
+
+def split_place(place: Location) -> tuple[str, str]:
+    """Prefix of the destination, and the job's id. Raises `JobError`."""
+    to, _, job_id = place.key.rstrip("/").rpartition(f"{RECORDS}/")
+    if not job_id or "/" in job_id or destination_prefix(f"s3://{place.bucket}/{to}").key != to:
+        raise JobError(f"{place} is no job's folder: write s3://BUCKET/TO/{RECORDS}/JOB/.", code="record_missing")
+    return to, job_id
+
+
+def _read(store: Store, location: Location) -> bytes | None:
+    try:
+        return store.get(location, role="output", max_bytes=MAX_RECORD_BYTES)[0]
+    except OutputError as exc:
+        if exc.code != "output_missing":
+            raise
+        return None

@@ -1,0 +1,278 @@
+"""`cutfleet audit`: whatever was lost or changed behind our back is named, and put right from what S3 holds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import redis
+from click.testing import CliRunner, Result
+from factories import Places, picture, put_pictures, wait_until
+from faults.fleet import PICTURES, Fleet, Reference, Submit
+from faults.terms import MODEL
+from faults.truth import prove
+
+from jobs.store import Location
+from producer.cli import main
+
+pytestmark = pytest.mark.timeout(300)
+SETTINGS = {"test_device_ms": "60"}
+
+
+def folder(places: Places, job: str) -> str:
+    return f"{places.to}_cutfleet/{job}/"
+
+
+def call(fleet: Fleet, *args: str) -> Result:
+    """The command in this process: a fresh one takes seconds to import."""
+    env = fleet.stack.environment
+    ran = CliRunner().invoke(main, args, env=env)
+    if ran.exception is not None and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    return ran
+
+
+@pytest.fixture
+def submit(fleet: Fleet, places: Places) -> Submit:
+    def submit(*more: str) -> str:
+        ran = call(fleet, "submit", places.source, "--to", places.to, "--model", MODEL, *more)
+        assert ran.exit_code == 0, ran.stderr
+        return ran.stdout.strip()
+
+    return submit
+
+
+def audit(fleet: Fleet, what: str, *more: str, code: int) -> dict[str, list[str]]:
+    """The keys, or words, of what disagrees, by code."""
+    ran = call(fleet, "audit", what, "--json", *more)
+    named: dict[str, list[str]] = {}
+    for row in map(json.loads, ran.stdout.splitlines()):
+        named.setdefault(row["code"], []).append(row["key"] or row["what"])
+    assert ran.exit_code == code, (named, ran.stderr)
+    return named
+
+
+def assert_healthy(fleet: Fleet, what: str, *more: str) -> None:
+    ran = call(fleet, "audit", what, *more)
+    assert (ran.exit_code, ran.stdout) == (0, ""), (ran.stdout, ran.stderr)
+
+
+def client_of(fleet: Fleet) -> redis.Redis:
+    return redis.Redis(port=fleet.stack.redis_port, decode_responses=True)
+
+
+def flush(fleet: Fleet) -> None:
+    with client_of(fleet) as client:
+        client.flushall()
+
+
+def delete(fleet: Fleet, place: Location) -> None:
+    fleet.store._s3.delete_object(Bucket=place.bucket, Key=place.key)
+
+
+def finish(fleet: Fleet, job: str, places: Places, names: list[str], reference: Reference) -> dict[str, int]:
+    return prove(fleet, job, places, names=names, reference=reference).counts
+
+
+@pytest.mark.parametrize("lane", ["backfill", "live"])
+def test_a_job_that_redis_lost_is_rebuilt_from_s3_and_ends_exact(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, lane: str
+) -> None:
+    names = put_pictures(fleet.store, places, PICTURES)
+    fleet.workers.start(**SETTINGS)
+    with fleet.dispatcher():
+        job = submit("--lane", lane)
+        wait_until(lambda: fleet.ledger.job(job).done > 6)
+        flush(fleet)
+        wait_until(fleet.workers.are_idle)
+        made = fleet.workers.published(places)
+
+        assert "job_lost" in audit(fleet, folder(places, job), code=1)
+        assert "job_lost" in audit(fleet, folder(places, job), "--repair", code=0)
+        assert finish(fleet, job, places, names, reference)["done"] == PICTURES
+
+        assert {place: count for place, count in fleet.workers.published(places).items() if count > 1} == {}
+        assert 6 < len(made) < PICTURES
+        assert_healthy(fleet, job, "--repair")
+    fleet.workers.dismiss()
+
+
+def test_a_job_whose_end_redis_forgot_ends_exact(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    """The append-only file loses its tail, as a crash of the machine cuts it."""
+    names = put_pictures(fleet.store, places, PICTURES)
+    file = next((fleet.stack.folder / "valkey" / "appendonlydir").glob("*.incr.aof"))
+    before = file.stat().st_size
+    fleet.workers.start(**SETTINGS)
+    with fleet.dispatcher():
+        job = submit()
+        wait_until(lambda: fleet.ledger.job(job).done > 6)
+        restart_without_the_last(fleet, file, lambda size: before + (size - before) // 3)
+
+        audit(fleet, folder(places, job), "--repair", code=0)
+
+        assert finish(fleet, job, places, names, reference)["done"] == PICTURES
+        assert_healthy(fleet, job)
+    fleet.workers.dismiss()
+
+
+def restart_without_the_last(fleet: Fleet, file: Path, size: object) -> None:
+    valkey = fleet.stack.valkey
+    assert valkey is not None
+    valkey.kill()
+    os.truncate(file, size(file.stat().st_size))  # type: ignore[operator]
+    fleet.stack.start_valkey()
+
+
+def test_nothing_is_said_of_jobs_that_are_well(fleet: Fleet, places: Places, submit: Submit) -> None:
+    put_pictures(fleet.store, places, PICTURES)
+    worker = fleet.workers.start(**SETTINGS)
+    with fleet.dispatcher():
+        job = submit()
+        live = submit("--lane", "live")
+        wait_until(lambda: fleet.ledger.job(job).final > 0)
+
+        for running in (job, live):
+            assert_healthy(fleet, running, "--repair", "--deep")
+        wait_until(lambda: None not in [fleet.ledger.job(name).closed for name in (job, live)])
+        for closed in (job, live):
+            assert_healthy(fleet, closed, "--repair", "--deep")
+        flush(fleet)
+
+        assert_healthy(fleet, folder(places, job), "--repair")  # closed and forgotten, as after some days
+        assert fleet.ledger.find_job(job) is None
+    assert fleet.workers.alive() == [worker]
+    fleet.workers.dismiss()
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["known", "forgotten"])
+def test_what_was_deleted_or_changed_is_made_again_and_what_failed_stays_so(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, forgotten: bool
+) -> None:
+    names = put_pictures(fleet.store, places, 8)
+    fleet.store.put(places.key(names[7]), b"no picture", content_type="image/jpeg")
+    fleet.workers.start()
+    with fleet.dispatcher():
+        job = submit()
+        assert finish(fleet, job, places, names, reference)["failed"] == 1
+        delete(fleet, places.cutout(names[0]))
+        delete(fleet, places.mask(names[1]))
+        fleet.store.put(places.mask(names[2]), picture(seed=9, form="PNG"), content_type="image/png")
+        fleet.store.put(places.mask(names[3]), b"", content_type="image/png")
+        fleet.store.put(places.cutout(names[4]), b"something else", content_type="image/png")
+        if forgotten:
+            flush(fleet)
+
+        wrong = {"output_missing": names[:2], "output_wrong": names[2:5]}
+        what = folder(places, job)
+        found = audit(fleet, what, "--deep", code=1)
+        assert {code: sorted(keys) for code, keys in found.items()} == wrong
+        found = audit(fleet, what, "--deep", "--repair", code=0)
+        assert {code: sorted(keys) for code, keys in found.items()} == wrong
+
+        counts = finish(fleet, job, places, names, reference)
+        assert (counts["done"], counts["failed"]) == (7, 1)
+        assert names[7] in call(fleet, "dead", job).stdout
+        assert_healthy(fleet, what, "--deep", "--repair")
+        assert call(fleet, "retry", job).exit_code == 0
+        assert finish(fleet, job, places, names, reference)["failed"] == 1
+    fleet.workers.dismiss()
+
+
+def test_a_mask_that_is_younger_than_its_cutout_is_looked_at_without_being_asked(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 3)
+    fleet.workers.start()
+    with fleet.dispatcher():
+        job = submit()
+        finish(fleet, job, places, names, reference)
+        attempts = itertools.count()
+
+        def replaced() -> bool:
+            other = picture(seed=next(attempts), form="PNG")
+            fleet.store.put(places.mask(names[1]), other, content_type="image/png")
+            return call(fleet, "audit", job).exit_code == 1
+
+        wait_until(replaced, what="a second has passed")
+        assert audit(fleet, job, code=1) == {"output_wrong": [names[1]]}
+    fleet.workers.dismiss()
+
+
+def test_an_object_that_no_job_explains_is_named_and_left_alone(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 4)
+    fleet.workers.start()
+    with fleet.dispatcher():
+        job = submit()
+        finish(fleet, job, places, names, reference)
+        stranger = places.cutout("nobody's.jpg")
+        fleet.store.put(stranger, b"mine", content_type="image/png")
+        below = f"{places.to}below/"
+        other = call(fleet, "submit", f"{places.source}p0000", "--to", below, "--model", MODEL, "--wait")
+        assert other.exit_code == 0, other.stderr
+
+        for _ in range(2):
+            assert audit(fleet, job, "--repair", code=1) == {"extra_object": [str(stranger)]}
+
+        assert fleet.store.head(stranger, role="output") is not None
+        shown = call(fleet, "audit", job)
+        assert f"{stranger}: no job made it" in shown.stdout
+    fleet.workers.dismiss()
+
+
+def test_counts_and_claims_that_do_not_follow_from_the_states_are_put_right(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 4)
+    fleet.workers.start()
+    with fleet.dispatcher(), client_of(fleet) as client:
+        job = submit()
+        finish(fleet, job, places, names, reference)
+        client.hincrby(f"cf:job:{job}", "done", -1)
+        client.hset("cf:claim", str(places.cutout(names[0])), f"{job}:0")
+        client.hset("cf:entry", f"{job}:1", "q\nmessage")
+
+        assert len(audit(fleet, job, code=1)["books_wrong"]) == 3
+        audit(fleet, job, "--repair", code=0)
+
+        assert_healthy(fleet, job)
+        assert finish(fleet, job, places, names, reference)["done"] == 4
+    fleet.workers.dismiss()
+
+
+def test_a_job_lost_while_it_was_listed_says_how_to_go_on(fleet: Fleet, places: Places, reference: Reference) -> None:
+    names = put_pictures(fleet.store, places, 4)
+    flag = str(fleet.stack.folder / f"flag-{Location.parse(places.to).bucket}")
+    assert fleet.fork_submit(places, test_failpoints=f"after_add_part={flag}") == -signal.SIGKILL
+    job = fleet.ledger.open_jobs()[-1].id
+    delete(fleet, Location(Location.parse(places.to).bucket, f"_cutfleet/{job}/manifest/end.json"))
+    flush(fleet)
+
+    found = audit(fleet, folder(places, job), "--repair", code=1)
+
+    assert set(found) == {"job_lost", "listing_unknown"}
+    assert f"--resume {job}" in found["listing_unknown"][0]
+    fleet.workers.start()
+    with fleet.dispatcher():
+        resumed = call(fleet, "submit", places.source, "--to", places.to, "--model", MODEL, "--resume", job)
+        assert resumed.exit_code == 0, resumed.stderr
+        assert finish(fleet, job, places, names, reference)["done"] == 4
+    fleet.workers.dismiss()
+
+
+def test_a_folder_that_is_no_jobs_and_a_job_that_redis_does_not_know_are_told_apart(
+    fleet: Fleet, places: Places
+) -> None:
+    unknown = call(fleet, "audit", "20260101-000000-aaaaaa")
+    nowhere = call(fleet, "audit", f"{places.to}_cutfleet/20260101-000000-aaaaaa/")
+
+    assert (unknown.exit_code, nowhere.exit_code) == (2, 2)
+    assert "s3://BUCKET/TO/_cutfleet/20260101-000000-aaaaaa/ --repair" in unknown.stderr
+    assert "[record_missing]" in nowhere.stderr

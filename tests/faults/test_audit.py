@@ -250,7 +250,8 @@ def test_counts_and_claims_that_do_not_follow_from_the_states_are_put_right(
 def test_a_job_lost_while_it_was_listed_says_how_to_go_on(fleet: Fleet, places: Places, reference: Reference) -> None:
     names = put_pictures(fleet.store, places, 4)
     flag = str(fleet.stack.folder / f"flag-{Location.parse(places.to).bucket}")
-    assert fleet.fork_submit(places, test_failpoints=f"after_add_part={flag}") == -signal.SIGKILL
+    killed = fleet.submits.start_for(places, test_failpoints=f"after_add_part={flag}")
+    assert fleet.submits.wait_for(killed) == -signal.SIGKILL
     job = fleet.ledger.open_jobs()[-1].id
     delete(fleet, Location(Location.parse(places.to).bucket, f"_cutfleet/{job}/manifest/end.json"))
     flush(fleet)

@@ -16,7 +16,7 @@ from urllib.error import URLError
 import pytest
 import redis
 from factories import Places, free_port, put_pictures, wait_until
-from faults.fleet import PICTURES, ROOT, Fleet, Forks, Reference, Submit
+from faults.fleet import PICTURES, ROOT, Fleet, Reference, Submit
 from faults.terms import MODEL
 from faults.truth import prove
 
@@ -103,15 +103,13 @@ def test_a_listing_that_is_interrupted_while_redis_is_full_can_be_resumed(
 ) -> None:
     names = put_pictures(fleet.store, places, 4)
     flag = fleet.stack.folder / f"frozen-{Location.parse(places.to).bucket}"
-    submits = Forks(fleet.stack, fleet.zygote, "submit-full.log")
-    submits.command = ("submit", places.source, "--to", places.to, "--model", MODEL)
-    submitting = submits.start(test_freezepoints=f"before_add_part={flag}")
+    submitting = fleet.submits.start_for(places, test_freezepoints=f"before_add_part={flag}")
     wait_until(flag.exists)
     job = fleet.ledger.open_jobs()[-1].id
     with full(fleet):
         os.kill(submitting, signal.SIGCONT)
-        wait_until(lambda: f"--resume {job}" in submits.text(), what="it says how to go on")
-        submits.stop()
+        wait_until(lambda: f"--resume {job}" in fleet.submits.text(), what="it says how to go on")
+        fleet.submits.kill(submitting)
 
     fleet.workers.start()
     with fleet.dispatcher():

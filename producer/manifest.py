@@ -65,15 +65,6 @@ def read_part(store: Store, job: Job, number: int) -> list[ImageTask]:
     return [_task(job, line) for line in gzip.decompress(body).splitlines()]
 
 
-def part_numbers(job: Job, store: Store) -> list[int]:
-    """Of the parts that are in S3."""
-    names = (
-        found.key.rpartition("/")[2]
-        for found in store.list_source(record_location(job.destination, job.id, "manifest/"))
-    )
-    return sorted(int(name.partition(".")[0]) for name in names if name.endswith(".jsonl.gz"))
-
-
 def read_unrecorded(job: Job, *, first: int, count: int, ledger: Ledger) -> list[ImageTask]:
     """Live images that stand in no part yet, the first of them being number `first`."""
     return [_task(job, line) for line in ledger.rows(job.id, first=first, count=count)]

@@ -69,6 +69,15 @@ def read_record(place: Location, store: Store) -> Record:
     return Record(job=job, body=body, rows=rows, total=total, closed=report is not None)
 
 
+def part_numbers(job: Job, store: Store) -> list[int]:
+    """Of the parts that are in S3."""
+    names = (
+        found.key.rpartition("/")[2]
+        for found in store.list_source(record_location(job.destination, job.id, "manifest/"))
+    )
+    return sorted(int(name.partition(".")[0]) for name in names if name.endswith(".jsonl.gz"))
+
+
 def split_place(place: Location) -> tuple[str, str]:
     """Prefix of the destination, and the job's id. Raises `JobError`."""
     to, _, job_id = place.key.rstrip("/").rpartition(f"{RECORDS}/")

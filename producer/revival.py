@@ -16,8 +16,8 @@ from jobs.ledger import MAX_ROWS, Check, Ledger
 from jobs.message import ImageTask
 from jobs.store import Location, Store, record_location
 from producer.dead import write_spill
-from producer.manifest import PART_ROWS, part_numbers, read_part, read_unrecorded, write_part
-from producer.record import read_record
+from producer.manifest import PART_ROWS, read_part, read_unrecorded, write_part
+from producer.record import part_numbers, read_record
 from producer.report import read_report
 
 REBUILDING = "being rebuilt: if nobody does, run `cutfleet audit --repair` once more"

@@ -27,7 +27,7 @@ from jobs.ledger import Ledger
 from jobs.mailbox import Letter, Mailbox
 from jobs.store import Location, S3Object, Store
 from producer.events import Arrival, BadEvent, arrivals_of, newest
-from producer.manifest import part_numbers
+from producer.record import part_numbers
 from producer.submit import Request, check_request, draft, live_row
 
 log = logging.getLogger(__name__)

@@ -249,9 +249,10 @@ def test_counts_and_claims_that_do_not_follow_from_the_states_are_put_right(
 
 def test_a_job_lost_while_it_was_listed_says_how_to_go_on(fleet: Fleet, places: Places, reference: Reference) -> None:
     names = put_pictures(fleet.store, places, 4)
+    fleet.workers.start()
     flag = str(fleet.stack.folder / f"flag-{Location.parse(places.to).bucket}")
     killed = fleet.submits.start_for(places, test_failpoints=f"after_add_part={flag}")
-    assert fleet.submits.wait_for(killed) == -signal.SIGKILL
+    assert fleet.submits.wait_for(killed) == -signal.SIGKILL, fleet.submits.words()
     job = fleet.ledger.open_jobs()[-1].id
     delete(fleet, Location(Location.parse(places.to).bucket, f"_cutfleet/{job}/manifest/end.json"))
     flush(fleet)
@@ -260,7 +261,6 @@ def test_a_job_lost_while_it_was_listed_says_how_to_go_on(fleet: Fleet, places: 
 
     assert set(found) == {"job_lost", "listing_unknown"}
     assert f"--resume {job}" in found["listing_unknown"][0]
-    fleet.workers.start()
     with fleet.dispatcher():
         resumed = call(fleet, "submit", places.source, "--to", places.to, "--model", MODEL, "--resume", job)
         assert resumed.exit_code == 0, resumed.stderr

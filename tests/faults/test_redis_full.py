@@ -102,6 +102,7 @@ def test_a_listing_that_is_interrupted_while_redis_is_full_can_be_resumed(
     fleet: Fleet, places: Places, reference: Reference
 ) -> None:
     names = put_pictures(fleet.store, places, 4)
+    fleet.workers.start()
     flag = fleet.stack.folder / f"frozen-{Location.parse(places.to).bucket}"
     submitting = fleet.submits.start_for(places, test_freezepoints=f"before_add_part={flag}")
     wait_until(flag.exists)
@@ -111,7 +112,6 @@ def test_a_listing_that_is_interrupted_while_redis_is_full_can_be_resumed(
         wait_until(lambda: f"--resume {job}" in fleet.submits.text(), what="it says how to go on")
         fleet.submits.kill(submitting)
 
-    fleet.workers.start()
     with fleet.dispatcher():
         assert fleet.run("submit", places.source, "--resume", job).returncode == 0
         assert prove(fleet, job, places, names=names, reference=reference).counts["done"] == 4

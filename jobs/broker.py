@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from jobs.message import ImageTask
 from jobs.presets import RENDER
+from jobs.server import broker_urls
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -38,7 +39,8 @@ def make_app(redis_url: str) -> Celery:
     """The Celery app of workers, Flower and inspection; producers publish through the ledger and need none."""
     from celery import Celery  # here, so that a producer, which only renders, starts without it
 
-    app = Celery("cutfleet", broker=redis_url, set_as_current=False)
+    broker, sentinel_options = broker_urls(redis_url)
+    app = Celery("cutfleet", broker=broker, set_as_current=False)
     app.conf.update(
         # What a message is.
         task_serializer="json",
@@ -71,6 +73,7 @@ def make_app(redis_url: str) -> Celery:
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
             "health_check_interval": 10,
+            **sentinel_options,
         },
         # What Flower sees.
         worker_send_task_events=True,

@@ -14,24 +14,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import redis
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    AuthenticationWrongNumberOfArgsError,
-    AuthorizationError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-)
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
+from redis.exceptions import RedisError
 
-from jobs.errors import CutfleetError, JobError, ServiceUnavailable
+from jobs.errors import CutfleetError, JobError
 from jobs.job import Effort, Failure, ImageState, Job, ManifestPart, Remark, Tally, job_from_fields
 from jobs.message import Lane
+from jobs.server import connect, map_redis_error
 
 MAX_ROWS = 500
 """Most rows of one move: far below Lua's limit of arguments."""
@@ -60,12 +48,6 @@ workers and dispatcher end what they hold and there is room again."""
 _COUNTED = ("done", "failed", "skipped", "cancelled", "review", "window")
 _UNACKED = "unacked"  # kombu's hash of messages that workers hold
 _CORRELATION = re.compile(r'"correlation_id": ?"([^"]+)"')
-
-
-class Fenced(CutfleetError):
-    """Another dispatcher is active: this one must not change anything."""
-
-    code = "fenced"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +102,7 @@ class Ledger:
         """`name` stands for the server in messages (the URL without its password)."""
         self.name = name
         self.heard: Callable[[CutfleetError | None], None] = lambda _: None
-        self._redis: redis.Redis = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=10,
-            socket_connect_timeout=5,
-            socket_keepalive=True,
-            health_check_interval=15,
-            retry=Retry(ExponentialWithJitterBackoff(cap=1, base=0.05), 3),
-        )
+        self._redis = connect(url)
         self._scripts = {move: self._redis.register_script(text) for move, text in _read_scripts().items()}
 
     def close(self) -> None:
@@ -564,35 +538,6 @@ class Ledger:
             raise error from exc
         finally:
             self.heard(error)
-
-
-def map_redis_error(exc: RedisError, name: str) -> CutfleetError:
-    """What redis-py raised, as ours. `name`: the server, without a password."""
-    text = str(exc)
-    if text.startswith("FENCED"):
-        return Fenced("Another dispatcher is active; this one stands by.")
-    if isinstance(
-        exc, (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError, NoPermissionError)
-    ):
-        return ServiceUnavailable(
-            f"Redis at {name} refuses us: {text}. Check user, password and rights in CUTFLEET_REDIS_URL.",
-            code="redis_denied",
-        )
-    if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
-        return ServiceUnavailable(
-            f"Redis at {name} is full: raise its maxmemory, or let the workers drain the queues.", code="redis_full"
-        )
-    if text.startswith("MISCONF"):
-        return ServiceUnavailable(
-            f"Redis at {name} can't write to its disk, and takes no writes until it can: free its disk.",
-            code="redis_cannot_save",
-        )
-    if isinstance(exc, (RedisConnectionError, RedisTimeoutError, ReadOnlyError)):
-        return ServiceUnavailable(
-            f"Redis at {name} can't be reached: {text}. Is it running? Check CUTFLEET_REDIS_URL.",
-            code="redis_unreachable",
-        )
-    return ServiceUnavailable(f"Redis at {name} failed: {text}", code="redis_failed")
 
 
 @functools.cache

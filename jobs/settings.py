@@ -28,7 +28,8 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
         repr=False,
-        description="Redis or Valkey for queues and ledger; `rediss://` for TLS. Must not evict (`noeviction`).",
+        description="Redis (7 or later) or Valkey for queues and ledger; `rediss://` for TLS, "
+        "`sentinel://HOST/0?master_name=NAME;sentinel://...` for Sentinels. Must not evict (`noeviction`).",
     )
     s3_endpoint: str = Field("", description="S3 endpoint; empty for AWS.")
     source_endpoint: str = Field("", description="S3 endpoint of the sources, where it is another one; `aws` for AWS.")
@@ -101,6 +102,8 @@ class Settings(BaseSettings):
     def _redis_scheme(cls, url: str) -> str:
         if not re.match(r"^(redis|rediss|sentinel)://", url):
             raise ValueError("must start with redis://, rediss:// or sentinel://")
+        if url.startswith("sentinel://") and not re.match(r"^[^;?]+\?master_name=[^;&]+(;sentinel://[^;]+)*$", url):
+            raise ValueError("must be sentinel://HOST:26379/0?master_name=NAME;sentinel://OTHER:26379, all Sentinels")
         return url
 
     @field_validator("s3_endpoint", "source_endpoint")

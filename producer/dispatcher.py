@@ -18,7 +18,8 @@ from jobs.alive import AliveFile
 from jobs.broker import lane_queue
 from jobs.errors import CutfleetError, ServiceUnavailable
 from jobs.job import Job
-from jobs.ledger import Fenced, Ledger
+from jobs.ledger import Ledger
+from jobs.server import Fenced
 from jobs.settings import Settings
 from jobs.store import Store
 from producer.dead import MAX_HELD, spill

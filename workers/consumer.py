@@ -68,6 +68,21 @@ class Channel(kombu_redis.Channel):
             self.connection = connection
 
 
+class SentinelChannel(Channel, kombu_redis.SentinelChannel):
+    """Whose servers are asked for at the Sentinels, which it knows from `connection.client` too."""
+
+    def _sentinel_managed_pool(self, asynchronous: bool = False) -> Any:
+        connection = self.connection
+        if connection is not None and getattr(connection, "client", None) is not None:
+            return super()._sentinel_managed_pool(asynchronous)
+        port = kombu_redis.SentinelTransport.default_port
+        self.connection = SimpleNamespace(client=self._opened_for, default_port=port, cycle=None)
+        try:
+            return super()._sentinel_managed_pool(asynchronous)
+        finally:
+            self.connection = connection
+
+
 class ServerClock:
     """The server's time, by how far this machine's clock was off when last compared."""
 
@@ -90,6 +105,10 @@ class Transport(kombu_redis.Transport):
     def establish_connection(self) -> Any:
         self.alive.touch()  # while Redis is away, trying again is all the progress there can be
         return super().establish_connection()
+
+
+class SentinelTransport(Transport, kombu_redis.SentinelTransport):
+    Channel = SentinelChannel
 
 
 class _Repeated(bootsteps.StartStopStep):
@@ -168,4 +187,5 @@ def harden(app: Celery, alive: AliveFile) -> None:
     Transport.clock = ServerClock()
     kombu_redis.time = Transport.clock.time  # type: ignore[attr-defined]  # its own name of time.time
     TRANSPORT_ALIASES["redis"] = TRANSPORT_ALIASES["rediss"] = "workers.consumer:Transport"
+    TRANSPORT_ALIASES["sentinel"] = "workers.consumer:SentinelTransport"
     app.steps["consumer"].update({VisibilityLease, Liveness, GatheredEvents})

@@ -45,10 +45,11 @@ def prove(
     reference: dict[str, NDArray[np.uint8]],
     within_s: float = 60,
     alone: bool = True,
+    port: int = 0,
 ) -> Truth:
     """`names`: the pictures below the source, in order of their indexes. Asserts all of the above. `alone`: no other
-    job is open, so that nothing at all may be left over."""
-    client = redis.Redis(port=fleet.stack.redis_port, decode_responses=True)
+    job is open, so that nothing at all may be left over. `port`: of another Redis than the fleet's."""
+    client = redis.Redis(port=port or fleet.stack.redis_port, decode_responses=True)
     try:
         wait_until(
             lambda: client.hexists(f"cf:job:{job}", "closed"),

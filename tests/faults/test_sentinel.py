@@ -1,0 +1,132 @@
+"""A primary dies, Sentinels promote its replica: ledger and broker follow them, and every picture arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from factories import Places, free_port, put_pictures, wait_until
+from faults.fleet import PICTURES, Fleet, Reference
+from faults.terms import MODEL
+from faults.truth import prove
+
+from jobs.ledger import Ledger
+from jobs.server import broker_urls, sentinels_of
+from jobs.settings import Settings
+from producer.local import Process, valkey_program
+
+pytestmark = pytest.mark.timeout(300)
+NAME = "cutfleet"
+
+
+class Watched:
+    """A primary, its replica, and two Sentinels of which one has to notice."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ports = [free_port(), free_port()]
+        self.servers = [self._start_server(folder / f"server-{port}", port) for port in self.ports]
+        self._sentinel_ports = [free_port(), free_port()]
+        self.sentinels = [self._start_sentinel(folder / f"sentinel-{port}", port) for port in self._sentinel_ports]
+        first, second = self._sentinel_ports
+        self.url = f"sentinel://127.0.0.1:{first}/0?master_name={NAME};sentinel://127.0.0.1:{second}"
+
+    def primary(self) -> int:
+        """Its port, as the first Sentinel says; 0 while it does not answer."""
+        with redis.Redis(port=self._sentinel_ports[0], decode_responses=True) as sentinel:
+            try:
+                return int(sentinel.sentinel_get_master_addr_by_name(NAME)[1])
+            except redis.RedisError:
+                return 0
+
+    def has_replica(self) -> bool:
+        """In step with its primary, and known to all Sentinels."""
+        for port in self._sentinel_ports:
+            with redis.Redis(port=port, decode_responses=True) as sentinel:
+                try:
+                    replicas = sentinel.sentinel_slaves(NAME)
+                    others = sentinel.sentinel_sentinels(NAME)
+                except redis.RedisError:
+                    return False
+            if len(others) != 1 or [found.get("master-link-status") for found in replicas] != ["ok"]:
+                return False
+        return True
+
+    def stop(self) -> None:
+        for process in (*self.sentinels, *self.servers):
+            if process.poll() is None:
+                process.kill()
+
+    def _start_server(self, folder: Path, port: int) -> Process:
+        folder.mkdir()
+        command = [valkey_program(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        command += ["--appendonly", "yes", "--save", "", "--repl-diskless-sync-delay", "0"]
+        if port != self.ports[0]:
+            command += ["--replicaof", f"127.0.0.1 {self.ports[0]}"]
+        return Process(command, log=folder / "log", env={})
+
+    def _start_sentinel(self, folder: Path, port: int) -> Process:
+        folder.mkdir()
+        (folder / "sentinel.conf").write_text(
+            f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
+            f"sentinel monitor {NAME} 127.0.0.1 {self.ports[0]} 1\n"
+            f"sentinel down-after-milliseconds {NAME} 1000\n"
+            f"sentinel failover-timeout {NAME} 5000\n"
+        )
+        return Process([valkey_program(), str(folder / "sentinel.conf"), "--sentinel"], log=folder / "log", env={})
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    watched = Watched(tmp_path)
+    try:
+        wait_until(lambda: watched.primary() == watched.ports[0] and watched.has_replica(), what="they know each other")
+        yield watched
+    finally:
+        watched.stop()
+
+
+def test_a_primary_that_is_killed_costs_a_pause_and_no_picture(
+    fleet: Fleet, places: Places, reference: Reference, watched: Watched
+) -> None:
+    names = put_pictures(fleet.store, places, PICTURES)
+    with Ledger(watched.url, name="watched") as ledger:
+        worker = fleet.workers.start(redis_url=watched.url, test_device_ms="150", ready=False)
+        fleet.dispatchers.start(redis_url=watched.url)
+        wait_until(lambda: bool(ledger.workers()), what=fleet.workers.words())
+        env = {"CUTFLEET_REDIS_URL": watched.url}
+        ran = fleet.run("submit", places.source, "--to", places.to, "--model", MODEL, env=env)
+        assert ran.returncode == 0, ran.stderr
+        job = ran.stdout.strip()
+        wait_until(lambda: ledger.job(job).done > 4, what=fleet.workers.words())
+
+        watched.servers[0].kill()
+        wait_until(lambda: watched.primary() == watched.ports[1], what="the replica is promoted")
+
+        truth = prove(fleet, job, places, names=names, reference=reference, port=watched.ports[1])
+    assert truth.counts["done"] == PICTURES
+    assert fleet.workers.alive() == [worker], fleet.workers.words()
+    assert fleet.workers.dismiss() == [0]
+    assert fleet.dispatchers.dismiss() == [0]
+
+
+def test_one_url_says_where_the_sentinels_are_to_ledger_and_broker() -> None:
+    url = "sentinel://worker:pass%40word@one:1/3?master_name=shop;sentinel://two"
+    found = sentinels_of(url)
+    assert found is not None
+
+    assert (found.hosts, found.master_name, found.database) == ((("one", 1), ("two", 26379)), "shop", "3")
+    assert (found.username, found.password) == ("worker", "pass@word")
+    assert broker_urls(url) == (
+        "sentinel://worker:pass%40word@one:1/3;sentinel://worker:pass%40word@two:26379/3",
+        {"master_name": "shop"},
+    )
+    assert "pass" not in repr(found)
+    assert "pass" not in Settings(redis_url=url).redis_name
+
+
+@pytest.mark.parametrize("url", ["sentinel://one:1/0", "sentinel://one/0?master_name=a;redis://two"])
+def test_a_sentinel_url_that_lacks_something_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="master_name=NAME"):
+        Settings(redis_url=url)

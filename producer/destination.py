@@ -58,7 +58,7 @@ def listed(prefix: Location, store: Store) -> Iterator[Destination]:
 
 
 def _rows(prefix: Location, store: Store, destination: Destination) -> Iterator[tuple[str, str, int, float]]:
-    for found in store.list_source(prefix):
+    for found in list_side_by_side(store, prefix, role="output"):
         relative = found.key[len(prefix.key) :]
         if _IN_RECORDS.search(relative):
             if folder := _RECORD.match(relative):

@@ -71,10 +71,8 @@ def read_record(place: Location, store: Store) -> Record:
 
 def part_numbers(job: Job, store: Store) -> list[int]:
     """Of the parts that are in S3."""
-    names = (
-        found.key.rpartition("/")[2]
-        for found in store.list_source(record_location(job.destination, job.id, "manifest/"))
-    )
+    pages = store.list_pages(record_location(job.destination, job.id, "manifest/"), role="output")
+    names = (found.key.rpartition("/")[2] for objects, _ in pages for found in objects)
     return sorted(int(name.partition(".")[0]) for name in names if name.endswith(".jsonl.gz"))
 
 

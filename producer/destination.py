@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from jobs.store import RECORDS, Location, S3Object, Store
+from producer.listing import list_side_by_side
 
 _RECORD = re.compile(rf"^((?:.*/)?{RECORDS}/[^/]+/)job\.json$")
 _IN_RECORDS = re.compile(rf"(?:^|/){RECORDS}/")

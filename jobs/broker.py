@@ -1,7 +1,7 @@
 """The Celery app, every delivery setting we rely on with its reason, and messages as Celery and kombu write them.
 
 Messages are rendered here and pushed by the ledger's scripts, so that an image and its message appear in one step; a
-test shows that Celery reads them as its own. Queues are per model: `live.M`, `backfill.M`, `suspect.M`, in this order.
+test shows that Celery reads them as its own. Queues are per model: `live.M`, `suspect.M`, `backfill.M`, in this order.
 Workers on a CPU also take those of `render`, which need no model, ahead of their own backfills.
 """
 
@@ -30,9 +30,10 @@ def lane_queue(lane: str, model: str) -> str:
 
 
 def worker_queues(model: str, *, renders: bool = False) -> list[str]:
-    """In the order of consumption: what is live is always taken first."""
+    """In the order of consumption: what is live is always taken first, and a suspect does not wait for the end of a
+    backfill."""
     models = (RENDER, model) if renders else (model,)
-    return [lane_queue(lane, name) for lane in ("live", "backfill", "suspect") for name in models]
+    return [lane_queue(lane, name) for lane in ("live", "suspect", "backfill") for name in models]
 
 
 def make_app(redis_url: str) -> Celery:

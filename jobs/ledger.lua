@@ -26,6 +26,8 @@
 -- cf:published           hash    image -> when its message was published                             window only
 -- cf:tries                hash    image -> tries that failed                                       window only
 -- cf:vanished             hash    image -> claims whose worker vanished; two: the image is suspect window only
+-- cf:computing            set     image that a worker computes alone, with nothing beside it       while claimed
+-- cf:died                 hash    image -> workers that died without a word while they did so      window only
 -- cf:blamed               hash    image -> the error with which its worker vanished, where known   window only
 -- cf:watch:WATCH          hash    swept: when its last complete listing began                      for ever
 -- cf:watch:WATCH:seen     hash    digest of a key -> ETag of the version that a job got            a day, and while unswept
@@ -107,6 +109,7 @@ local function drop_claim(id)
     call('HDEL', 'cf:owner', id)
   end
   call('ZREM', 'cf:leased', id)
+  call('SREM', 'cf:computing', id)
 end
 
 local function leave_window(id)
@@ -119,6 +122,7 @@ local function leave_window(id)
   call('HDEL', 'cf:tries', id)
   call('HDEL', 'cf:vanished', id)
   call('HDEL', 'cf:blamed', id)
+  call('HDEL', 'cf:died', id)
 end
 
 local function settle(job, index, state)
@@ -149,6 +153,7 @@ end
 
 local function count_vanished(id)
   local times = call('HINCRBY', 'cf:vanished', id, 1)
+  if call('SREM', 'cf:computing', id) == 1 then call('HINCRBY', 'cf:died', id, 1) end
   drop_claim(id)
   return times
 end
@@ -431,8 +436,8 @@ function move.claim(id, token, output, lease, alone)
   call('ZREM', 'cf:waiting', id)
   local published = call('HGET', 'cf:published', id)
   local tries, vanished = call('HGET', 'cf:tries', id) or 0, call('HGET', 'cf:vanished', id) or 0
-  local blamed = call('HGET', 'cf:blamed', id) or ''
-  return {'go', tonumber(tries), tonumber(vanished), published and at(now - published) or '', blamed}
+  local blamed, died = call('HGET', 'cf:blamed', id) or '', call('HGET', 'cf:died', id) or 0
+  return {'go', tonumber(tries), tonumber(vanished), published and at(now - published) or '', blamed, tonumber(died)}
 end
 
 -- id, token ...: the lease of each runs anew. Answers the ids that are no longer held.
@@ -491,9 +496,17 @@ end
 -- The worker is going down, and this image may be why. As if it had fallen silent, but at once, with its error.
 function move.vanish(id, token, error, lease)
   if not holds(id, token) then return 'stale' end
+  call('SREM', 'cf:computing', id)
   count_vanished(id)
   call('HSET', 'cf:blamed', id, error)
   wait_again(id, lease)
+  return 'ok'
+end
+
+-- Whether this image, alone in its worker, is being computed (on: 1): if the worker dies meanwhile, it counts as died.
+function move.computing(id, token, on)
+  if not holds(id, token) then return 'stale' end
+  call(on == '1' and 'SADD' or 'SREM', 'cf:computing', id)
   return 'ok'
 end
 

@@ -30,7 +30,7 @@ MAX_LIVE = 1000
 
 
 _ALLOW_OOM = "#!lua flags=allow-oom\n"
-_NEVER_REFUSED = {"claim", "renew", "finish", "defer", "release", "vanish", "heartbeat", "delivered"}
+_NEVER_REFUSED = {"claim", "renew", "finish", "defer", "release", "vanish", "computing", "heartbeat", "delivered"}
 _NEVER_REFUSED |= {
     "lead",
     "resign",
@@ -54,7 +54,7 @@ _CORRELATION = re.compile(r'"correlation_id": ?"([^"]+)"')
 class Claim:
     """`verdict`: go, busy, taken, suspect, final, cancelled or gone; only with go is the image ours, under `token`.
     `waited_s`: from the publishing of its message to the claim. `vanished`: workers that went down with it; `blamed`:
-    the last one's error, where it is known."""
+    the last one's error, where it is known. `died`: those that fell silent while they computed it alone."""
 
     verdict: str
     image: str
@@ -63,6 +63,7 @@ class Claim:
     vanished: int = 0
     waited_s: float | None = None
     blamed: str = ""
+    died: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,8 +345,8 @@ class Ledger:
         verdict, *counts = self._move("claim", image, token, output, lease_s, int(alone))
         if not counts:
             return Claim(verdict, image, token)
-        tries, vanished, waited_s, blamed = counts
-        return Claim(verdict, image, token, tries, vanished, float(waited_s) if waited_s else None, blamed)
+        tries, vanished, waited_s, blamed, died = counts
+        return Claim(verdict, image, token, tries, vanished, float(waited_s) if waited_s else None, blamed, died)
 
     def renew(self, held: Mapping[str, str], *, lease_s: float) -> list[str]:
         """`held`: image -> token. Returns the images that are no longer held."""
@@ -377,6 +378,10 @@ class Ledger:
     def vanish(self, claim: Claim, error: str, *, lease_s: float) -> str:
         """This process is going down with `error`, perhaps because of this image: at once what `reclaim` does later."""
         return str(self._move("vanish", claim.image, claim.token, error, lease_s))
+
+    def compute_alone(self, claim: Claim, *, begins: bool) -> str:
+        """Between both, a worker that falls silent counts as one that `died` of the image."""
+        return str(self._move("computing", claim.image, claim.token, int(begins)))
 
     def heartbeat(self, node: str, facts: Mapping[str, str | int | float], *, ttl_s: int) -> None:
         self._move("heartbeat", node, ttl_s, *_flat(facts))

@@ -1,6 +1,7 @@
 """Where a suspect is worked on, a picture that two workers went down with: nothing beside it in this process, and its
 bytes are decoded in a child process. The child's death, its silence or its hunger convicts the picture. So does a fatal
-error of this process that names the picture a second time (`Fatal`, a lost device); being killed convicts nobody.
+error of this process that names the picture a second time (`Fatal`, a lost device), and the second death of a process
+that computed it alone; being killed beside others convicts nobody.
 """
 
 from __future__ import annotations

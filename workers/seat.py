@@ -5,30 +5,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 
-from jobs.errors import DeviceLost
+from jobs.errors import DeviceLost, PictureError
 from jobs.ledger import Claim
 from workers.decode import Limits, Picture, count_pixels, decode_picture
+from workers.formats import sniff_format
 from workers.leases import Draining
-from workers.memory import BYTES_PER_PIXEL, MemoryBudget
+from workers.memory import BYTES_PER_PIXEL, BYTES_PER_PIXEL_JPEG, MemoryBudget
 from workers.pipeline import Decoder, Pixels
 from workers.predictor import Predictor
 from workers.quarantine import Fatal
 from workers.watchdog import Watchdog
 
+MOST_DIED = 2
+"""One may have been killed by somebody just then; two convict the picture."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seat:
-    """A `MaskPredictor` and a `Decoder` for this image. `blame` records that it may be why this process ends."""
+    """A `MaskPredictor` and a `Decoder` for this image. `blame` records that it may be why this process ends, `mark`
+    that it is computed alone from now on, or no more."""
 
     claim: Claim
     live: bool
     alone: bool
     blame: Callable[[Fatal], object]
+    mark: Callable[[bool], object]
     memory: MemoryBudget
     watchdog: Watchdog
     predictor: Predictor
@@ -36,21 +42,39 @@ class Seat:
     limits: Limits
 
     @contextmanager
-    def room(self, data: bytes) -> Iterator[None]:
+    def room(self, data: bytes, *, renders: bool) -> Iterator[None]:
         """Memory for the picture, from before it is decoded until it is published. Raises `Draining`. The header of a
         suspect is not read in this process; it has nothing beside it."""
         if self.alone:
             yield
             return
         with self.computing():
-            size_bytes = len(data) + BYTES_PER_PIXEL * count_pixels(data, self.limits)
+            is_small = not renders and sniff_format(data) == "jpeg"
+            each = BYTES_PER_PIXEL_JPEG if is_small else BYTES_PER_PIXEL
+            size_bytes = len(data) + each * count_pixels(data, self.limits)
         with self.memory.take(size_bytes, live=self.live) as taken:
             if not taken:
                 raise Draining
             yield
 
-    def computing(self) -> AbstractContextManager[None]:
-        return self.watchdog.computing(self.claim, self.blame)
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Raises `PictureError` `crashed_worker` for a suspect of which `MOST_DIED` workers died alone."""
+        with self.watchdog.computing(self.claim, self.blame):
+            if not self.alone:
+                yield
+                return
+            if self.claim.died >= MOST_DIED:
+                raise PictureError(
+                    f"{self.claim.died} workers died without a word while they computed it, nothing beside it: a "
+                    "library crashes on it, or its memory does not suffice.",
+                    code="crashed_worker",
+                )
+            self.mark(True)
+            try:
+                yield
+            finally:
+                self.mark(False)
 
     @property
     def input_size(self) -> tuple[int, int]:

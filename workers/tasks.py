@@ -193,6 +193,7 @@ def _settle(
         live=task.lane == "live",
         alone=alone,
         blame=blame,
+        mark=lambda begins: _insist(lambda: bench.ledger.compute_alone(claim, begins=begins), bench),
         memory=bench.memory,
         watchdog=bench.watchdog,
         predictor=bench.predictor,
@@ -239,7 +240,7 @@ def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench:
     if bench.draining.is_set():
         raise Draining
     provenance = _provenance(task, recipe, names, bench, etag=etag)
-    with seat.room(data):
+    with seat.room(data, renders=bool(recipe.renditions)):
         with seat.computing():
             text, limits = provenance.to_text(), bench.limits
             outputs = cut_out(data, recipe, seat, limits=limits, live=seat.live, text=text, decode=seat.decode)

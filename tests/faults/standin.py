@@ -33,8 +33,11 @@ import torch
 from faults.terms import (
     DEVICE_GREY,
     DEVICE_HANGS,
+    DEVICE_SEGFAULT,
     EXHAUST,
     HANG,
+    HOARD,
+    LOCK,
     LOCK_S,
     MODEL,
     SEGFAULT,
@@ -74,6 +77,8 @@ def load(*args: object, **options: object) -> LoadedModel:
         time.sleep(device_s * len(x))
         grey = (x * 0.5 + 0.5).mean(dim=1, keepdim=True)
         levels = grey.flatten(1).amin(1) * 255
+        if ((levels > DEVICE_SEGFAULT - 1) & (levels < DEVICE_SEGFAULT + 1)).any():
+            ctypes.string_at(0)
         while ((levels > DEVICE_HANGS - 1) & (levels < DEVICE_HANGS + 1)).any():
             time.sleep(1)
         if (levels > DEVICE_GREY - 1).any():
@@ -162,11 +167,18 @@ def _arm() -> None:
     _around(producer.dispatcher, "write_report", after=lambda *_: "after_report")
 
 
+_hoard: list[bytes] = []
+
+
 def _poison(data: bytes) -> None:
     if SEGFAULT in data:
         ctypes.string_at(0)
     while HANG in data:
         time.sleep(1)
+    if LOCK in data:
+        ctypes.PyDLL(None).sleep(3600)
+    if HOARD in data:
+        _hoard.append(os.urandom(30_000_000))
     hoard = []
     while EXHAUST in data:
         hoard.append(b"x" * 50_000_000)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from factories import Places, put_pictures
 from faults.fleet import Fleet, Reference, Submit
-from faults.terms import DEVICE_GREY, DEVICE_HANGS
+from faults.terms import DEVICE_GREY, DEVICE_HANGS, DEVICE_SEGFAULT
 from faults.truth import prove
 from PIL import Image
 
@@ -50,3 +50,23 @@ def test_the_same_fault_of_the_device_again_convicts_the_picture_and_no_other_of
     deaths = [code for pid, code in fleet.workers.ends().items() if pid not in known]
     assert 2 <= len(deaths) <= MOST_DEATHS
     assert set(deaths) == {EXIT_DEVICE_LOST}
+
+
+def test_a_picture_on_which_the_device_library_crashes_is_named_after_four_deaths(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    """Nobody is left to blame it: two deaths make it a suspect, two more alone convict it."""
+    names = put_pictures(fleet.store, places, 6)
+    fleet.store.put(places.key(names[2]), grey(DEVICE_SEGFAULT), content_type="image/png")
+    known = fleet.workers.ends()
+    fleet.workers.start(supervised=True, slots="4", batch_limit="4")
+
+    with fleet.dispatcher():
+        job = submit()
+        truth = prove(fleet, job, places, names=names, reference=reference, within_s=90)
+
+    assert {index: state for index, state in truth.states.items() if state != "done"} == {2: "failed"}
+    [(_, failure)] = fleet.ledger.failures(job)
+    assert failure.code == "crashed_worker"
+    deaths = [code for pid, code in fleet.workers.ends().items() if pid not in known]
+    assert deaths == [-signal.SIGSEGV] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,14 +10,15 @@ from pathlib import Path
 import pytest
 from factories import Places, picture, put_pictures, wait_until
 from faults.fleet import Fleet, Reference, Submit
-from faults.terms import EXHAUST, HANG, SEGFAULT
+from faults.terms import EXHAUST, HANG, HOARD, LOCK, MODEL, SEGFAULT
 from faults.truth import prove
 
 from jobs.broker import lane_queue
-from jobs.job import Failure
+from jobs.job import Failure, ImageState
 
 pytestmark = pytest.mark.timeout(300)
 MOST_DEATHS = 3
+EXIT_STALLED, EXIT_LOCKED = 72, 1
 SETTINGS = {"slots": "4", "max_pixels_mp": "10", "memory_mb": "1500", "test_stall_s": "3"}
 
 
@@ -31,14 +33,20 @@ def failures(fleet: Fleet, job: str) -> list[Failure]:
 
 
 @pytest.mark.parametrize(
-    ("poison", "code"), [(SEGFAULT, "crashed_decoder"), (HANG, "stalled"), (EXHAUST, "memory_exhausted")]
+    ("poison", "code", "exit_code"),
+    [
+        (SEGFAULT, "crashed_decoder", -signal.SIGSEGV),
+        (HANG, "stalled", EXIT_STALLED),
+        (EXHAUST, "memory_exhausted", EXIT_STALLED),
+        (LOCK, "stalled", EXIT_LOCKED),
+    ],
 )
 def test_a_picture_that_takes_workers_down_is_named_and_its_neighbours_are_done(
-    fleet: Fleet, places: Places, submit: Submit, reference: Reference, poison: bytes, code: str
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, poison: bytes, code: str, exit_code: int
 ) -> None:
     names = put_pictures(fleet.store, places, 10)
     fleet.store.put(places.key(names[5]), picture(seed=5) + poison, content_type="image/jpeg")
-    before = len(fleet.workers.ends())
+    known = fleet.workers.ends()
     fleet.workers.start(supervised=True, **SETTINGS)
 
     with fleet.dispatcher():
@@ -47,7 +55,9 @@ def test_a_picture_that_takes_workers_down_is_named_and_its_neighbours_are_done(
 
     assert {index: state for index, state in truth.states.items() if state != "done"} == {5: "failed"}
     assert [(failure.key, failure.code) for failure in failures(fleet, job)] == [(names[5], code)]
-    assert len(fleet.workers.ends()) - before <= MOST_DEATHS
+    deaths = [code for pid, code in fleet.workers.ends().items() if pid not in known]
+    assert len(deaths) <= MOST_DEATHS
+    assert set(deaths) == {exit_code}
     told = fleet.run("dead", job)
     assert names[5] in told.stdout and code in told.stdout
 
@@ -69,6 +79,90 @@ def test_a_worker_that_is_told_to_go_takes_its_suspect_back_unconvicted(
         assert fleet.ledger.place(f"{job}:0") == "waiting"
         fleet.ledger.cancel(job)
         wait_until(lambda: fleet.ledger.job(job).closed is not None)
+
+
+def test_a_suspect_whose_decoding_is_killed_twice_fails_and_once_convicts_nobody(
+    fleet: Fleet, places: Places, submit: Submit
+) -> None:
+    names = put_pictures(fleet.store, places, 1)
+    fleet.store.put(places.key(names[0]), picture(seed=0) + HANG, content_type="image/jpeg")
+    with fleet.dispatcher():
+        job = submit()
+        make_suspects(fleet, job, names)
+        worker = fleet.workers.start(slots="2")
+        wait_until(lambda: bool(decoding(worker)), what="a child decodes")
+        [first] = decoding(worker)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: bool(decoding(worker)) and first not in decoding(worker), what="it is tried again")
+        assert fleet.ledger.job(job).open == 1
+
+        os.kill(decoding(worker)[0], signal.SIGKILL)
+        wait_until(lambda: fleet.ledger.job(job).closed is not None)
+
+    assert [failure.code for failure in failures(fleet, job)] == ["killed"]
+    assert fleet.workers.alive() == [worker]
+
+
+def test_a_suspect_does_not_wait_for_the_end_of_a_backfill(fleet: Fleet, places: Places, submit: Submit) -> None:
+    names = put_pictures(fleet.store, places, 60)
+    with fleet.dispatcher():
+        job = submit()
+        make_suspects(fleet, job, names[:1])
+        fleet.workers.start(slots="2", test_device_ms="200")
+
+        wait_until(lambda: fleet.ledger.states(job, 0, 1) != [ImageState.OPEN], what="the suspect is done")
+
+        assert fleet.ledger.queue_depth(lane_queue("backfill", MODEL)) > 20
+        fleet.ledger.cancel(job)
+        wait_until(lambda: fleet.ledger.job(job).closed is not None)
+
+
+def test_a_worker_above_its_memory_is_recycled_and_no_work_is_lost(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 16)
+    for number, name in enumerate(names):
+        fleet.store.put(places.key(name), picture(seed=number) + HOARD, content_type="image/jpeg")
+    known = fleet.workers.ends()
+    limit_mb = resident_mb(fleet.workers.start(slots="2")) + 150
+    fleet.workers.dismiss()
+    fleet.workers.start(supervised=True, slots="2", memory_mb=str(limit_mb), test_device_ms="150")
+
+    with fleet.dispatcher():
+        job = submit()
+        truth = prove(fleet, job, places, names=names, reference=reference, within_s=90)
+
+    assert truth.counts["done"] == len(names)
+    assert max(fleet.workers.published(places).values()) == 1
+    fleet.workers.dismiss()
+    ends = [code for pid, code in fleet.workers.ends().items() if pid not in known]
+    assert len(ends) >= 4, "the first, two that were recycled, the last"
+    assert set(ends) == {0}
+
+
+def test_a_flood_of_large_pictures_keeps_a_worker_below_its_memory(
+    fleet: Fleet, places: Places, submit: Submit
+) -> None:
+    body = picture(size=(4000, 3000))
+    names = put_pictures(fleet.store, places, 12)
+    for name in names:
+        fleet.store.put(places.key(name), body, content_type="image/jpeg")
+    limit_mb = resident_mb(fleet.workers.start(slots="12")) + 500
+    fleet.workers.dismiss()
+    worker = fleet.workers.start(slots="12", memory_mb=str(limit_mb))
+
+    with fleet.dispatcher():
+        job = submit()
+        wait_until(lambda: fleet.ledger.job(job).closed is not None, what=fleet.workers.words())
+
+    assert fleet.ledger.job(job).done == len(names)
+    assert fleet.workers.alive() == [worker], "nor was it recycled"
+    assert resident_mb(worker, "VmHWM") < limit_mb
+
+
+def resident_mb(pid: int, name: str = "VmRSS") -> int:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.split(f"{name}:")[1].split()[0]) // 1000
 
 
 def make_suspects(fleet: Fleet, job: str, names: list[str]) -> None:

@@ -70,6 +70,9 @@ def audit(
     Raises `JobError` when there is no such job."""
     books = Books(_folder(what, ledger), ledger=ledger, store=store)
     yield from _audit_books(books, repair=repair)
+    if books.job.review_of:
+        books.finish()
+        return  # it makes previews, no results
     began = time.time()
     before = books.states_before()
     with listed(Location.parse(books.job.destination), store) as destination, ThreadPoolExecutor(_ASKING) as askers:

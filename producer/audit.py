@@ -71,7 +71,7 @@ def audit(
     books = Books(_folder(what, ledger), ledger=ledger, store=store)
     yield from _audit_books(books, repair=repair)
     if books.job.review_of:
-        books.finish()
+        books.finish(repair=repair)
         return  # it makes previews, no results
     began = time.time()
     before = books.states_before()
@@ -82,7 +82,7 @@ def audit(
             was = [ImageState(state) for state in before[first:end].ljust(len(tasks), b"\0")]
             yield from auditor.look(tasks, was, books.states(tasks))
             seen(end)
-        books.finish()
+        books.finish(repair=repair)
         yield from _extras(books, destination, before=began, store=store)
 
 
@@ -104,7 +104,9 @@ def _audit_books(books: Books, *, repair: bool) -> Iterator[Disagreement]:
     if books.is_lost:
         if repair:
             books.rebuild()
-        yield Disagreement("job_lost", "Redis does not know the job.", repaired="rebuilt" if repair else "")
+        yield Disagreement(
+            "job_lost", "Redis does not know the job, or not all of it.", repaired="rebuilt" if repair else ""
+        )
         if books.record.total is None and not books.job.to_be_listed:
             yield Disagreement("listing_unknown", books.how_to_go_on())
     elif missing := books.missing_rows():

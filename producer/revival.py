@@ -38,8 +38,8 @@ class Books:
 
     @property
     def is_lost(self) -> bool:
-        """Neither in the ledger, nor closed and forgotten."""
-        return not self.in_ledger and not self.record.closed
+        """Neither in the ledger, nor closed and forgotten; or a repair was killed."""
+        return self.job.paused == REBUILDING if self.in_ledger else not self.record.closed
 
     def of_other(self, folder: Location) -> Books:
         return Books(folder, ledger=self._ledger, store=self._store)
@@ -152,9 +152,9 @@ class Books:
             return ""  # cancelled
         return "made again"
 
-    def finish(self) -> None:
+    def finish(self, *, repair: bool) -> None:
         """What was rebuilt goes on."""
-        if self.in_ledger and self._ledger.job(self.job.id).paused == REBUILDING:
+        if repair and self.in_ledger and self._ledger.job(self.job.id).paused == REBUILDING:
             self._ledger.unpause(self.job.id)
 
     def _revive(self) -> None:

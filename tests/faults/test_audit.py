@@ -18,6 +18,7 @@ from faults.truth import prove
 
 from jobs.store import Location
 from producer.cli import main
+from producer.revival import Books
 
 pytestmark = pytest.mark.timeout(300)
 SETTINGS = {"test_device_ms": "60"}
@@ -98,6 +99,25 @@ def test_a_job_that_redis_lost_is_rebuilt_from_s3_and_ends_exact(
         assert {place: count for place, count in fleet.workers.published(places).items() if count > 1} == {}
         assert 6 < len(made) < PICTURES
         assert_healthy(fleet, job, "--repair")
+    fleet.workers.dismiss()
+
+
+def test_a_repair_that_was_killed_is_taken_up_by_the_next(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 6)
+    fleet.workers.start()
+    job = submit()
+    flush(fleet)
+    books = Books(Location.parse(folder(places, job)), ledger=fleet.ledger, store=fleet.store)
+    books.rebuild()  # and no more: nothing of what is done is recorded yet, and it is paused
+
+    with fleet.dispatcher():
+        assert audit(fleet, job, code=1) == {"job_lost": ["Redis does not know the job, or not all of it."]}
+        assert fleet.ledger.job(job).paused is not None, "a look changes nothing"
+        audit(fleet, job, "--repair", code=0)
+
+        assert finish(fleet, job, places, names, reference)["done"] == 6
     fleet.workers.dismiss()
 
 

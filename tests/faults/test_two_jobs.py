@@ -1,4 +1,4 @@
-"""Two jobs write to one destination at once: nothing is made twice, and what stands there in the end is whole."""
+"""Two jobs write to one destination at once: nothing is published twice, and what stands there in the end is whole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def submit(fleet: Fleet, places: Places, *more: str) -> str:
     return ran.stdout.strip()
 
 
-def test_the_same_twice_at_once_is_made_once(fleet: Fleet, places: Places, reference: Reference) -> None:
+def test_the_same_twice_at_once_is_published_once(fleet: Fleet, places: Places, reference: Reference) -> None:
     names = put_pictures(fleet.store, places, PICTURES)
     for _ in range(2):
         fleet.workers.start()

@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pynvml
 
-BYTES_PER_PIXEL = 22
-"""Most that a picture takes between decoding and publishing. Measured: 17.9 with the marketplaces' renditions, 15.8
-(WebP) and 12.1 (PNG with alpha) with the default recipe."""
-BYTES_PER_PIXEL_JPEG = 10
-"""The same for a JPEG without renditions: 7.3 measured at 12 megapixels, 6.3 at 80; CMYK, progressive and turned ones
-take no more."""
+BYTES_PER_PIXEL = 28
+"""Most that a picture takes between decoding and publishing: 25 measured with a marketplace's rendition, 16 (WebP), 12
+(PNG with alpha) and 8 (JPEG) with the default recipe, at 12 megapixels (`python -m tests.bench.footprint`). Not less
+for a JPEG: what its thread keeps of freed memory would then exceed the worker's limit."""
 SHARE_OF_MACHINE = 0.75
 """A worker's resident limit where none is set; the rest is for the system, and for what stands beside the worker."""
 SHARE_FOR_PICTURES = 0.6

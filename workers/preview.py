@@ -81,7 +81,7 @@ def _show_cutout(task: ImageTask, job: Job, names: Names, seat: Seat, *, store: 
         complaints=tuple(remark.complaints()),
     )
     data = fetch_cutout(found, store, target, limits)
-    with seat.room(data, renders=True), seat.computing():
+    with seat.room(data), seat.computing():
         return draw_cutout(seat.decode(data, limits=cutout_limits(limits), animation="first"), shown)
 
 
@@ -105,7 +105,7 @@ def draw_cutout(picture: Picture, shown: Preview) -> Drawn:
 def _show_source(drawn: Drawn, names: Names, seat: Seat, *, store: Store, limits: Limits) -> Drawn:
     """The version that the cutout was made from."""
     data, _ = store.get(names.source, role="source", etag=drawn.shown.etag, max_bytes=limits.max_bytes)
-    with seat.room(data, renders=True), seat.computing():
+    with seat.room(data), seat.computing():
         return draw_source(seat.decode(data, limits=limits, animation="first"), drawn)
 
 

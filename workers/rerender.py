@@ -36,7 +36,7 @@ def render_again(
     if is_complete(existing, provenance, target, store):
         return existing.outcome(task.job, task.key)
     data = fetch_cutout(existing.cutout, store, target, limits)
-    with seat.room(data, renders=True):
+    with seat.room(data):
         with seat.computing():
             picture = seat.decode(data, limits=cutout_limits(limits), animation="first")
             alpha = np.full(picture.rgb.shape[:2], 255, np.uint8) if picture.alpha is None else picture.alpha

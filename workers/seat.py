@@ -13,9 +13,8 @@ import numpy as np
 from jobs.errors import DeviceLost, PictureError
 from jobs.ledger import Claim
 from workers.decode import Limits, Picture, count_pixels, decode_picture
-from workers.formats import sniff_format
 from workers.leases import Draining
-from workers.memory import BYTES_PER_PIXEL, BYTES_PER_PIXEL_JPEG, MemoryBudget
+from workers.memory import BYTES_PER_PIXEL, MemoryBudget
 from workers.pipeline import Decoder, Pixels
 from workers.predictor import Predictor
 from workers.quarantine import Fatal
@@ -42,16 +41,14 @@ class Seat:
     limits: Limits
 
     @contextmanager
-    def room(self, data: bytes, *, renders: bool) -> Iterator[None]:
+    def room(self, data: bytes) -> Iterator[None]:
         """Memory for the picture, from before it is decoded until it is published. Raises `Draining`. The header of a
         suspect is not read in this process; it has nothing beside it."""
         if self.alone:
             yield
             return
         with self.computing():
-            is_small = not renders and sniff_format(data) == "jpeg"
-            each = BYTES_PER_PIXEL_JPEG if is_small else BYTES_PER_PIXEL
-            size_bytes = len(data) + each * count_pixels(data, self.limits)
+            size_bytes = len(data) + BYTES_PER_PIXEL * count_pixels(data, self.limits)
         with self.memory.take(size_bytes, live=self.live) as taken:
             if not taken:
                 raise Draining

@@ -240,7 +240,7 @@ def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench:
     if bench.draining.is_set():
         raise Draining
     provenance = _provenance(task, recipe, names, bench, etag=etag)
-    with seat.room(data, renders=bool(recipe.renditions)):
+    with seat.room(data):
         with seat.computing():
             text, limits = provenance.to_text(), bench.limits
             outputs = cut_out(data, recipe, seat, limits=limits, live=seat.live, text=text, decode=seat.decode)

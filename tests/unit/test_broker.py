@@ -83,4 +83,4 @@ def test_a_key_survives_whatever_it_holds() -> None:
 
 def test_live_is_consumed_before_backfill_and_each_model_has_its_own_queues() -> None:
     assert worker_queues("u2netp") == ["live.u2netp", "suspect.u2netp", "backfill.u2netp"]
-    assert worker_queues("m", renders=True)[:4] == ["live.render", "live.m", "backfill.render", "backfill.m"]
+    assert worker_queues("m", renders=True)[:4] == ["live.render", "live.m", "suspect.render", "suspect.m"]

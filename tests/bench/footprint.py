@@ -1,0 +1,90 @@
+"""What a picture takes of memory between decoding and publishing, in bytes a pixel: what `workers/memory.py` counts.
+
+    python -m tests.bench.footprint [--megapixels 12]
+
+A fresh process for each case; resident memory is read every half millisecond, so a shorter peak may be missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+from PIL import Image
+
+CASES = [(form, "default") for form in ("jpeg", "jpeg-cmyk", "png", "png-alpha", "webp")]
+CASES += [("jpeg", "amazon-main"), ("png-alpha", "amazon-main")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megapixels", type=float, default=12)
+    parser.add_argument("--case", nargs=2, metavar=("FORM", "RECIPE"), help="This one, in this process.")
+    options = parser.parse_args()
+    if options.case:
+        print(f"{bytes_per_pixel(*options.case, options.megapixels):.1f}")
+        return
+    print("| picture | recipe | bytes a pixel |\n|---|---|---|")
+    for case in CASES:
+        command = [sys.executable, "-m", "tests.bench.footprint", "--megapixels", str(options.megapixels), "--case"]
+        told = subprocess.run([*command, *case], capture_output=True, text=True, check=True)
+        print(f"| {case[0]} | {case[1]} | {told.stdout.strip()} |", flush=True)
+
+
+def bytes_per_pixel(form: str, recipe_name: str, megapixels: float) -> float:
+    from jobs.recipe import load_recipe
+    from workers.decode import Limits
+    from workers.memory import resident_bytes
+    from workers.pipeline import cut_out, limit_threads
+
+    limit_threads(torch_threads=1)
+    recipe = load_recipe(recipe_name, model="u2netp")
+    limits = Limits(max_pixels=1_000_000_000, max_bytes=1_000_000_000)
+    data = make(form, megapixels)
+    cut_out(make(form, 0.01), recipe, Disc(), limits=limits, text={})
+    peak, ended, before = 0, threading.Event(), resident_bytes()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.is_set():
+            peak = max(peak, resident_bytes())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    cut_out(data, recipe, Disc(), limits=limits, text={})
+    ended.set()
+    watcher.join()
+    return (peak - before) / (megapixels * 1e6)
+
+
+class Disc:
+    """In place of the model."""
+
+    input_size = (320, 320)
+
+    def predict(self, rgb: np.ndarray, *, live: bool = False) -> np.ndarray:
+        y, x = np.ogrid[:320, :320]
+        return np.clip(130 - np.hypot(x - 160, y - 160), 0, 10).astype(np.uint8) * 25
+
+
+def make(form: str, megapixels: float) -> bytes:
+    width, height = (round(side * (megapixels / 12) ** 0.5) for side in (4000, 3000))
+    noise = np.random.default_rng(1).integers(0, 255, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    if form.endswith("alpha"):
+        image.putalpha(128)
+    body = io.BytesIO()
+    kind = form.partition("-")[0]
+    more = {"compress_level": 1} if kind == "png" else {"quality": 90}
+    (image.convert("CMYK") if form.endswith("cmyk") else image).save(body, kind, **more)
+    return body.getvalue()
+
+
+if __name__ == "__main__":
+    main()

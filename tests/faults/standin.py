@@ -36,7 +36,6 @@ from faults.terms import (
     DEVICE_SEGFAULT,
     EXHAUST,
     HANG,
-    HOARD,
     LOCK,
     LOCK_S,
     MODEL,
@@ -167,9 +166,6 @@ def _arm() -> None:
     _around(producer.dispatcher, "write_report", after=lambda *_: "after_report")
 
 
-_hoard: list[bytes] = []
-
-
 def _poison(data: bytes) -> None:
     if SEGFAULT in data:
         ctypes.string_at(0)
@@ -177,8 +173,6 @@ def _poison(data: bytes) -> None:
         time.sleep(1)
     if LOCK in data:
         ctypes.PyDLL(None).sleep(3600)
-    if HOARD in data:
-        _hoard.append(os.urandom(30_000_000))
     hoard = []
     while EXHAUST in data:
         hoard.append(b"x" * 50_000_000)

@@ -13,8 +13,8 @@ PLACES = ("after_claim", "after_fetch", "after_model", "after_mask", "after_cuto
 """Where a failpoint kills."""
 SEGFAULT, HANG, EXHAUST = b"#segfault#", b"#hang#", b"#exhaust#"
 """Behind the end of a JPEG, where decoders ignore them: what the stand-in's decoder does with the picture."""
-LOCK, HOARD = b"#lock#", b"#hoard#"
-"""Likewise: it keeps the interpreter lock for ever; it leaves 30 MB behind in its process."""
+LOCK = b"#lock#"
+"""Likewise: it keeps the interpreter lock for ever."""
 DEVICE_SEGFAULT = 231
 """A picture all of this level takes the stand-in device's process down."""
 DEVICE_GREY = 251

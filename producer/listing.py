@@ -17,8 +17,8 @@ from jobs.store import Location, Role, S3Object, Store
 
 LISTERS = 12
 """Requests at a time; the store's connections must be more."""
-ENOUGH = 4 * LISTERS
-"""Sub-prefixes: with more of them, they are not divided further."""
+ENOUGH = LISTERS
+"""Sub-prefixes: with so many, they are not divided further, which is done one after another."""
 MANY = 20
 """Objects of a folder, as the first page shows them: with fewer, a request a folder costs more than it brings."""
 MAX_LOOKS = 10

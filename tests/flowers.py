@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from producer.local import LocalStack, Process, free_port, inherited_environment
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Response
 
 LOGIN = "night-shift:open-sesame"
 
@@ -64,8 +64,11 @@ class Pages:
         """Types into the search field of the tasks page. Returns the rows shown, by column."""
         self.page.goto(f"{self._flower.url}/tasks")
         self.page.wait_for_selector("#tasks-table tbody tr")
-        asked = urllib.parse.urlencode({"search[value]": text})
-        with self.page.expect_response(lambda answer: asked in (answer.request.post_data or "")):
+
+        def is_asked(answer: Response) -> bool:
+            return urllib.parse.parse_qs(answer.request.post_data or "").get("search[value]") == [text]
+
+        with self.page.expect_response(is_asked):
             self.page.get_by_role("searchbox").fill(text)
         self.page.wait_for_selector("#tasks-table_processing", state="hidden")
         return self._rows("#tasks-table")

@@ -52,10 +52,10 @@ def test_the_same_fault_of_the_device_again_convicts_the_picture_and_no_other_of
     assert set(deaths) == {EXIT_DEVICE_LOST}
 
 
-def test_a_picture_on_which_the_device_library_crashes_is_named_after_four_deaths(
+def test_a_picture_on_which_the_device_library_crashes_is_named_after_six_deaths(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    """Nobody is left to blame it: two deaths make it a suspect, two more alone convict it."""
+    """Nobody is left to blame it: two deaths make it a suspect, four more alone convict it."""
     names = put_pictures(fleet.store, places, 6)
     fleet.store.put(places.key(names[2]), grey(DEVICE_SEGFAULT), content_type="image/png")
     known = fleet.workers.ends()
@@ -69,4 +69,4 @@ def test_a_picture_on_which_the_device_library_crashes_is_named_after_four_death
     [(_, failure)] = fleet.ledger.failures(job)
     assert failure.code == "crashed_worker"
     deaths = [code for pid, code in fleet.workers.ends().items() if pid not in known]
-    assert deaths == [-signal.SIGSEGV] * 4
+    assert deaths == [-signal.SIGSEGV] * 6

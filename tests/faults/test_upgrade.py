@@ -15,7 +15,7 @@ def test_workers_leave_what_a_later_version_wrote_to_its_workers(
     names = put_pictures(fleet.store, places, SOME)
     fleet.workers.start()
     with fleet.dispatcher(test_version="2"):
-        assert fleet.fork_submit(places, test_version="2") == 0
+        assert fleet.submits.wait_for(fleet.submits.start_for(places, test_version="2")) == 0
         (job,) = fleet.ledger.open_jobs()
         wait_until(
             lambda: fleet.workers.text().count("left for a newer worker") > 2 * SOME,
@@ -39,7 +39,7 @@ def test_a_producer_of_a_later_version_loses_nothing_by_coming_first(
     names = put_pictures(fleet.store, places, SOME)
     fleet.workers.start()
     with fleet.dispatcher():
-        assert fleet.fork_submit(places, test_version="2") == 0
+        assert fleet.submits.wait_for(fleet.submits.start_for(places, test_version="2")) == 0
         (job,) = fleet.ledger.open_jobs()
         known = fleet.workers.text().count("left for a newer worker")
         wait_until(lambda: fleet.workers.text().count("left for a newer worker") > known, what="they are left")

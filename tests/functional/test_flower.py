@@ -56,7 +56,10 @@ def test_a_worker_says_what_it_is(flower: Flower) -> None:
     ((name, facts),) = flower.workers().items()
 
     assert name.startswith("cpu")
-    assert (facts["conf"]["cutfleet_model"], facts["conf"]["cutfleet_batch_limit"]) == ("u2netp", 1)
+    assert (facts["conf"]["cutfleet_model"], facts["conf"]["cutfleet_batch_limit"]) == (
+        "u2netp",
+        len(os.sched_getaffinity(0)),
+    )
     assert {queue["name"] for queue in facts["active_queues"]} >= {"live.u2netp", "backfill.u2netp"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,8 @@ def test_the_workers_are_listed_with_what_they_run(fleet: LocalStack, cutfleet: 
         assert fact in row
     assert table[0].split("  ")[0] == "worker"
     assert served["draining"] is False
-    assert (served["batch_limit"], served["rate"] >= 0, served["in_flight"] <= served["slots"]) == (1, True, True)
+    cores = len(os.sched_getaffinity(0))
+    assert (served["batch_limit"], served["rate"] >= 0, served["in_flight"] <= served["slots"]) == (cores, True, True)
 
 
 def test_a_second_worker_of_one_name_ends_with_a_reason(fleet: LocalStack, cutfleet: Run) -> None:

@@ -11,7 +11,7 @@ from jobs.ledger import Ledger
 from jobs.recipe import Recipe
 from jobs.store import Location, S3Object, Store
 from producer.local import LocalStack
-from producer.submit import Request, live_row, watch_job
+from producer.submit import Request, draft, live_row
 
 
 def test_a_new_recipe_is_rendered_from_the_stored_cutouts_without_the_model(
@@ -89,7 +89,7 @@ def test_a_live_job_that_is_not_closed_is_rendered_too(
 ) -> None:
     names = put_pictures(store, places, 2)
     request = Request(source=places.source, destination=places.to, recipe=Recipe(), lane="live", name="", keys=None)
-    day = watch_job(request, job_id="20260101-rendered-while-open", watch="rendered", store=store)
+    day = draft(request, job_id="20260101-rendered-while-open", watch="rendered", store=store)
     rows = [
         ("d" * 8 + name, "", "e", *live_row(index, S3Object(name, "", -1), day)) for index, name in enumerate(names)
     ]

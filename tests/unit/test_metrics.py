@@ -11,7 +11,7 @@ import pynvml
 import pytest
 import torch
 
-import jobs.ledger
+import jobs.server
 import jobs.store
 from jobs.errors import CutfleetError, SettingsError
 from jobs.ledger import Ledger
@@ -97,7 +97,7 @@ def test_the_first_error_of_each_kind_is_an_increase(store: Store, ledger: Ledge
         if "kind" in sample.labels and sample.name.endswith("_total") and sample.value == 0
     }
     raised = re.compile(r'code="((?:redis|store)_\w+)"')
-    for module, short in ((jobs.ledger, "redis"), (jobs.store, "s3")):
+    for module, short in ((jobs.server, "redis"), (jobs.store, "s3")):
         kinds = set(raised.findall(Path(module.__file__).read_text()))
         assert kinds
         assert {(f"cutfleet_{short}_errors_total", kind) for kind in kinds} <= shown

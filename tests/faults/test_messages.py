@@ -16,16 +16,10 @@ from faults.truth import prove
 
 from jobs.broker import lane_queue
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("asleep")]
 LIVE, BACKFILL = (lane_queue(lane, MODEL) for lane in ("live", "backfill"))
 LEASES = 60
 """Of a minute each, as they are by default."""
-
-
-@pytest.fixture(autouse=True)
-def asleep(fleet: Fleet) -> None:
-    """The model is known, though none of its workers is awake."""
-    fleet.ledger.heartbeat("asleep", {"model": MODEL, "slots": 4}, ttl_s=600)
 
 
 def test_of_a_hundred_pictures_whose_messages_come_twice_each_is_worked_on_once(

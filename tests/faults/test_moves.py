@@ -14,11 +14,7 @@ from faults.truth import prove
 
 from producer.feeding import MIN_WINDOW
 
-
-@pytest.fixture(autouse=True)
-def asleep(fleet: Fleet) -> None:
-    """The model is known, though none of its workers is awake."""
-    fleet.ledger.heartbeat("asleep", {"model": MODEL, "slots": 4}, ttl_s=600)
+pytestmark = pytest.mark.usefixtures("asleep")
 
 
 def test_cancelled_at_a_third_a_job_ends_what_is_in_work_and_nothing_else(

@@ -1,0 +1,65 @@
+"""Flower in a browser: pictures are found by key, job and lane; it is read-only, and keeps no more than it may."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from factories import Places, put_pictures, wait_until
+from faults.fleet import Fleet, submit_here
+from flowers import Flower, opened
+from playwright.sync_api import Browser
+
+PICTURES, LIVE, KEPT = 150, 12, 100
+
+
+@pytest.fixture
+def flower(fleet: Fleet) -> Iterator[Flower]:
+    flower = Flower(fleet.stack, f"--max_tasks={KEPT}")
+    wait_until(flower.is_up, what="Flower answers")
+    yield flower
+    flower.process.stop(timeout_s=10)
+
+
+@pytest.mark.timeout(240)
+def test_what_a_person_sees_in_flower(fleet: Fleet, places: Places, flower: Flower, browser: Browser) -> None:
+    names = put_pictures(fleet.store, places, PICTURES + LIVE)
+    fleet.workers.start(node="cpu0", slots="8", batch_limit="4", test_device_ms="20")
+    wait_until(lambda: bool(flower.workers()), what="Flower knows the worker")
+    with fleet.dispatcher(), opened(flower, browser) as pages:
+        keys = [places.key(name).key for name in names]
+        shelf = submit_here(fleet, places, *keys[:PICTURES], lane="backfill")
+        wait_until(lambda: fleet.ledger.job(shelf).closed is not None, what="the backfill is done")
+        live = submit_here(fleet, places, *keys[PICTURES:], lane="live")
+        wait_until(lambda: len(flower.tasks("state:SUCCESS lane='live'")) == LIVE, what="Flower saw the last")
+        (worker,) = pages.workers()
+        last = str(places.key(names[-1]))
+        by_key, by_job, by_lane, gone = (
+            pages.search(text)
+            for text in (f'args:"{last}"', f"args:job='{live}'", "args:lane='live'", f"args:{shelf}:0")
+        )
+        page = pages.worker(worker["Worker"])
+        kept = len(flower.tasks("cutfleet.image"))
+
+    assert worker["Worker"].startswith("cpu0-stand-in-float32-b4@")
+    assert (worker["Status"], worker["Processed"]) == ("Online", str(PICTURES + LIVE))
+    (row,) = by_key
+    assert row["state"] == "SUCCESS"
+    assert f"{live}:{LIVE - 1}" in row["uuid"]
+    assert last in row["args"]
+    assert float(row["runtime"].split()[0]) >= logged_s(fleet, live, LIVE - 1)
+    assert len(by_job) == len(by_lane) == LIVE
+    assert all(f"{live}:" in row["uuid"] for row in (*by_job, *by_lane))
+    assert gone == []
+    assert kept == KEPT, "what is older is forgotten, and so is its memory"
+    assert not re.search(r"Shut down|Restart pool|Add consumer", page, re.I), "read-only"
+    with browser.new_context() as stranger:
+        answer = stranger.request.get(f"{flower.url}/tasks")
+        assert answer.status == 401
+
+
+def logged_s(fleet: Fleet, job: str, index: int) -> float:
+    """How long the worker says that it had the picture."""
+    (found,) = re.findall(rf"action=image job={job} image={index} .*?seconds=([\d.]+)", fleet.workers.text())
+    return float(found)

@@ -66,13 +66,13 @@ class PictureError(ImageError):
 
 
 class SourceError(ImageError):
-    """Codes: source_missing, source_denied, source_changed, source_archived."""
+    """Codes: source_missing, source_denied, source_not_allowed, source_changed, source_archived."""
 
     code = "source_missing"
 
 
 class OutputError(ImageError):
-    """Codes: name_taken, name_too_long, name_unmatched, output_denied, bucket_missing."""
+    """Codes: name_taken, name_too_long, name_unmatched, output_denied, output_not_allowed, bucket_missing."""
 
     code = "output_denied"
 

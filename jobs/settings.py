@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from jobs.bounds import Bounds, parse_prefixes
 from jobs.errors import SettingsError
 
 PREFIX = "CUTFLEET_"
@@ -36,6 +37,13 @@ class Settings(BaseSettings):
     source_profile: str = Field(
         "",
         description="Profile of AWS's files for the account that reads the sources; empty: the one that reads results.",
+    )
+    sources: str = Field(
+        "",
+        description="What may be read, as `s3://photos/,s3://shop/new/`: each ends with `/`. Empty: anything.",
+    )
+    destinations: str = Field(
+        "", description="Where results may be written, and read, in the same form. Empty: anywhere."
     )
     model: str = Field("u2netp", description="What a worker loads: a preset, a directory or a weights file.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`cuda` without a GPU is an error.")
@@ -115,6 +123,12 @@ class Settings(BaseSettings):
             raise ValueError("must be empty or start with http:// or https://")
         return url.rstrip("/")
 
+    @field_validator("sources", "destinations")
+    @classmethod
+    def _prefixes(cls, text: str) -> str:
+        parse_prefixes(text)
+        return text
+
     @field_validator("webhook_secret")
     @classmethod
     def _webhook_secret(cls, text: str) -> str:
@@ -139,6 +153,10 @@ class Settings(BaseSettings):
             return name
         of_source = "AWS S3" if self.source_endpoint == "aws" else self.source_endpoint or name
         return f"{name}, sources at {of_source}" + (f" as {self.source_profile}" if self.source_profile else "")
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(parse_prefixes(self.sources), parse_prefixes(self.destinations))
 
     @property
     def has_own_source(self) -> bool:

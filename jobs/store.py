@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from jobs.bounds import ANYWHERE, Bounds, is_within
 from jobs.errors import (
     CutfleetError,
     ImageError,
@@ -234,6 +235,8 @@ class Store:
     """Sources and results, for threads to share: one boto3 client for both, or each its own. A role says which of them,
     and whose fault an error is."""
 
+    bounds = ANYWHERE
+
     def __init__(
         self,
         endpoint: str,
@@ -241,12 +244,14 @@ class Store:
         connections: int,
         credentials: tuple[str, str, str] | None = None,
         source: Account | None = None,
+        bounds: Bounds = ANYWHERE,
     ) -> None:
         """`endpoint`, `credentials`: see `Account`. `connections`: at least the number of threads that use this store.
-        `source`: where the sources are, when they are elsewhere."""
+        `source`: where the sources are, when they are elsewhere. `bounds`: outside them nothing is asked for."""
         self.heard: Callable[[CutfleetError | None], None] = lambda _: None
         results = Account(endpoint, credentials)
         self.name = results.name
+        self.bounds = bounds
         self._accounts: dict[Role, Account] = {"output": results, "source": source or results}
         self._s3 = results.connect(connections)
         self._clients: dict[Role, S3Client] = {
@@ -262,7 +267,15 @@ class Store:
             endpoint = settings.source_endpoint or settings.s3_endpoint
             said = ("CUTFLEET_SOURCE_ENDPOINT", "CUTFLEET_SOURCE_PROFILE")
             source = Account("" if endpoint == "aws" else endpoint, profile=settings.source_profile, settings=said)
-        return cls(settings.s3_endpoint, connections=connections, source=source)
+        return cls(settings.s3_endpoint, connections=connections, source=source, bounds=settings.bounds)
+
+    def check(self, place: Location, role: Role) -> None:
+        """Raises `SourceError` or `OutputError` for a place outside the bounds. Every request asks this first; who has
+        work to do before the first one asks it himself."""
+        if role == "source" and not is_within(str(place), self.bounds.sources):
+            raise SourceError(_outside(place, "CUTFLEET_SOURCES"), code="source_not_allowed")
+        if role == "output" and not is_within(str(place), self.bounds.destinations):
+            raise OutputError(_outside(place, "CUTFLEET_DESTINATIONS"), code="output_not_allowed")
 
     def list_source(self, prefix: Location, *, after: str = "") -> Iterator[S3Object]:
         """Objects under `prefix`, folder markers left out; only keys behind `after`. AWS lists in key order; not every
@@ -304,9 +317,12 @@ class Store:
         return self._guard(lambda: self._read(role, arguments, location, max_bytes), location, role)
 
     def download(self, location: Location, to: Path) -> None:
-        """A whole object into a file; it may be larger than memory."""
+        """A whole object into a file; it may be larger than memory. A manifest, not a picture: it may be anywhere."""
         self._guard(
-            lambda: self._clients["source"].download_file(location.bucket, location.key, str(to)), location, "source"
+            lambda: self._clients["source"].download_file(location.bucket, location.key, str(to)),
+            location,
+            "source",
+            bounded=False,
         )
 
     def put(
@@ -374,13 +390,16 @@ class Store:
 
     def ping(self) -> None:
         """Raises `ServiceUnavailable` when S3 does not answer; a refusal is an answer."""
+        place = Location("cutfleet-ready", "ready")
         with contextlib.suppress(ImageError):
-            self.head(Location("cutfleet-ready", "ready"), role="output")
+            self._guard(
+                lambda: self._s3.head_object(Bucket=place.bucket, Key=place.key), place, "output", bounded=False
+            )
 
     def create_bucket(self, bucket: str) -> None:
         """For the local stack and for tests; one of ours that is there already is fine."""
         try:
-            self._guard(lambda: self._s3.create_bucket(Bucket=bucket), Location(bucket, ""), "output")
+            self._guard(lambda: self._s3.create_bucket(Bucket=bucket), Location(bucket, ""), "output", bounded=False)
         except OutputError as exc:
             if exc.code != "bucket_exists":
                 raise
@@ -413,7 +432,9 @@ class Store:
                 )
             return body.read(), answer["ETag"].strip('"')
 
-    def _guard(self, call: Callable[[], T], location: Location, role: Role) -> T:
+    def _guard(self, call: Callable[[], T], location: Location, role: Role, *, bounded: bool = True) -> T:
+        if bounded:
+            self.check(location, role)
         error: CutfleetError | None = None
         try:
             return call()
@@ -424,6 +445,10 @@ class Store:
             raise error from exc
         finally:
             self.heard(error)
+
+
+def _outside(place: Location, variable: str) -> str:
+    return f"{place} is under no entry of {variable}: choose another place, or add it there for every process."
 
 
 def _listed(found: ObjectTypeDef) -> S3Object:

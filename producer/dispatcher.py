@@ -16,12 +16,12 @@ from collections.abc import Iterable, Sequence
 
 from jobs.alive import AliveFile
 from jobs.broker import lane_queue
-from jobs.errors import CutfleetError, ServiceUnavailable
+from jobs.errors import CutfleetError, OutputError, ServiceUnavailable
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.server import Fenced
 from jobs.settings import Settings
-from jobs.store import Store
+from jobs.store import Store, destination_prefix
 from producer.dead import MAX_HELD, spill
 from producer.feeding import Feeder
 from producer.manifest import PART_ROWS, record_live
@@ -202,6 +202,14 @@ class Dispatcher:
             log.info("closed", extra={"action": "close", "job": job.id, "done": job.done, "failed": job.failed})
 
     def _record_and_report(self, epoch: int, job: Job) -> None:
+        """A job that was cancelled since nobody may write to its destination closes without a report."""
+        try:
+            self._store.check(destination_prefix(job.destination), "output")
+        except OutputError as exc:
+            if not job.cancelled:
+                raise
+            log.warning("closed without a report: %s", exc, extra={"action": "close", "job": job.id, "code": exc.code})
+            return
         while job.unrecorded and record_live(job, epoch=epoch, store=self._store, ledger=self._ledger):
             job = self._ledger.job(job.id)
         write_report(job, self._settings, ledger=self._ledger, store=self._store)

@@ -48,6 +48,9 @@ def examine(
         yield failed("settings", exc)
         return
     yield ok("settings", f"Redis at {settings.redis_name}, S3 at {settings.s3_name}, model {settings.model}.")
+    yield ok(
+        "settings", f"Allowed sources: {_places(settings.sources)}; destinations: {_places(settings.destinations)}."
+    )
     yield from _disk()
     jobs: list[Job] = []
     with Ledger(settings.redis_url, name=settings.redis_name) as ledger:
@@ -56,6 +59,10 @@ def examine(
     with Store.of(settings, connections=4) as store:
         yield from _s3(store, source or _newest(jobs, "source"), destination or _newest(jobs, "destination"))
     yield from (found for found in fleet if found.code not in REMEDIES)  # Redis itself was told of above
+
+
+def _places(allowed: str) -> str:
+    return allowed or "any"
 
 
 def _disk() -> Iterator[Finding]:

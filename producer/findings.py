@@ -46,6 +46,8 @@ REMEDIES = {
     "source_denied": "Give our credentials s3:ListBucket on the source's bucket and s3:GetObject on its objects.",
     "output_denied": "Give our credentials s3:PutObject and s3:GetObject on the destination's objects, and "
     "s3:ListBucket on its bucket: without it, S3 answers 403 where nothing is yet.",
+    "source_not_allowed": "Add it, with a slash at its end, to CUTFLEET_SOURCES of every process; or use another.",
+    "output_not_allowed": "Add it, with a slash at its end, to CUTFLEET_DESTINATIONS of every process; or use another.",
     "destination_under_source": "Choose a destination elsewhere, or a longer source prefix.",
 }
 _ANY_REMEDY = "Try again in a minute; if it stays, look into the server's own log."

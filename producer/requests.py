@@ -26,8 +26,7 @@ from jobs.recipe import Recipe
 from jobs.store import Location, Store, image_names, rendition_names
 from producer.access import Caller
 from producer.manifest import PART_ROWS, read_part, read_unrecorded
-from producer.sources import list_prefix, named_keys
-from producer.submit import Request, check_request, draft, live_row
+from producer.submit import Request, check_request, draft, live_row, rows_of
 
 LINK_S = 3600
 LOOKS_AT_ONCE = 8
@@ -91,10 +90,8 @@ def submit(request: Request, job_id: str, *, store: Store, ledger: Ledger, lease
     found = ledger.find_job(job_id)
     if found is not None:
         return found
-    check_request(request, ledger)
-    source = Location.parse(request.source)
-    rows = list_prefix(store, source) if request.keys is None else named_keys(source, request.keys)
-    head = list(itertools.islice(rows, MAX_LIVE + 1))
+    check_request(request, ledger, store)
+    head = list(itertools.islice(rows_of(request, store), MAX_LIVE + 1))
     if not head:
         raise SettingsError(f"There are no pictures under {request.source}.", code="source_empty")
     if len(head) > MAX_LIVE:

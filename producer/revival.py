@@ -19,6 +19,7 @@ from producer.dead import write_spill
 from producer.manifest import PART_ROWS, read_part, read_unrecorded, write_part
 from producer.record import part_numbers, read_record
 from producer.report import read_report
+from producer.submit import check_bounds
 
 REBUILDING = "being rebuilt: if nobody does, run `cutfleet audit --repair` once more"
 
@@ -111,8 +112,9 @@ class Books:
 
     def rebuild(self, *, spills: int = 0) -> None:
         """In the ledger, paused, everything open. Killed in between: done again. `spills`: parts of its failures that
-        stand in S3."""
+        stand in S3. Raises `SourceError` or `OutputError` for a job whose places the store is not to touch."""
         job, body = self.record.job, self.record.body
+        check_bounds(job.source, job.destination, self._store)
         conditional = self._store.honours_conditions(record_location(job.destination, job.id, "job.json"), body)
         job = dataclasses.replace(job, conditional=conditional)
         if self.record.rows and not self._parts:

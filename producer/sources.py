@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote_plus
 
-from jobs.errors import SettingsError
+from jobs.errors import SettingsError, SourceError
 from jobs.store import Location, S3Object, Store
 from producer.listing import list_side_by_side
 
@@ -78,10 +78,11 @@ def list_prefix(store: Store, source: Location, *, only: Only = EVERYTHING) -> I
     return filter(only.takes, list_side_by_side(store, source, role="source"))
 
 
-def named_keys(source: Location, keys: Iterable[str], *, after: str = "") -> Iterator[S3Object]:
-    """A worker takes the ETag that it finds. Raises `SettingsError` naming the first key that is not under `source`."""
+def named_keys(source: Location, keys: Iterable[str], store: Store, *, after: str = "") -> Iterator[S3Object]:
+    """A worker takes the ETag that it finds. Raises `SettingsError` naming the first key that is not under `source`,
+    `SourceError` for one that the store is not to touch."""
     for key in sorted({key.strip("\r\n") for key in keys} - {""}):
-        _check_prefix(key, source)
+        _check_place(key, source, store)
         if key > after and not key.endswith("/"):
             yield S3Object(key, "", -1)
 
@@ -97,9 +98,9 @@ def _rows(place: str, folder: Path, source: Location, store: Store, report: Repo
     path = _bring(place, folder / "manifest", store)
     if place.endswith("manifest.json"):
         for part, columns in _inventory_parts(place, path, source, store, folder):
-            yield from _table(part, source, report, columns=columns)
+            yield from _table(part, source, store, report, columns=columns)
     else:
-        yield from _table(path, source, report, columns=None)
+        yield from _table(path, source, store, report, columns=None)
 
 
 def _bring(place: str, to: Path, store: Store) -> Path:
@@ -139,7 +140,9 @@ def _inventory_parts(
         (folder / "part").unlink(missing_ok=True)
 
 
-def _table(path: Path, source: Location, report: Report, *, columns: Sequence[str] | None) -> Iterator[S3Object]:
+def _table(
+    path: Path, source: Location, store: Store, report: Report, *, columns: Sequence[str] | None
+) -> Iterator[S3Object]:
     """`columns`: of an inventory's CSV, whose keys are URL-encoded; None: by content."""
     with path.open("rb") as file:
         magic = file.read(4)
@@ -147,13 +150,13 @@ def _table(path: Path, source: Location, report: Report, *, columns: Sequence[st
         numbered: Iterator[tuple[int, Mapping[str, Any]]] = _parquet(path)
     elif magic[:2] == GZIP:
         with gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            yield from _checked(_text_rows(text, source, columns, report), source, report)
+            yield from _checked(_text_rows(text, source, columns, report), source, store, report)
         return
     else:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            yield from _checked(_text_rows(text, source, columns, report), source, report)
+            yield from _checked(_text_rows(text, source, columns, report), source, store, report)
         return
-    yield from _checked(numbered, source, report)
+    yield from _checked(numbered, source, store, report)
 
 
 def _text_rows(
@@ -214,7 +217,9 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield next(numbers), {names[name]: value for name, value in row.items()}
 
 
-def _checked(rows: Iterable[tuple[int, Mapping[str, Any]]], source: Location, report: Report) -> Iterator[S3Object]:
+def _checked(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], source: Location, store: Store, report: Report
+) -> Iterator[S3Object]:
     for number, fields in rows:
         key, size = fields.get("key"), fields.get("size")
         if str(fields.get("latest", True)).lower() == "false" or str(fields.get("deleted", False)).lower() == "true":
@@ -226,21 +231,22 @@ def _checked(rows: Iterable[tuple[int, Mapping[str, Any]]], source: Location, re
             key.encode()  # raises on what was no UTF-8
             if bucket != source.bucket:
                 raise ValueError(f"bucket {bucket!r} is not the source's")
-            _check_prefix(key, source)
+            _check_place(key, source, store)
             row = S3Object(key, str(fields.get("etag") or "").strip('"'), int(size) if size not in (None, "") else -1)
-        except (ValueError, SettingsError) as exc:
+        except (ValueError, SettingsError, SourceError) as exc:
             report(number, str(exc))
             continue
         if not key.endswith("/"):
             yield row
 
 
-def _check_prefix(key: str, source: Location) -> None:
+def _check_place(key: str, source: Location, store: Store) -> None:
     if not key.startswith(source.key):
         raise SettingsError(
             f"Key {key!r} is not under {source}: keys are complete, as S3 lists them. Did you mean "
             f"{source.key + key!r}, or the source s3://{source.bucket}/?"
         )
+    store.check(Location(source.bucket, key), "source")
 
 
 def _sorted_on_disk(rows: Iterable[S3Object], folder: Path, after: str) -> Iterator[S3Object]:

@@ -81,7 +81,7 @@ def submit(
     Raises `SettingsError` for a source that is empty, a destination under its source, a model that is unknown; whatever
     the store raises when the source can't be listed or the destination not be written.
     """
-    check_request(request, ledger)
+    check_request(request, ledger, store)
     rows = rows_of(request, store)
     head = list(itertools.islice(rows, MAX_LIVE + 1))
     if not head:
@@ -135,6 +135,7 @@ def resume(
     if job.watch:
         raise JobError(f"Job {job_id} is fed by `cutfleet watch`: there is nothing to resume.", code="job_watched")
     _check_asked(job, request)
+    check_bounds(job.source, job.destination, store)
     in_order = request.keys is not None or request.manifest is not None
     with contextlib.ExitStack() as stack:
         if in_order:
@@ -173,9 +174,11 @@ def _asked(request: Request) -> str:
         return f"manifest {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
-def check_request(request: Request, ledger: Ledger) -> None:
-    """Raises `SettingsError` for a destination under its source and for a model that nobody knows."""
+def check_request(request: Request, ledger: Ledger, store: Store) -> None:
+    """Raises `SettingsError` for a destination under its source and for a model that nobody knows, `SourceError` or
+    `OutputError` for places that the store is not to touch."""
     check_places(request.source, request.destination)
+    check_bounds(request.source, request.destination, store)
     check_model(request.recipe.model, ledger)
 
 
@@ -186,7 +189,7 @@ def rows_of(request: Request, store: Store, *, after: str = "") -> Iterator[S3Ob
     if request.manifest is not None:
         return read_manifest(request.manifest, source, store, report=request.bad_line, after=after)
     if request.keys is not None:
-        return named_keys(source, request.keys, after=after)
+        return named_keys(source, request.keys, store, after=after)
     return list_prefix(store, source, only=request.only)
 
 
@@ -217,6 +220,12 @@ def check_places(source_uri: str, destination: str) -> None:
             "Choose a destination elsewhere, or a longer source prefix.",
             code="destination_under_source",
         )
+
+
+def check_bounds(source: str, destination: str, store: Store) -> None:
+    """Raises `SourceError` or `OutputError`. A source that is a prefix is so with all that begins with it."""
+    store.check(Location.parse(source), "source")
+    store.check(destination_prefix(destination), "output")
 
 
 def check_model(model: str, ledger: Ledger) -> None:

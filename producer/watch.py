@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from jobs.errors import CutfleetError, SettingsError, TransientError
+from jobs.errors import CutfleetError, SettingsError, SourceError, TransientError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.mailbox import Letter, Mailbox
@@ -59,8 +59,8 @@ class Watcher:
     """`request` names source, destination and recipe; its lane is `live`. May be shared by threads."""
 
     def __init__(self, request: Request, *, store: Store, ledger: Ledger, lease_s: float) -> None:
-        """Raises `SettingsError` for a request that can't be fulfilled."""
-        check_request(request, ledger)
+        """Raises what `check_request` does."""
+        check_request(request, ledger, store)
         self._request = request
         self._store = store
         self._ledger = ledger
@@ -160,11 +160,15 @@ class Watcher:
         return self._drafts[job_id]
 
     def _is_watched(self, arrival: Arrival) -> bool:
-        return (
-            arrival.bucket == self._source.bucket
-            and arrival.key.startswith(self._source.key)
-            and not arrival.key.endswith("/")
-        )
+        place = Location(arrival.bucket, arrival.key)
+        if not str(place).startswith(str(self._source)) or arrival.key.endswith("/"):
+            return False
+        try:
+            self._store.check(place, "source")
+        except SourceError as exc:
+            log.warning("left out: %s", exc, extra={"action": "watch", "code": exc.code})
+            return False
+        return True
 
     def _as_object(self, arrival: Arrival) -> S3Object | None:
         """None when it is gone already, where that had to be looked up."""

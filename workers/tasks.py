@@ -35,7 +35,7 @@ from jobs.errors import (
 )
 from jobs.job import Effort, Failure, ImageState, Job
 from jobs.ledger import Claim, Ledger
-from jobs.message import ImageTask, LaterMessage
+from jobs.message import BadMessage, ImageTask, LaterMessage
 from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import Settings
@@ -201,6 +201,7 @@ def _settle(
         limits=bench.limits,
     )
     try:
+        _check_places(task, job, names, bench.store)
         do = _preview if job.review_of else _render_and_publish if job.model == RENDER else _cut_and_publish
         state, remark = _hold_while_store_is_away(lambda: do(task, job, names, seat, bench), job, bench)
     except (Draining, HeldTooLong):
@@ -223,11 +224,28 @@ def _settle(
     return (state.name.lower() if recorded == "ok" else recorded), None
 
 
-def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench: Bench) -> Outcome:
-    """The story: what is there, fetch, cut out, publish."""
+def _check_places(task: ImageTask, job: Job, names: Names, store: Store) -> None:
+    """Neither message nor ledger is to be trusted: who may write to Redis may not have anything read or written. Raises
+    `BadMessage`, `SourceError` or `OutputError`."""
+    if not str(names.source).startswith(str(Location.parse(job.source))):
+        raise BadMessage(f"The message names {task.key!r}, which is not under its job's source {job.source}.")
+    store.check(names.source, "source")
+    for place in (names.cutout, names.mask):
+        store.check(place, "output")
+
+
+def _target(task: ImageTask, job: Job, names: Names, store: Store) -> Target:
     recipe = Recipe.from_json(job.recipe)
     places = rendition_names(recipe, job.source, job.destination, task.key)
-    target = Target(names=names, renditions=places, recipe=recipe, conditional=job.conditional)
+    for place in places.values():
+        store.check(place, "output")
+    return Target(names=names, renditions=places, recipe=recipe, conditional=job.conditional)
+
+
+def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench: Bench) -> Outcome:
+    """The story: what is there, fetch, cut out, publish."""
+    target = _target(task, job, names, bench.store)
+    recipe = target.recipe
     existing = NOTHING if _is_new(task, job, seat.claim) else find_existing(target, bench.store)
     if existing.cutout is not None:
         provenance = _provenance(task, recipe, names, bench, etag=task.etag or _etag_now(names, bench.store))
@@ -258,9 +276,7 @@ def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench:
 
 
 def _render_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench: Bench) -> Outcome:
-    recipe = Recipe.from_json(job.recipe)
-    places = rendition_names(recipe, job.source, job.destination, task.key)
-    target = Target(names=names, renditions=places, recipe=recipe, conditional=job.conditional)
+    target = _target(task, job, names, bench.store)
     return render_again(
         task, target, seat, store=bench.store, limits=bench.limits, is_ours=lambda: bench.leases.is_ours(seat.claim)
     )

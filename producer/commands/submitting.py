@@ -105,7 +105,7 @@ def _confirm(request: Request, settings: Settings, store: Store, ledger: Ledger,
 
     quiet = request.bad_line if request.bad_line is refuse_line else lambda *_: None
     request = dataclasses.replace(request, bad_line=quiet)  # told of once, by the submission
-    check_request(request, ledger)
+    check_request(request, ledger, store)
     if not has_more_than(over, request, store):
         return
     if not sys.stdin.isatty():

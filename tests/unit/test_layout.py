@@ -14,6 +14,7 @@ PIXELS = {"torch", "torchvision", "numpy", "PIL", "cv2", "simplejpeg", "isal", "
 ALLOWED = {"jobs": {"jobs"}, "producer": {"producer", "jobs"}, "workers": {"workers", "jobs"}}
 ORDER = [
     "errors",
+    "bounds",
     "settings",
     "alive",
     "logs",

@@ -194,8 +194,8 @@ def test_a_manifest_that_is_not_there_is_named(store: Store) -> None:
         read("nowhere.csv", store)
 
 
-def test_named_keys_come_once_and_in_order() -> None:
-    named = named_keys(SOURCE, ["photos/b.jpg\n", "photos/a.jpg", "", "photos/b.jpg", "photos/x/"])
+def test_named_keys_come_once_and_in_order(store: Store) -> None:
+    named = named_keys(SOURCE, ["photos/b.jpg\n", "photos/a.jpg", "", "photos/b.jpg", "photos/x/"], store)
 
     assert keys(list(named)) == ["photos/a.jpg", "photos/b.jpg"]
 

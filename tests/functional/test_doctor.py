@@ -357,3 +357,14 @@ def test_workers_that_are_old_stuck_or_different(server: Server) -> None:
         "models_differ",
     ]
     assert all(finding.remedy for finding in findings)
+
+
+def test_places_that_are_not_allowed(places: Places, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_pictures(store, places, 1)
+    monkeypatch.setenv("CUTFLEET_SOURCES", "s3://photos/")
+    monkeypatch.setenv("CUTFLEET_DESTINATIONS", places.to)
+
+    finding = found("source_not_allowed", source=places.source, destination=places.to)
+
+    assert "CUTFLEET_SOURCES" in finding.remedy
+    assert any(f"Allowed sources: s3://photos/; destinations: {places.to}." in said.what for said in examine())

@@ -40,6 +40,7 @@ class Job:
     """What the ledger knows of a job. `source` and `destination` are s3:// prefixes; times are seconds since 1970.
     `weight`: its share of a queue's room against other jobs'. `rate`: most pictures fed a second. `sample`: how many
     are fed before it pauses for a look. `again`: images to be fed once more. `window`: images fed and not final.
+    `cancel_cursor`: of a cancelled job, up to where what nobody held is final.
     `spills`: parts of its failures that stand in S3. `judged_*`: counts when a person last unpaused it.
     `watch`: the watch that feeds it. `unrecorded`: live images that stand in no part of its manifest yet.
     `untold`: events that its webhook could not be told of. `asked`: which pictures of its source, for going on with a
@@ -81,6 +82,7 @@ class Job:
     review: int = 0
     again: int = 0
     window: int = 0
+    cancel_cursor: int = 0
     spills: int = 0
     judged_final: int = 0
     judged_failed: int = 0
@@ -290,6 +292,7 @@ def job_from_fields(job: str, fields: Mapping[str, str]) -> Job:
         review=count("review"),
         again=count("again"),
         window=count("window"),
+        cancel_cursor=count("cancel_cursor"),
         spills=count("spills"),
         judged_final=count("judged_final"),
         judged_failed=count("judged_failed"),

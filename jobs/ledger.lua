@@ -480,6 +480,7 @@ end
 function move.defer(id, token, pause)
   if not holds(id, token) then return 'stale' end
   drop_claim(id)
+  if is_cancelled(id) then return 'ok' end
   call('HINCRBY', 'cf:tries', id, 1)
   call('ZADD', 'cf:retry', at(now + pause), id)
   return 'ok'
@@ -489,7 +490,7 @@ end
 function move.release(id, token, lease)
   if not holds(id, token) then return 'stale' end
   drop_claim(id)
-  wait_again(id, lease)
+  if not is_cancelled(id) then wait_again(id, lease) end
   return 'ok'
 end
 
@@ -498,6 +499,7 @@ function move.vanish(id, token, error, lease)
   if not holds(id, token) then return 'stale' end
   call('SREM', 'cf:computing', id)
   count_vanished(id)
+  if is_cancelled(id) then return 'ok' end
   call('HSET', 'cf:blamed', id, error)
   wait_again(id, lease)
   return 'ok'
@@ -693,15 +695,51 @@ function fenced.look_again(lease, ...)
   return published
 end
 
--- The next `limit` images of a cancelled job are final, but for those that a worker holds. Answers how far it came.
-function fenced.cancel_rest(job, limit)
-  local key = 'cf:job:' .. job
-  local from = tonumber(call('HGET', key, 'cancel_cursor'))
-  local to = math.min(from + limit, tonumber(call('HGET', key, 'total')))
-  for index = from, to - 1 do
-    local id = job .. ':' .. string.format('%d', index)
-    if not call('ZSCORE', 'cf:leased', id) then is_cancelled(id) end
+-- Of a cancelled job, which has entered the window for the last time: what stands there and no worker holds is final.
+-- Looks at some `count` entries of the window, from `scan` on. Answers where to go on ('0': at its end), and the indexes
+-- of what a worker holds.
+function fenced.cancel_fed(job, scan, count)
+  local found = call('HSCAN', 'cf:entry', scan, 'COUNT', count)
+  local answer = {found[1]}
+  for i = 1, #found[2], 2 do
+    local id = found[2][i]
+    local owner, index = split(id)
+    if owner == job then
+      if call('ZSCORE', 'cf:leased', id) then answer[#answer + 1] = index else is_cancelled(id) end
+    end
   end
+  return answer
+end
+
+-- The next `count` images of a cancelled job, an even number of them, are final, but for those `held` ... (indexes). Two
+-- at a time: ten million would else take minutes. Answers how far it came, or false when it was elsewhere.
+function fenced.cancel_rest(job, cursor, count, ...)
+  local key = 'cf:job:' .. job
+  if call('HGET', key, 'cancel_cursor') ~= cursor then return false end
+  local from, total, held = tonumber(cursor), tonumber(call('HGET', key, 'total')), {}
+  for _, index in ipairs({...}) do
+    if state_of(job, index) == STATE.open then held[#held + 1] = index end
+  end
+  local to, changed = math.min(from + count, total), 0
+  local function cancel_both(bytes)
+    changed = changed + 2 * #bytes
+    return string.rep('\68', #bytes)
+  end
+  local function cancel_one(byte)
+    changed = changed + 1
+    return string.char(string.byte(byte) + (string.byte(byte) < 16 and 64 or 4))
+  end
+  local start, bytes = from / 2, math.floor((to - from) / 2)
+  local states = call('GETRANGE', key .. ':bits', start, start + bytes - 1)
+  states = bytes == 0 and '' or states .. string.rep('\0', bytes - #states)
+  states = string.gsub(string.gsub(states, '%z+', cancel_both), '[\1-\15\16\32\48\64\80]', cancel_one)
+  call('SETRANGE', key .. ':bits', start, states)
+  if to % 2 == 1 then settle(job, to - 1, STATE.cancelled) end
+  for _, index in ipairs(held) do
+    call('BITFIELD', key .. ':bits', 'SET', 'u4', '#' .. index, STATE.open)
+    changed = changed - 1
+  end
+  call('HINCRBY', key, 'cancelled', changed)
   call('HSET', key, 'cancel_cursor', string.format('%d', to))
   return to
 end

@@ -25,6 +25,8 @@ MAX_ROWS = 500
 """Most rows of one move: far below Lua's limit of arguments."""
 FEED_ROWS = 100
 """Rows of one `feed`, at 26 us each: nobody waits for longer than 3 ms because of it."""
+CANCEL_ROWS = 16_384
+"""Images of one `cancel_rest`: 10 us where none was fed, 2 ms where each has a neighbour of another state. Even."""
 MAX_LIVE = 1000
 """Most images of a live job that is published at once, without a manifest."""
 
@@ -36,6 +38,7 @@ _NEVER_REFUSED |= {
     "resign",
     "close",
     "cancel",
+    "cancel_fed",
     "cancel_rest",
     "spilled",
     "record",
@@ -470,9 +473,22 @@ class Ledger:
         flat = [text for index, row in rows.items() for text in (index, *row)]
         return int(self._move("feed_again", epoch, job, lease_s, *flat)) if flat else 0
 
-    def cancel_rest(self, epoch: int, job: str) -> int:
-        """The next `MAX_ROWS` images of a cancelled job are final, but for those in work. Returns how far it came."""
-        return int(self._move("cancel_rest", epoch, job, MAX_ROWS))
+    def cancel_fed(self, epoch: int, job: str) -> set[int]:
+        """What a cancelled job has in the window is final, but for what workers hold: returns the indexes of that."""
+        held: set[int] = set()
+        scan = "0"
+        while True:
+            scan, *found = self._move("cancel_fed", epoch, job, scan, FEED_ROWS)
+            held.update(map(int, found))
+            if scan == "0":
+                return held
+
+    def cancel_rest(self, epoch: int, job: str, cursor: int, held: Iterable[int]) -> int | None:
+        """The next `CANCEL_ROWS` images of a cancelled job are final, but for those `held`. Returns how far it came;
+        None: the cursor was elsewhere."""
+        left = [index for index in held if cursor <= index < cursor + CANCEL_ROWS]
+        to = self._move("cancel_rest", epoch, job, cursor, CANCEL_ROWS, *left)
+        return None if to is None else int(to)
 
     def drop_spilled(self, epoch: int, job: str, number: int, failures: Mapping[int, Failure]) -> bool:
         """These failures stand in S3 by now, as part `number`. False when another part was expected."""

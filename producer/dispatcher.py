@@ -34,6 +34,8 @@ LOCK_S = 10
 PAUSE_S = 1.0
 JUDGED_FROM = 100
 """Pictures of a job that must be final before their failures say anything about the rest."""
+CANCELS_A_TURN = 128
+"""Moves, each of `CANCEL_ROWS` pictures: two million pictures, in a tenth of a second."""
 FEEDING_PAUSE_S = 0.1
 """While images are fed: a fast GPU empties its share of the window in less than a second."""
 DAY_S = 86_400
@@ -156,12 +158,26 @@ class Dispatcher:
     def _attend(self, epoch: int, job: Job) -> bool:
         """What a job needs beside being fed. True when there is more to do at once."""
         if job.cancelled:
-            return self._ledger.cancel_rest(epoch, job.id) < job.total
+            return self._cancel_rest(epoch, job)
         if job.paused is None and fails_too_much(job, self._failed_share):
             reason = f"too_many_failures: `cutfleet dead {job.id}` says why, `cutfleet unpause {job.id}` goes on"
             log.error("paused: %s", reason, extra={"action": "feed", "job": job.id, "failed": job.failed})
             self._ledger.pause(job.id, reason)
         return job.failed > MAX_HELD and spill(epoch, job, ledger=self._ledger, store=self._store)
+
+    def _cancel_rest(self, epoch: int, job: Job) -> bool:
+        """Of a cancelled job, what no worker holds is final: millions in a turn. True when there is more to do. What
+        workers held ends as they say, or when they give it back."""
+        cursor = job.cancel_cursor
+        if cursor >= job.total:
+            return False
+        held = self._ledger.cancel_fed(epoch, job.id)
+        for _ in range(CANCELS_A_TURN):
+            came = self._ledger.cancel_rest(epoch, job.id, cursor, held)
+            if came is None or came >= job.total:
+                return False
+            cursor = came
+        return True
 
     def _close_all(self, epoch: int, jobs: Iterable[Job]) -> None:
         """What can't be written holds up its own job only; it is tried again in the next turn."""

@@ -7,8 +7,9 @@ job there tell already:
   neither   the worker looks, as at everything when nothing can be told
 
 Nothing can be told where no running worker, or several that differ, say which model they serve, or where the last job,
-or one that worked on the same names meanwhile, made its pictures by another recipe. Listing and report are kept in a
-temporary file. The store's clock and the dispatcher's must agree to a second.
+or one that worked on the same names meanwhile, made its pictures by another recipe, or may have: of a job that Redis
+lost nobody knows. Listing and report are kept in a temporary file. The store's clock and the dispatcher's must agree to
+a second.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ MAX_JOBS = 500
 """Jobs that a destination may remember; with more, their records are not read."""
 WORTH = 50
 """Objects listed at the destination for each picture that is asked for, at most: a request lists a thousand."""
-_CLOCK_S = 1.0
-"""A listing's times are cut to seconds."""
+_CLOCK_S = 2.0
+"""A listing's times are cut to seconds, and clocks may be one apart."""
 _MAX_BYTES = 64_000_000
 
 
@@ -177,7 +178,8 @@ def _is_empty(table: sqlite3.Connection) -> bool:
 
 def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Last | None:
     """The newest closed job on the same names, if it and all that worked on them meanwhile, or do now, made their
-    pictures by this fingerprint."""
+    pictures by this fingerprint. Who is open is asked first: a job that closes then is one that has a summary."""
+    working = {other.id: other for other in ledger.open_jobs()}
     to = destination_prefix(job.destination)
     folders = [
         folder.rstrip("/").rpartition("/")[2]
@@ -197,13 +199,29 @@ def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Last
     meanwhile = [record for record in closed if float(record["closed"]) >= float(last["created"])]
     if any(list(record.get("tally", {}).get("made", {})) != [fingerprint] for record in meanwhile):
         return None
-    for other in ledger.open_jobs():
-        place = {"source": other.source, "destination": other.destination}
-        if other.id == job.id or other.review_of or not _same_names(job, place):
-            continue
-        if served_fingerprint(Recipe.from_json(other.recipe), ledger) != fingerprint:
-            return None
+    lost = [record for record in alike if record.get("closed") is None and str(record["job"]) not in working]
+    if any(float(record["created"]) < float(last["closed"]) and _began(record, job, store) for record in lost):
+        return None
+    if not all(_makes_by(fingerprint, other, job, ledger) for other in working.values()):
+        return None
     return _Last(str(last["job"]), float(last["closed"]))
+
+
+def _makes_by(fingerprint: str, other: Job, job: Job, ledger: Ledger) -> bool:
+    """Whether an open job has made, and will make, nothing else under the names of `job`."""
+    place = {"source": other.source, "destination": other.destination}
+    if other.id == job.id or other.review_of or not _same_names(job, place):
+        return True
+    made = {*ledger.tally(other.id).made, served_fingerprint(Recipe.from_json(other.recipe), ledger)}
+    return made == {fingerprint}
+
+
+def _began(record: Mapping[str, Any], job: Job, store: Store) -> bool:
+    """Whether an unknown job may have made pictures: what was never listed was never fed."""
+    if record["lane"] == "live":
+        return True
+    manifest = record_location(job.destination, str(record["job"]), "manifest/")
+    return any(found for found, _ in store.list_pages(manifest, role="output"))
 
 
 def _record(job: Job, other: str, store: Store) -> Mapping[str, Any] | None:

@@ -67,7 +67,8 @@ def job_lines(job: Job, *, served: bool = True, tally: Tally | None = None) -> I
     yield f"job:       {job.id}" + (f"  ({job.name})" if job.name != job.source else "")
     yield f"from, to:  {job.source}  ->  {job.destination}"
     yield f"model:     {job.model}, {job.lane}" + ("" if served else "; no running worker serves it: the job waits")
-    yield f"state:     {job.state}" + (f" ({job.paused})" if job.paused else "")
+    doing = "its report is being written" if job.listed and not job.open and job.closed is None else job.paused
+    yield f"state:     {job.state}" + (f" ({doing})" if doing else "")
     counts = f"{job.done} done, {job.failed} failed, {job.skipped} skipped, {job.cancelled_images} cancelled"
     yield f"pictures:  {job.total} = {job.open} open, {counts}" + (f"; {job.review} to review" if job.review else "")
     if tally and tally.review:

@@ -48,6 +48,7 @@ def cancel(job: str) -> None:
         ledger.job(job)
         if not ledger.cancel(job):
             raise SettingsError(f"Job {job} is closed already: there is nothing to cancel.", code="job_closed")
+    click.echo(f"Nothing more of {job} is begun; `cutfleet wait {job}` ends when its report is written.", err=True)
 
 
 @click.command()

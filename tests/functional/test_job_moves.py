@@ -3,6 +3,7 @@ The test claims and finishes images itself, through the ledger; dispatcher, ledg
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -14,16 +15,20 @@ from rich.console import Console
 
 from jobs.broker import task_of, worker_queues
 from jobs.errors import JobError
-from jobs.job import Failure, ImageState, Job
+from jobs.job import Failure, ImageState, Job, ManifestPart
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
+from jobs.server import Fenced
 from jobs.settings import Settings
-from jobs.store import Location, Store
+from jobs.store import Location, S3Object, Store
 from producer import dead
 from producer import submit as submission
+from producer.audit import Disagreement, audit
 from producer.dispatcher import Dispatcher
 from producer.live import Codes, Pace, screen, watch_job
 from producer.local import LocalStack
+from producer.manifest import PART_ROWS, write_part
+from producer.show import job_lines
 
 LEASE_S = 60.0
 
@@ -132,6 +137,147 @@ def test_an_image_of_a_cancelled_job_that_waits_for_its_retry_is_final(
 
     assert closed.cancelled_images == 2
     assert nothing_left(ledger)
+
+
+@pytest.fixture
+def large(store: Store, ledger: Ledger, places: Places) -> MakeJob:
+    """A job that the ledger has in full, and the store the first part of: as many are fed."""
+
+    def make(count: int) -> Job:
+        request = submission.Request(
+            source=places.source, destination=places.to, recipe=Recipe(), lane="backfill", name="", keys=None
+        )
+        job = submission.draft(request, job_id="20260101-000000-000000", store=store)
+        ledger.create_job(job)
+        for number in range(-(-count // PART_ROWS)):
+            rows = min(PART_ROWS, count - number * PART_ROWS)
+            part = ManifestPart(number, "a", "z", rows)
+            if number == 0:
+                write_part(store, job, part, [S3Object(f"{index:05d}.jpg", "e", 1) for index in range(rows)])
+            ledger.add_part(
+                job.id, part, first=number * PART_ROWS, known=[number == 7 and n % 3 == 0 for n in range(rows)]
+            )
+        ledger.finish_listing(job.id)
+        return ledger.job(job.id)
+
+    return make
+
+
+def test_a_million_pictures_are_cancelled_in_one_turn_but_for_what_is_final_or_held(
+    ledger: Ledger, dispatcher: Dispatcher, large: MakeJob
+) -> None:
+    count = 1_000_001
+    job = large(count)
+    states = {
+        index: ImageState(1 + index % 5) for index in (*range(20_000, 20_100), *range(30_001, 30_400, 7), count - 2)
+    }
+    for rows in (dict(list(states.items())[i : i + 50]) for i in range(0, len(states), 50)):
+        ledger.restore(job.id, rows)
+    dispatcher.step()
+    held = [
+        ledger.claim(image, token="t", output=f"s3://x/{image}", lease_s=LEASE_S)
+        for image, _ in list(ledger.entries())[:5]
+    ]
+    ledger.defer(held.pop(), pause_s=1000)
+
+    ledger.cancel(job.id)
+    dispatcher.step()
+
+    cancelled = ledger.job(job.id)
+    assert (cancelled.open, cancelled.window) == (4, 4)
+    assert not ledger.cancel_rest(ledger.lead(dispatcher._me, ttl_s=60) or 0, job.id, 0, []), "it is at its end"
+    found = ledger.states(job.id, 0, count + 1)
+    left = {index: state for index, state in enumerate(found) if state is not ImageState.CANCELLED}
+    in_work = {int(claim.image.partition(":")[2]): ImageState.OPEN for claim in held}
+    skipped = {70_000 + n: ImageState.SKIPPED for n in range(0, PART_ROWS, 3)}
+    kept = {index: state for index, state in states.items() if state is not ImageState.CANCELLED}
+    assert left == kept | in_work | skipped | {count: ImageState.OPEN}, "nor is what lies behind the last one touched"
+    ledger.finish(held[0], ImageState.DONE)
+    ledger.release(held[1], lease_s=LEASE_S)
+    ledger.defer(held[2], pause_s=1000)
+    ledger.vanish(held[3], "lost", lease_s=LEASE_S)
+    ended = ledger.job(job.id)
+    assert (ended.open, ended.window) == (0, 0)
+    assert "state:     cancelling (its report is being written)" in job_lines(ended)
+    assert not ledger.check(job.id, repair=False).counts
+    assert nothing_left(ledger)
+
+
+def test_a_dispatcher_killed_at_any_move_of_a_cancellation_is_followed_by_one_that_ends_it(
+    ledger: Ledger, dispatcher: Dispatcher, store: Store, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.ledger.CANCEL_ROWS", 16)
+    monkeypatch.setattr("jobs.ledger.FEED_ROWS", 5)
+    monkeypatch.setattr("producer.dispatcher.CANCELS_A_TURN", 2)
+    job = make_job(81)
+    dispatcher.step()
+    work(ledger, lambda _: ImageState.DONE, limit=9)
+    (held,) = [
+        ledger.claim(image, token="t", output="s3://x/y", lease_s=LEASE_S) for image, _ in [next(ledger.entries())]
+    ]
+    ledger.cancel(job.id)
+    move = Ledger._move
+    moves_left = lives = 0
+
+    class Killed(BaseException): ...
+
+    def killed(self: Ledger, name: str, *args: str | int | float | bytes) -> object:
+        nonlocal moves_left
+        if name.startswith("cancel_"):
+            moves_left -= 1
+            if moves_left < 0:
+                raise Killed
+        return move(self, name, *args)
+
+    monkeypatch.setattr(Ledger, "_move", killed)
+    while ledger.job(job.id).open > 1:
+        ledger._redis.delete("cf:dispatcher")  # as its lock ends some time
+        moves_left, lives = lives, lives + 1
+        with contextlib.suppress(Killed):
+            Dispatcher(ledger, store, Settings(lease_s=LEASE_S)).step()
+        assert ledger.cancel(job.id), "a second one changes nothing"
+    monkeypatch.undo()
+    with pytest.raises(Fenced):
+        ledger.cancel_rest(1, job.id, 0, [])
+    ledger._redis.delete("cf:dispatcher")
+    ledger.finish(held, ImageState.DONE)
+    closed = close(dispatcher, ledger, job)
+
+    assert lives > 2
+    assert (closed.done, closed.cancelled_images, closed.window) == (10, 71, 0)
+    assert not ledger.check(job.id, repair=False).counts
+    assert nothing_left(ledger)
+
+
+def test_a_job_that_is_cancelled_while_it_is_listed_is_whole_here_and_in_s3(
+    ledger: Ledger, dispatcher: Dispatcher, store: Store, places: Places
+) -> None:
+    request = submission.Request(
+        source=places.source,
+        destination=places.to,
+        recipe=Recipe(),
+        lane="backfill",
+        name="",
+        keys=tuple(f"{number:05d}.jpg" for number in range(2 * PART_ROWS)),
+    )
+
+    def cancel(_: int) -> None:
+        assert ledger.cancel(ledger.jobs()[0].id)
+        dispatcher.step()
+
+    with pytest.raises(JobError, match="cancelled while it was being listed"):
+        submission.submit(request, store=store, ledger=ledger, lease_s=LEASE_S, listed=cancel)
+    (job,) = ledger.jobs()
+    closed = close(dispatcher, ledger, job)
+
+    def disagreements(what: str) -> list[Disagreement]:
+        found = audit(what, repair=False, deep=False, ledger=ledger, store=store, seen=lambda _: None)
+        return [one for one in found if one.code != "extra_object"]
+
+    assert (closed.total, closed.cancelled_images) == (PART_ROWS, PART_ROWS)
+    assert not disagreements(job.id)
+    ledger._redis.flushdb()
+    assert not disagreements(f"{places.to}_cutfleet/{job.id}/"), "the part that came too late is no part of it"
 
 
 def test_failed_pictures_are_tried_again_by_code_and_a_closed_job_opens_and_closes_again(

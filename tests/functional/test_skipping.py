@@ -19,8 +19,9 @@ from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.recipe import PIPELINE_VERSION, Recipe
 from jobs.store import Location, Store
-from producer.known import served_fingerprint
+from producer.known import look_up, served_fingerprint
 from producer.local import LocalStack
+from producer.submit import Request, draft
 from workers.models import load
 from workers.models.registry import PACKAGED
 
@@ -139,6 +140,55 @@ def test_another_recipe_is_not_what_the_report_tells_of(counted: Counted, store:
     back, _ = counted.submit()
 
     assert (other.done, back.done) == (COUNT + 1, COUNT + 1)
+
+
+def test_a_row_of_a_job_that_another_one_overtook_is_not_believed(
+    stack: LocalStack, counted: Counted, store: Store, tmp_path: Path
+) -> None:
+    """Job B, by another recipe, overwrites what A made, before A is closed; A's report says that A made it."""
+    places, ledger = counted.places, counted.ledger
+    recipe = tmp_path / "soft.toml"
+    recipe.write_text('edges = "off"\n')
+    sample = ["submit", places.source, "--to", places.to, "--model", counted.model, "--sample", str(COUNT)]
+    a = counted.cutfleet(*sample).stdout.strip()
+    wait_until(lambda: ledger.job(a).done == COUNT, what="A made its first pictures")
+    b = counted.cutfleet(*sample, "--recipe", str(recipe)).stdout.strip()
+    wait_until(lambda: ledger.job(b).done == COUNT, what="B made them anew")
+    done = time.time()
+    wait_until(lambda: time.time() > done + 2.1)
+    assert ledger.unpause(a)
+    wait_until(lambda: ledger.job(a).closed is not None, what="A is closed")
+
+    class Forgot(Ledger):
+        """As after Redis was lost."""
+
+        def open_jobs(self) -> list[Job]:
+            return []
+
+    class ClosesB(Ledger):
+        def open_jobs(self) -> list[Job]:
+            ledger.unpause(b)
+            wait_until(lambda: ledger.job(b).closed is not None, what="B is closed")
+            return super().open_jobs()
+
+    def hints(kind: type[Ledger]) -> set[str]:
+        request = Request(
+            source=places.source,
+            destination=places.to,
+            recipe=Recipe(model=counted.model),
+            lane="backfill",
+            name="",
+            keys=None,
+        )
+        job = draft(request, job_id="20260101-000000-000000", store=store)
+        with (
+            kind(stack.environment["CUTFLEET_REDIS_URL"], name="here") as one,
+            look_up(job, store, one, at_least=COUNT, whole=True) as known,
+        ):
+            assert known is not None
+            return {known.hint(row) for row in store.list_source(Location.parse(places.source))}
+
+    assert hints(Forgot) == hints(ClosesB) == {""}
 
 
 def test_what_was_tried_again_is_looked_at(counted: Counted, store: Store) -> None:

@@ -36,7 +36,7 @@ MAX_BYTES = 4_000_000
 """Far above what a preview takes."""
 CONNECTIONS = 16
 _HAVE_CUTOUT = (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED)
-_DANGEROUS = {"crashed_decoder", "crashed_device", "memory_exhausted", "stalled", "killed"}
+_DANGEROUS = {"crashed_decoder", "crashed_device", "crashed_worker", "memory_exhausted", "stalled", "killed"}
 """What brought workers down is not given to them again for the sake of a preview."""
 
 

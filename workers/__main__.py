@@ -59,6 +59,9 @@ def main(argv: list[str]) -> int:
 
 def serve(settings: Settings) -> int:
     """Returns the exit code. Raises `ModelError` before anything is taken off a queue."""
+    from workers.lastword import LastWord
+
+    last_word = LastWord(settings)
     if settings.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(settings.gpu)  # before torch is imported
     from jobs.alive import AliveFile
@@ -122,7 +125,7 @@ def serve(settings: Settings) -> int:
                 draining=draining,
                 room=Room(leaving=draining),
                 memory=MemoryBudget(budget, leaving=draining),
-                watchdog=Watchdog(predictor, leases, draining=draining, limit_bytes=limit),
+                watchdog=Watchdog(predictor, leases, last_word, draining=draining, limit_bytes=limit),
             )
             app = make_app(settings.redis_url)
             consume(app, model.name, renders=not on_gpu)

@@ -1,7 +1,7 @@
 """Where a suspect is worked on, a picture that two workers went down with: nothing beside it in this process, and its
 bytes are decoded in a child process. The child's death, its silence or its hunger convicts the picture. So does a fatal
-error of this process that names the picture a second time (`Fatal`, a lost device), and the second death of a process
-that computed it alone; being killed beside others convicts nobody.
+error of this process that names the picture a second time: a lost device, or its last word (`workers/lastword.py`).
+Being killed convicts nobody, but for `MOST_DIED` times while it was computed alone (`workers/seat.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Literal
 import numpy as np
 
 from jobs.errors import PictureError, TransientError
+from workers.blame import Fatal
 from workers.decode import Limits, Picture, decode_picture
 from workers.leases import Draining
 
@@ -43,15 +44,6 @@ _LOOK_S = 0.2
 _EXIT_MEMORY = 77
 _PR_SET_PDEATHSIG = 1
 _READY = b"ready"
-
-
-class Fatal(Exception):
-    """Something that ends a process or a child, in a stable sentence, and perhaps by this picture's fault: named by
-    the same sentence twice, alone the second time, the picture fails with `code`."""
-
-    def __init__(self, message: str, *, code: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Room:

@@ -11,17 +11,17 @@ from typing import Literal
 import numpy as np
 
 from jobs.errors import DeviceLost, PictureError
-from jobs.ledger import Claim
+from workers.blame import Accused, Fatal
 from workers.decode import Limits, Picture, count_pixels, decode_picture
 from workers.leases import Draining
 from workers.memory import BYTES_PER_PIXEL, MemoryBudget
 from workers.pipeline import Decoder, Pixels
 from workers.predictor import Predictor
-from workers.quarantine import Fatal
 from workers.watchdog import Watchdog
 
 MOST_DIED = 4
-"""Some may have been killed by somebody just then: thirty kills within a minute convicted a sound picture at two."""
+"""Killed without a word, as the kernel does for memory. Some may have been killed by somebody just then: thirty kills
+within a minute convicted a sound picture at two."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,8 @@ class Seat:
     """A `MaskPredictor` and a `Decoder` for this image. `blame` records that it may be why this process ends, `mark`
     that it is computed alone from now on, or no more."""
 
-    claim: Claim
+    accused: Accused
     live: bool
-    alone: bool
     blame: Callable[[Fatal], object]
     mark: Callable[[bool], object]
     memory: MemoryBudget
@@ -44,7 +43,7 @@ class Seat:
     def room(self, data: bytes) -> Iterator[None]:
         """Memory for the picture, from before it is decoded until it is published. Raises `Draining`. The header of a
         suspect is not read in this process; it has nothing beside it."""
-        if self.alone:
+        if self.accused.alone:
             yield
             return
         with self.computing():
@@ -56,17 +55,20 @@ class Seat:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Raises `PictureError` `crashed_worker` for a suspect of which `MOST_DIED` workers died alone."""
-        with self.watchdog.computing(self.claim, self.blame):
-            if not self.alone:
+        """Raises `PictureError` `crashed_worker` for a suspect of which `MOST_DIED` workers died alone, and
+        `DeviceLost` when the device fails by itself, before anybody can be blamed."""
+        if not self.accused.alone:
+            with self.watchdog.computing(self.accused, self.blame):
                 yield
-                return
-            if self.claim.died >= MOST_DIED:
-                raise PictureError(
-                    f"{self.claim.died} workers died without a word while they computed it, nothing beside it: a "
-                    "library crashes on it, or its memory does not suffice.",
-                    code="crashed_worker",
-                )
+            return
+        if self.accused.claim.died >= MOST_DIED:
+            raise PictureError(
+                f"{self.accused.claim.died} workers died without a word while they computed it, nothing beside it: "
+                "its memory does not suffice, or somebody kills workers.",
+                code="crashed_worker",
+            )
+        self._try_device()
+        with self.watchdog.computing(self.accused, self.blame):
             self.mark(True)
             try:
                 yield
@@ -78,15 +80,13 @@ class Seat:
         return self.predictor.input_size
 
     def predict(self, rgb: Pixels, *, live: bool = False) -> Pixels:
-        with self.watchdog.waiting(self.claim):
-            if self.alone:
-                self._try_device()
+        with self.watchdog.waiting(self.accused.claim):
             return self.predictor.predict(rgb, live=live)
 
     def decode(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> Picture:
-        if not self.alone:
+        if not self.accused.alone:
             return decode_picture(data, limits=limits, animation=animation)
-        with self.watchdog.waiting(self.claim):
+        with self.watchdog.waiting(self.accused.claim):
             return self.child(data, limits=limits, animation=animation)
 
     def _try_device(self) -> None:

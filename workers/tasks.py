@@ -27,7 +27,6 @@ from jobs.errors import (
     DeviceLost,
     ImageError,
     JobError,
-    PictureError,
     PictureFailed,
     ServiceUnavailable,
     SettingsError,
@@ -49,6 +48,7 @@ from jobs.store import (
     rendition_names,
     source_digest,
 )
+from workers.blame import Accused, Fatal
 from workers.decode import Limits
 from workers.leases import Draining, Leases
 from workers.memory import MemoryBudget
@@ -58,7 +58,7 @@ from workers.pipeline import cut_out
 from workers.predictor import Predictor
 from workers.preview import make_preview
 from workers.publish import NOTHING, Outcome, Provenance, Target, find_existing, is_complete, outcome_of, publish
-from workers.quarantine import DECODE_S, ChildDecoder, Fatal, Room
+from workers.quarantine import DECODE_S, ChildDecoder, Room
 from workers.rerender import render_again
 from workers.seat import Seat
 from workers.watchdog import Watchdog
@@ -72,7 +72,6 @@ MAX_HOLD_S = 300.0
 """Then the image is given back: it may be this machine alone that can't reach S3 (network, clock, credentials)."""
 PROBES = 3
 INSIST_PAUSE_S = 0.5
-_MAX_BLAME = 300
 
 
 class HeldTooLong(Exception):
@@ -184,14 +183,14 @@ def _settle(
 ) -> tuple[str, CutfleetError | None]:
     """Does the image and records what became of it."""
     clock = _Share(bench.leases)
+    accused = Accused(claim=claim, key=task.key, worker=bench.node, lease_s=bench.leases.lease_s, alone=alone)
 
     def blame(error: Fatal) -> tuple[str, CutfleetError | None]:
-        return _blame(task, claim, error, bench, alone=alone)
+        return _insist(lambda: accused.blame(error, bench.ledger), bench), accused.told(error)
 
     seat = Seat(
-        claim=claim,
+        accused=accused,
         live=task.lane == "live",
-        alone=alone,
         blame=blame,
         mark=lambda begins: _insist(lambda: bench.ledger.compute_alone(claim, begins=begins), bench),
         memory=bench.memory,
@@ -246,7 +245,7 @@ def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench:
     """The story: what is there, fetch, cut out, publish."""
     target = _target(task, job, names, bench.store)
     recipe = target.recipe
-    existing = NOTHING if _is_new(task, job, seat.claim) else find_existing(target, bench.store)
+    existing = NOTHING if _is_new(task, job, seat.accused.claim) else find_existing(target, bench.store)
     if existing.cutout is not None:
         provenance = _provenance(task, recipe, names, bench, etag=task.etag or _etag_now(names, bench.store))
         if is_complete(existing, provenance, target, bench.store):
@@ -270,7 +269,7 @@ def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench:
                 provenance,
                 store=bench.store,
                 existing=existing,
-                is_ours=lambda: bench.leases.is_ours(seat.claim),
+                is_ours=lambda: bench.leases.is_ours(seat.accused.claim),
             )
         return outcome_of(outputs.remark(task.key))
 
@@ -278,7 +277,12 @@ def _cut_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench:
 def _render_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, bench: Bench) -> Outcome:
     target = _target(task, job, names, bench.store)
     return render_again(
-        task, target, seat, store=bench.store, limits=bench.limits, is_ours=lambda: bench.leases.is_ours(seat.claim)
+        task,
+        target,
+        seat,
+        store=bench.store,
+        limits=bench.limits,
+        is_ours=lambda: bench.leases.is_ours(seat.accused.claim),
     )
 
 
@@ -338,17 +342,6 @@ def _etag_now(names: Names, store: Store) -> str:
 def _give_back(claim: Claim, bench: Bench) -> str:
     given_back = _insist(lambda: bench.ledger.release(claim, lease_s=bench.leases.lease_s), bench)
     return "released" if given_back == "ok" else given_back
-
-
-def _blame(
-    task: ImageTask, claim: Claim, error: Fatal, bench: Bench, *, alone: bool
-) -> tuple[str, CutfleetError | None]:
-    """The second time, and alone, the image fails; else another worker takes it, and knows what it is blamed for."""
-    told = PictureError(str(error)[:_MAX_BLAME], code=error.code)
-    if alone and claim.blamed == str(told):
-        return _fail(task, claim, told, bench)
-    recorded = _insist(lambda: bench.ledger.vanish(claim, str(told), lease_s=bench.leases.lease_s), bench)
-    return ("blamed" if recorded == "ok" else recorded), told
 
 
 def _fail(task: ImageTask, claim: Claim, error: CutfleetError, bench: Bench) -> tuple[str, CutfleetError | None]:

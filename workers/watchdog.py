@@ -5,6 +5,7 @@
   resident memory above the limit             it drains, exit 0
   a quarter above the limit                   exit 72, at once: what is being computed is blamed
   nothing of ours runs for `STALL_S`          exit 1, by faulthandler: a library keeps the interpreter lock
+  a fault in native code                      its signal: what is being computed is blamed (`workers/lastword.py`)
 
 A picture blamed by two processes becomes a suspect (`workers/quarantine.py`); all others are given back.
 """
@@ -21,10 +22,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jobs.ledger import Claim
+from workers.blame import Accused, Fatal
+from workers.lastword import LastWord
 from workers.leases import Leases
 from workers.memory import resident_bytes
 from workers.predictor import Predictor
-from workers.quarantine import Fatal
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Watchdog:
         self,
         predictor: Predictor,
         leases: Leases,
+        last_word: LastWord,
         *,
         draining: threading.Event,
         limit_bytes: int,
@@ -55,6 +58,7 @@ class Watchdog:
         self.exit_code = 0
         self._predictor = predictor
         self._leases = leases
+        self._last_word = last_word
         self._draining = draining
         self._limit_bytes = limit_bytes
         self._stall_s = stall_s
@@ -62,14 +66,16 @@ class Watchdog:
         self._recycling = False
 
     @contextmanager
-    def computing(self, claim: Claim, blame: Blame) -> Iterator[None]:
+    def computing(self, accused: Accused, blame: Blame) -> Iterator[None]:
         """The block computes: it waits for nobody but where `waiting` says so. `blame` records that the process ends,
         perhaps because of this picture."""
-        self._computing[claim.image] = time.monotonic(), blame
+        image = accused.claim.image
+        self._computing[image] = time.monotonic(), blame
         try:
-            yield
+            with self._last_word.naming(accused):
+                yield
         finally:
-            self._computing.pop(claim.image, None)
+            self._computing.pop(image, None)
 
     @contextmanager
     def waiting(self, claim: Claim) -> Iterator[None]:
@@ -80,7 +86,7 @@ class Watchdog:
 
     def watch(self) -> None:
         while True:
-            faulthandler.dump_traceback_later(self._stall_s, exit=True)
+            self._last_word.expect_progress(self._stall_s)
             if self._predictor.lost.wait(_LOOK_S):
                 log.error("the device is lost: this process ends, its supervisor starts another", extra=_ACTION)
                 self._end(EXIT_DEVICE_LOST, within_s=GIVE_BACK_S)

@@ -308,6 +308,20 @@ def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
+def children(pid: int, command: str = "") -> list[int]:
+    """Processes that `pid` started and that live, with `command` in their command line."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            line = stat.with_name("cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(parent) == pid and command.encode() in line:
+            found.append(int(stat.parent.name))
+    return found
+
+
 def is_ready(ledger: Ledger, pid: int) -> bool:
     return any(facts.get("pid") == str(pid) for facts in ledger.workers().values())
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from factories import Places, put_pictures
-from faults.fleet import Fleet, Reference, Submit
+from factories import Places, put_pictures, wait_until
+from faults.fleet import Fleet, Reference, Submit, children, is_stopped
 from faults.terms import DEVICE_GREY, DEVICE_HANGS, DEVICE_SEGFAULT
 from faults.truth import prove
 from PIL import Image
@@ -52,10 +54,10 @@ def test_the_same_fault_of_the_device_again_convicts_the_picture_and_no_other_of
     assert set(deaths) == {EXIT_DEVICE_LOST}
 
 
-def test_a_picture_on_which_the_device_library_crashes_is_named_after_six_deaths(
+def test_a_picture_on_which_the_device_library_crashes_is_named_after_three_deaths(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    """Nobody is left to blame it: two deaths make it a suspect, four more alone convict it."""
+    """Two last words make it a suspect, the third, alone, convicts it."""
     names = put_pictures(fleet.store, places, 6)
     fleet.store.put(places.key(names[2]), grey(DEVICE_SEGFAULT), content_type="image/png")
     known = fleet.workers.ends()
@@ -69,4 +71,29 @@ def test_a_picture_on_which_the_device_library_crashes_is_named_after_six_deaths
     [(_, failure)] = fleet.ledger.failures(job)
     assert failure.code == "crashed_worker"
     deaths = [code for pid, code in fleet.workers.ends().items() if pid not in known]
-    assert deaths == [-signal.SIGSEGV] * 6
+    assert deaths == [-signal.SIGSEGV] * MOST_DEATHS
+    assert "Fatal Python error: Segmentation fault" in fleet.workers.text()
+
+
+def test_a_worker_that_crashes_stays_until_the_ledger_knows_whom_to_blame(
+    fleet: Fleet, places: Places, submit: Submit, tmp_path: Path
+) -> None:
+    """As the first process of a container, it takes the one that tells the ledger with it."""
+    names = put_pictures(fleet.store, places, 1)
+    fleet.store.put(places.key(names[0]), grey(DEVICE_SEGFAULT), content_type="image/png")
+    flag = tmp_path / "frozen"
+    worker = fleet.workers.start(test_freezepoints=f"before_blame={flag}")
+
+    with fleet.dispatcher():
+        job = submit()
+        wait_until(flag.exists, what="somebody is about to blame the picture")
+        [listener] = children(worker)
+        wait_until(lambda: is_stopped(listener))
+        fleet.let_dispatcher_turn(5)
+        assert worker not in fleet.workers.ends()
+        os.kill(listener, signal.SIGCONT)
+        assert fleet.workers.wait_for(worker) == -signal.SIGSEGV
+
+        wait_until(lambda: fleet.ledger.place(f"{job}:0") == "waiting", what="it is given back at once")
+        fleet.ledger.cancel(job)
+        wait_until(lambda: fleet.ledger.job(job).closed is not None)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit
+from faults.fleet import Fleet, Reference, Submit, children
 from faults.terms import EXHAUST, HANG, LOCK, SEGFAULT
 from faults.truth import prove
 
@@ -71,7 +70,7 @@ def test_a_worker_that_is_told_to_go_takes_its_suspect_back_unconvicted(
         job = submit()
         make_suspects(fleet, job, names)
         worker = fleet.workers.start(slots="2")
-        wait_until(lambda: bool(decoding(worker)), what="a child decodes")
+        wait_until(lambda: bool(children(worker, "spawn_main")), what="a child decodes")
 
         assert fleet.workers.dismiss() == [0]
 
@@ -95,16 +94,3 @@ def make_suspects(fleet: Fleet, job: str, names: list[str]) -> None:
             claim = fleet.ledger.claim(f"{job}:{index}", token="t", output=f"s3://x/{name}", lease_s=60, alone=True)
             fleet.ledger.vanish(claim, "somebody pulled the plug", lease_s=60)
     assert fleet.ledger.queue_depth(lane_queue("suspect", "stand-in")) >= len(names)
-
-
-def decoding(worker: int) -> list[int]:
-    """Children of the worker that decode."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            text, command = status.read_text(), status.with_name("cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if f"PPid:\t{worker}\n" in text and b"spawn_main" in command:
-            found.append(int(status.parent.name))
-    return found

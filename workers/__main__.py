@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__" and not sys.argv[1:]:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before imports that take a while; `serve` has its own
 
 from jobs.errors import CutfleetError, SettingsError
 from jobs.logs import set_up_logs
@@ -59,6 +63,8 @@ def main(argv: list[str]) -> int:
 
 def serve(settings: Settings) -> int:
     """Returns the exit code. Raises `ModelError` before anything is taken off a queue."""
+    draining = threading.Event()
+    _leave_when_told(draining)
     from workers.lastword import LastWord
 
     last_word = LastWord(settings)
@@ -93,7 +99,6 @@ def serve(settings: Settings) -> int:
     limit_threads(torch_threads=1 if on_gpu or model.at_once > 1 else cores)
     metrics = WorkerMetrics()
     rate = Rate()
-    draining = threading.Event()
     with (
         Predictor(model, batch_limit=settings.batch_limit or (GPU_BATCH if on_gpu else model.at_once)) as predictor,
         Ledger(settings.redis_url, name=settings.redis_name) as ledger,
@@ -136,6 +141,17 @@ def serve(settings: Settings) -> int:
             memory = {"memory_mb": limit // 1_000_000, "pictures_mb": budget // 1_000_000}
             log.info("ready", extra={"action": "start", "node": node, "seconds": seconds, **memory, **facts()})
             return _run(app, bench, slots, name=flower_name(node, facts()))
+
+
+def _leave_when_told(draining: threading.Event) -> None:
+    """While it starts it holds no image, so SIGTERM ends it at once; Celery's own handler takes the place of this one.
+    The event outlasts an exit that a library swallows."""
+
+    def leave(*_: object) -> None:
+        draining.set()
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def _load(settings: Settings, device: torch.device) -> LoadedModel:
@@ -183,7 +199,8 @@ def _run(app: Any, bench: Any, slots: int, *, name: str) -> int:
         without_mingle=True,
         task_events=True,
     )
-    worker.start()
+    if not bench.draining.is_set():
+        worker.start()
     log.info("gone", extra={"action": "drain", "node": bench.node})
     return int(worker.exitcode or bench.watchdog.exit_code)
 

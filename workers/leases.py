@@ -15,6 +15,7 @@ from jobs.ledger import Claim, Ledger
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
+MISSES = 2
 
 
 class Draining(Exception):
@@ -32,6 +33,7 @@ class Leases:
         self._node = node
         self._facts = facts
         self._held: dict[str, Claim] = {}
+        self._missed: dict[str, int] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._pulse, name="leases", daemon=True)
@@ -53,7 +55,8 @@ class Leases:
             yield
         finally:
             with self._lock:
-                self._held.pop(claim.image, None)
+                if self._held.get(claim.image) is claim:  # else this worker took the image again meanwhile
+                    del self._held[claim.image]
 
     def is_ours(self, claim: Claim) -> bool:
         """Asks the ledger, and renews: false when another worker has the image by now."""
@@ -89,9 +92,11 @@ class Leases:
                 return
 
     def _renew(self) -> None:
+        """What is missed once may just have been recorded, and is held no more a moment later: it is said of what is
+        missed twice, and then once."""
         held = {claim.image: claim.token for claim in self._claims()}
-        for image in self._ledger.renew(held, lease_s=self.lease_s):
-            with self._lock:
-                current = self._held.get(image)
-            if current is not None and current.token == held[image]:
+        missed = self._ledger.renew(held, lease_s=self.lease_s)
+        self._missed = {held[image]: self._missed.get(held[image], 0) + 1 for image in missed}
+        for image in missed:
+            if self._missed[held[image]] == MISSES:
                 log.warning("lease lost: another worker may have it", extra={"action": "renew", "image": image})

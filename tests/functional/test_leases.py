@@ -1,0 +1,108 @@
+"""What a worker holds is renewed, and a lease that is said to be lost is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+
+import pytest
+from factories import Places, put_pictures, wait_until
+
+from jobs.job import ImageState
+from jobs.ledger import Claim, Ledger
+from jobs.recipe import Recipe
+from jobs.store import Store
+from producer.local import LocalStack
+from producer.submit import Request, submit
+from workers.leases import Leases
+
+MODEL = "u2net"
+"""Nobody serves it: the tests claim by themselves."""
+LEASE_S = 1.0
+
+
+class Slow(Ledger):
+    """Between what is asked and what is answered, the image is finished: the answer of `renew` is late."""
+
+    finishes: Claim | None = None
+    renewed = 0
+
+    def renew(self, held: Mapping[str, str], *, lease_s: float) -> list[str]:
+        if self.finishes is not None and held:
+            self.finish(self.finishes, ImageState.DONE)
+            self.finishes = None
+        lost = super().renew(held, lease_s=lease_s)
+        self.renewed += bool(held)
+        return lost
+
+
+@pytest.fixture
+def slow(stack: LocalStack) -> Iterator[Slow]:
+    with Slow(stack.environment["CUTFLEET_REDIS_URL"], name="slow") as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def image(store: Store, ledger: Ledger, places: Places) -> str:
+    put_pictures(store, places, 1)
+    request = Request(
+        source=places.source, destination=places.to, recipe=Recipe(model=MODEL), lane="live", name="", keys=None
+    )
+    return f"{submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None).id}:0"
+
+
+def claimed(ledger: Ledger, image: str, token: str, lease_s: float = LEASE_S) -> Claim:
+    claim = ledger.claim(image, token=token, output=f"s3://x/{image}", lease_s=lease_s)
+    assert claim.verdict == "go"
+    return claim
+
+
+def leases(ledger: Ledger, node: str) -> Leases:
+    return Leases(ledger, node=node, lease_s=LEASE_S, facts=lambda: {"model": MODEL, "slots": 0})
+
+
+def test_an_image_that_ends_while_its_lease_is_renewed_is_not_said_to_be_lost(
+    slow: Slow, image: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    claim = claimed(slow, image, "ours")
+
+    with leases(slow, "finishing") as held:
+        with held.hold(claim):
+            slow.finishes = claim
+            wait_until(lambda: slow.finishes is None and slow.renewed > 0, what="it was renewed, and finished before")
+        wait_until(lambda: not held.in_flight())
+
+    assert "lease lost" not in caplog.text
+
+
+def test_an_image_that_another_worker_has_by_now_is_said_to_be_lost_once(
+    ledger: Ledger, image: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    claim = claimed(ledger, image, "ours", lease_s=0.01)
+    wait_until(lambda: ledger.claim(image, token="theirs", output="s3://x/a", lease_s=60).verdict == "go")
+
+    with caplog.at_level(logging.WARNING), leases(ledger, "slow") as held, held.hold(claim):
+        wait_until(lambda: "lease lost" in caplog.text, what="it is said")
+        said = ledger.time_s()
+        wait_until(lambda: ledger.time_s() > said + LEASE_S, what="some more turns")
+
+    assert caplog.text.count("lease lost") == 1
+
+
+def test_an_image_that_the_same_worker_took_again_stays_its_own_when_the_first_take_ends(
+    ledger: Ledger, image: str
+) -> None:
+    """As after it was frozen past the lease: both tasks run in one process."""
+    first = claimed(ledger, image, "first", lease_s=0.01)
+    second = Claim("go", image, "second")
+    wait_until(lambda: ledger.claim(image, token="second", output="s3://x/b", lease_s=LEASE_S).verdict == "go")
+
+    with leases(ledger, "twice") as held, contextlib.ExitStack() as ending:
+        with held.hold(first):
+            ending.enter_context(held.hold(second))
+        began = ledger.time_s()
+        wait_until(lambda: ledger.time_s() > began + 2 * LEASE_S, what="a lease and more")
+
+        assert held.in_flight() == 1
+        assert ledger.claim(image, token="third", output="s3://x/b", lease_s=LEASE_S).verdict == "busy"

@@ -1,7 +1,7 @@
 """A worker whose device is a stand-in that takes a fixed time for each picture, whatever is in it, and no processor
 time at all: what remains is everything that is not the model. All else is the worker as it ships.
 
-    BENCH_DEVICE_MS=11 python -m tests.bench.device_worker
+    BENCH_DEVICE_MS=11 [BENCH_DEVICE_SIDE=1024] python -m tests.bench.device_worker
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StandIn(Predictor):
 
     def __init__(self, model: LoadedModel, *, batch_limit: int) -> None:
         self.picture_s = device_ms() / 1000
-        self.mask = make_mask()
+        self.mask = make_mask()[:: SIDE // device_side(), :: SIDE // device_side()].copy()
         super().__init__(model, batch_limit=batch_limit)
 
     def _forward(self, rgb: Picture, size: int) -> list[Picture | None]:
@@ -43,6 +43,11 @@ def device_ms() -> float:
     return float(os.environ["BENCH_DEVICE_MS"])
 
 
+def device_side() -> int:
+    """Of what the model takes."""
+    return int(os.environ.get("BENCH_DEVICE_SIDE", SIDE))
+
+
 def load_stand_in(*args: object, **options: object) -> LoadedModel:
     def forward(x: Tensor) -> Tensor:
         raise AssertionError("the stand-in computes nothing")
@@ -50,7 +55,7 @@ def load_stand_in(*args: object, **options: object) -> LoadedModel:
     return LoadedModel(
         name=f"stand-in-{device_ms():g}ms",
         revision="0" * 64,
-        input_size=(SIDE, SIDE),
+        input_size=(device_side(), device_side()),
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         licence="none",

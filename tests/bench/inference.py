@@ -1,14 +1,15 @@
 """u2netp on one CPU core: the ways to compute it, what each costs, and how far its masks are from float32 in torch.
 
-    python -m tests.bench.inference [--rounds N] [--compile] [--json FILE]
+    python -m tests.bench.inference [--rounds N] [--compile] [--int8] [--json FILE]
 
 A way is chosen only if it is faster and its masks are the same. `--compile`: `torch.compile` too, which takes a C++
-compiler and minutes.
+compiler and minutes. `--int8`: onnxruntime's static quantisation too, calibrated on the very picture that is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import cv2
 import torch
 from torch import Tensor
 
+from tests.bench.compare.__main__ import export_onnx
 from tests.bench.compare.recipe import load_model
 from tests.bench.report import Row, fact, row, tell
 from workers.models.registry import load
@@ -32,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--int8", action="store_true")
     tell(parser, measure)
 
 
@@ -40,6 +43,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     limit_threads(1)
     x = picture()
     ways = dict(_ways(compiled=options.compile))
+    if options.int8:
+        ways["onnxruntime, int8"] = _int8(x)
     masks = {name: way(x).float() for name, way in ways.items()}  # and warm
     costs: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
@@ -70,6 +75,33 @@ def _ways(*, compiled: bool) -> Iterator[tuple[str, Way]]:
 def _half(dtype: str) -> Way:
     model = load("u2netp", dtype=dtype)
     return lambda x: model(x.to(model.dtype))
+
+
+def _int8(x: Tensor) -> Way:
+    """A scale for each channel of the weights; activations by the least and greatest that the picture gives."""
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Pictures(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+        def __init__(self) -> None:
+            self.left = [{"input": view.numpy()} for view in (x, x.flip(3))]
+
+        def get_next(self) -> dict[str, object] | None:
+            return self.left.pop() if self.left else None
+
+    with tempfile.TemporaryDirectory() as folder:
+        exported, prepared, quantised = (Path(folder, name, "u2netp.onnx") for name in ("exported", "prepared", "int8"))
+        export_onnx(exported)
+        prepared.parent.mkdir()
+        quantised.parent.mkdir()
+        quant_pre_process(str(exported), str(prepared))
+        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(str(prepared), str(quantised), Pictures(), per_channel=True, **types)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(str(quantised), options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
 
 
 def picture() -> Tensor:

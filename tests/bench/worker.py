@@ -31,6 +31,9 @@ DEVICE_MS = 11.0
 """What BiRefNet is planned to take on an H100."""
 CORES = len(os.sched_getaffinity(0))
 SLOTS = 2 * CORES
+BATCH = 2
+SLOTS_PER_BATCHED = 3
+"""As a GPU's worker has by default, 24 slots and batches of 8: one batch on the device, one before it, one behind."""
 SUFFICES_MS = {"12MP": 400 / CORES, "2MP": 100 / CORES}
 """The whole fleet, SeaweedFS included, takes some 220 and 55 ms of processor time a picture: these cores are enough."""
 FREE, BUSY, MODEL = "device of 0 ms", f"device of {DEVICE_MS:g} ms", "u2netp"
@@ -52,7 +55,8 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             MODEL: (here.stack.start_worker(slots=str(SLOTS), device="cpu", node=MODEL), MODEL),
         }
         for size in options.size or PICTURES:
-            slow = {slow_name(size): start_stand_in(here, SUFFICES_MS[size])}
+            slots = {"slots": str(SLOTS_PER_BATCHED * BATCH), "batch_limit": str(BATCH)}
+            slow = {slow_name(size): start_stand_in(here, SUFFICES_MS[size], **slots)}
             yield from _one_size(here, size, workers | slow, rounds=options.rounds)
 
 
@@ -63,9 +67,9 @@ def slow_name(size: str) -> str:
 def start_stand_in(here: Fleet, device_ms: float, **settings: str) -> tuple[Process, str]:
     """The worker, and the name under which its model is asked for."""
     os.environ["BENCH_DEVICE_MS"] = str(device_ms)
-    settings = {"slots": str(SLOTS), "node": f"stand-in-{device_ms:g}", **settings}
+    settings = {"slots": str(SLOTS), "node": f"stand-in-{device_ms:g}", "batch_limit": "8", **settings}
     worker = here.stack.start_worker(
-        program=["-m", "tests.bench.device_worker"], device="cpu", model="stand-in", batch_limit="8", **settings
+        program=["-m", "tests.bench.device_worker"], device="cpu", model="stand-in", **settings
     )
     return worker, f"stand-in-{device_ms:g}ms@{'0' * 12}"
 
@@ -83,7 +87,8 @@ def _one_size(here: Fleet, size: str, workers: dict[str, tuple[Process, str]], *
         bare.append(run_bare(path, threads=SLOTS, pictures=PICTURES[size]))
         for name, (worker, model) in workers.items():
             bucket = f"{size.lower()}-few" if name == MODEL else size.lower()
-            flow = here.run(bucket, Recipe(model=model, edges="off"), [worker], slots=SLOTS)
+            slots = SLOTS_PER_BATCHED * BATCH if name == slow_name(size) else SLOTS
+            flow = here.run(bucket, Recipe(model=model, edges="off"), [worker], slots=slots)
             flows.setdefault(name, []).append(flow)
         told = ", ".join(f"{name} {measured[-1].rate:.1f}" for name, measured in flows.items())
         progress(f"{size}, round {turn + 1}: bare {bare[-1][0]:.1f}, {told} pictures/s")
@@ -117,11 +122,18 @@ def _rows(size: str, bare: list[tuple[float, float]], flows: dict[str, list[Flow
     for what, names in (("the worker's", PROCESSES[:1]), ("all processes'", PROCESSES)):
         shares = [100 * bare_ms / sum(flow.cpu_ms[name] for name in names) for flow in free]
         yield row(f"{size}: the picture path's share of {what} processor time", shares, "%", better="more")
+    left = [100 * flow.rate / (rate * (1 - _taken(flow))) for flow, rate in zip(free, rates, strict=True)]
+    yield row(f"{size}: worker, {FREE}, of the {path} on what the other processes leave", left, "%", better="more")
     for name, ms in ((BUSY, DEVICE_MS), (slow_name(size), SUFFICES_MS[size])):
         yield row(f"{size}: {name} busy", [flow.rate * ms / 10 for flow in flows[name]], "%", better="more")
     for what, names in (("worker", PROCESSES[:1]), ("whole fleet, store included", PROCESSES)):
         spent = statistics.median(sum(flow.cpu_ms[name] for name in names) for flow in free)
         yield fact(f"{size}: cores of the {what} that keep a {BUSY} busy", spent / DEVICE_MS, "cores")
+
+
+def _taken(flow: Flow) -> float:
+    """The share of all cores' time that went to processes which are not the worker."""
+    return flow.rate * sum(flow.cpu_ms[name] for name in PROCESSES[1:]) / 1000 / CORES
 
 
 def _against(name: str, values: list[float], unit: str, against: str, others: list[float]) -> Row:

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from jobs.recipe import Recipe
 from jobs.store import Location
 from producer.local import Process, inherited_environment
+from tests.bench.compare import apart
+from tests.bench.compare.recipe import load_model
 from tests.bench.flow import Fleet, fleet
 from tests.bench.pictures import SIZES
 from tests.bench.report import Row, fact, progress, row, tell
@@ -43,6 +45,7 @@ OURS = "ours"
 SCRIPTS = {"model card's script over S3": "card_script", "plain Celery with Pillow": "plain_celery"}
 RAY, REMBG = "Ray Data, our functions", "rembg p on a folder"
 NAMES = [*SCRIPTS, RAY, REMBG]
+FILTERS = {**dict.fromkeys(SCRIPTS, apart.CARD), REMBG: apart.REMBG}
 COUNTS = {
     "12MP": {OURS: 32, "model card's script over S3": 3, "plain Celery with Pillow": 6, RAY: 16, REMBG: 3},
     "2MP": {OURS: 96, "model card's script over S3": 10, "plain Celery with Pillow": 20, RAY: 48, REMBG: 12},
@@ -136,16 +139,24 @@ class Contest:
         with self.here.stack.store() as store:
             store.create_bucket(ours)
         self.here.run(f"{self.bucket}-one", Recipe(edges="off"), [self.worker], slots=0, target=ours)
-        mine = self._cutout(ours)
+        mine, model = self._cutout(ours), load_model(threads=1)
         for name in names:
             theirs = self._rembg_cutout() if name == REMBG else self._cutout(self._target(name))
-            apart = np.abs(mine.astype(np.int16) - theirs)
             both = (mine[..., 3] == 255) & (theirs[..., 3] == 255)
-            beyond = 100 * float((apart[..., 3] > EQUAL).mean())
-            yield fact(f"{self.size}: {name}: alpha apart from ours, most", float(apart[..., 3].max()), "grey levels")
-            yield fact(f"{self.size}: {name}: alpha apart by more than {EQUAL} grey levels", beyond, "% of pixels")
-            colour = float(apart[both][:, :3].max()) if both.any() else 0.0
+            yield from self._apart(f"{name}: alpha apart from ours", mine[..., 3], theirs[..., 3])
+            opaque = 100 * float(both.mean())
+            yield fact(f"{self.size}: {name}: opaque in both", opaque, "% of pixels")
+            colour = float(apart.grey_levels(mine, theirs)[both][:, :3].max()) if both.any() else 0.0
             yield fact(f"{self.size}: {name}: colour apart where both are opaque, most", colour, "grey levels")
+            if name in FILTERS:
+                again, as_ours = (apart.alpha_by(self.photo, model, kind) for kind in (FILTERS[name], apart.OURS))
+                yield from self._apart(f"{name}: its steps done here, alpha apart from its own", again, theirs[..., 3])
+                yield from self._apart(f"{name}: the same, shrunk and enlarged as ours", as_ours, mine[..., 3])
+
+    def _apart(self, what: str, one: np.ndarray, other: np.ndarray) -> Iterator[Row]:
+        levels = apart.grey_levels(one, other)
+        yield fact(f"{self.size}: {what}, most", float(levels.max()), "grey levels")
+        yield fact(f"{self.size}: {what}, by more than {EQUAL}", 100 * float((levels > EQUAL).mean()), "% of pixels")
 
     def _cutout(self, bucket: str) -> np.ndarray:
         place = Location(bucket, f"cutouts/{FIRST}.png")

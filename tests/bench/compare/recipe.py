@@ -18,6 +18,8 @@ from workers.models.registry import PACKAGED
 from workers.models.u2net import U2Net, fold_batch_norm
 
 Model = Callable[[Tensor], Tensor]
+SIDE = 320
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def load_model(threads: int) -> Model:
@@ -31,9 +33,9 @@ def load_model(threads: int) -> Model:
 
 TO_INPUT = transforms.Compose(
     [
-        transforms.Resize((320, 320)),
+        transforms.Resize((SIDE, SIDE)),
         transforms.ToTensor(),
-        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        transforms.Normalize(MEAN, STD),
     ]
 )
 

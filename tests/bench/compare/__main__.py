@@ -68,7 +68,8 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     names = options.only or NAMES
-    programs = {name: prepare_environment(options.envs, name) for name in PACKAGES}
+    needed = [name for name in PACKAGES if any(tool.lower().startswith(name) for tool in names)]
+    programs = {name: prepare_environment(options.envs, name) for name in needed}
     with fleet() as here:
         worker = here.stack.start_worker(slots=str(SLOTS), device="cpu", node="ours")
         for size in options.size or COUNTS:
@@ -134,7 +135,7 @@ class Contest:
         return time.perf_counter() - started
 
     def _differences(self, names: list[str]) -> Iterator[Row]:
-        """Alpha against ours, everywhere; colour where both have alpha 255."""
+        """Alpha against ours, everywhere; colour where both show it."""
         ours = f"{self.bucket}-ours"
         with self.here.stack.store() as store:
             store.create_bucket(ours)
@@ -142,12 +143,13 @@ class Contest:
         mine, model = self._cutout(ours), load_model(threads=1)
         for name in names:
             theirs = self._rembg_cutout() if name == REMBG else self._cutout(self._target(name))
-            both = (mine[..., 3] == 255) & (theirs[..., 3] == 255)
+            least = 255 if name == REMBG else 1  # rembg's colours are multiplied by alpha
+            both = (mine[..., 3] >= least) & (theirs[..., 3] >= least)
             yield from self._apart(f"{name}: alpha apart from ours", mine[..., 3], theirs[..., 3])
-            opaque = 100 * float(both.mean())
-            yield fact(f"{self.size}: {name}: opaque in both", opaque, "% of pixels")
+            shown = 100 * float(both.mean())
+            yield fact(f"{self.size}: {name}: alpha at least {least} in both", shown, "% of pixels")
             colour = float(apart.grey_levels(mine, theirs)[both][:, :3].max()) if both.any() else 0.0
-            yield fact(f"{self.size}: {name}: colour apart where both are opaque, most", colour, "grey levels")
+            yield fact(f"{self.size}: {name}: colour apart there, most", colour, "grey levels")
             if name in FILTERS:
                 again, as_ours = (apart.alpha_by(self.photo, model, kind) for kind in (FILTERS[name], apart.OURS))
                 yield from self._apart(f"{name}: its steps done here, alpha apart from its own", again, theirs[..., 3])

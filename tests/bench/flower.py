@@ -1,0 +1,108 @@
+"""Flower while thousands of pictures go through, in headless Chromium: its memory, and its pages as pictures.
+
+    python -m tests.bench.flower [--pictures N] [--out infra/flower]
+
+The device is a stand-in that takes no time; everything else is a worker, and Flower, as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from factories import Places, picture, program, wait_until
+from faults.fleet import Fleet, Zygote, submit_here
+from flowers import Flower, Pages, opened
+
+from jobs.store import Location
+from tests.bench.flow import resident_mb
+from tests.bench.report import Row, fact, to_markdown
+
+KEPT = 1000
+PATIENCE_S = 900.0
+PLACES = Places("s3://shop/photos/", "s3://shop-cutouts/")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--out", type=Path, default=Path("infra/flower"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="cutfleet-flower-") as folder:
+        zygote = Zygote(Path(folder))
+        with Fleet(Path(folder) / "stack", zygote) as fleet:
+            print(to_markdown(measure(fleet, options.pictures, options.out)))
+        zygote.stop()
+
+
+def measure(fleet: Fleet, pictures: int, out: Path) -> list[Row]:
+    flower = Flower(fleet.stack, f"--max_tasks={KEPT}")
+    upload(fleet, pictures)
+    for number in range(2):
+        fleet.workers.start(node=f"cpu{number}", slots="8", batch_limit="8", lease_s="60", drain_s="20")
+    fleet.dispatchers.start(lease_s="60")
+    wait_until(lambda: len(flower.workers()) == 2, what="Flower knows the workers")
+    began = time.monotonic()
+    job = submit_here(fleet, PLACES, lane="backfill")
+    wait_for(fleet, job, 2 * KEPT)
+    early_mb = resident_mb(flower.process.pid)
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
+        with opened(flower, chromium) as pages:
+            found = pages.search("args:lane='backfill'")
+            shoot(pages, out / "tasks.png")
+            pages.workers()
+            shoot(pages, out / "workers.png")
+            wait_for(fleet, job, pictures)
+            took_s = time.monotonic() - began
+            wait_until(lambda: processed(pages) == pictures, what="Flower has seen them all")
+        chromium.close()
+    late_mb, kept = resident_mb(flower.process.pid), len(flower.tasks("cutfleet.image"))
+    flower.process.stop(timeout_s=10)
+    assert found
+    return [
+        fact("went through, and Flower says so", pictures, "pictures"),
+        fact("that it still knows (--max_tasks)", kept, "pictures"),
+        fact("rate", pictures / took_s, "pictures/s"),
+        fact(f"its memory after {2 * KEPT}", early_mb, "MB"),
+        fact("its memory at the end", late_mb, "MB"),
+    ]
+
+
+def processed(pages: Pages) -> int:
+    return sum(int(row["Processed"].replace(",", "")) for row in pages.workers())
+
+
+def upload(fleet: Fleet, pictures: int) -> None:
+    for uri in (PLACES.source, PLACES.to):
+        fleet.store.create_bucket(Location.parse(uri).bucket)
+    body = picture()
+
+    def put(number: int) -> None:
+        fleet.store.put(PLACES.key(f"shoes/red-{number:04}.jpg"), body, content_type="image/jpeg")
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(put, range(pictures)))
+
+
+def wait_for(fleet: Fleet, job: str, done: int) -> None:
+    wait_until(lambda: fleet.ledger.job(job).final >= done, within_s=PATIENCE_S, what=f"{done} pictures")
+
+
+def shoot(pages: Pages, to: Path) -> None:
+    shot = Image.open(io.BytesIO(pages.page.screenshot())).convert("RGB")
+    shot.resize((960, 540), Image.Resampling.LANCZOS).quantize(64).save(to, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

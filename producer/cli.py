@@ -30,7 +30,7 @@ class _Commands(click.Group):
             sys.exit(130)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="cutfleet")
 def main() -> None:
     """Point it at a bucket; get a cutout and a mask back for every picture, with the truth about each one."""

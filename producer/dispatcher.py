@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from jobs.alive import AliveFile
 from jobs.broker import lane_queue
-from jobs.errors import CutfleetError, OutputError, ServiceUnavailable
+from jobs.errors import CutfleetError, JobError, OutputError, ServiceUnavailable, SettingsError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.server import Fenced
@@ -56,6 +56,7 @@ class Dispatcher:
         self._me = uuid.uuid4().hex
         self._feeder = Feeder(ledger, store, lease_s=settings.lease_s)
         self._reports: dict[str, concurrent.futures.Future[None]] = {}
+        self._held_up: dict[str, str] = {}
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "report")
         self._quiet_until = 0.0
         self._active = False
@@ -181,7 +182,7 @@ class Dispatcher:
 
     def _close_all(self, epoch: int, jobs: Iterable[Job]) -> None:
         """What can't be written holds up its own job only; it is tried again in the next turn."""
-        failed: CutfleetError | None = None
+        away: CutfleetError | None = None
         for job in jobs:
             try:
                 self._tend_live(epoch, job)
@@ -189,9 +190,24 @@ class Dispatcher:
             except Fenced:
                 raise
             except CutfleetError as exc:
-                failed = exc
-        if failed is not None:
-            raise failed
+                if exc.code.startswith("redis_"):
+                    away = exc
+                else:
+                    self._hold_up(job, exc)
+        self._held_up = {job.id: self._held_up[job.id] for job in jobs if job.id in self._held_up}
+        if away is not None:
+            raise away
+
+    def _hold_up(self, job: Job, why: CutfleetError) -> None:
+        """Says it once for each cause."""
+        if self._held_up.get(job.id) == why.code:
+            return
+        self._held_up[job.id] = why.code
+        facts = {"action": "close", "job": job.id, "code": why.code}
+        if isinstance(why, SettingsError) and not isinstance(why, JobError):
+            log.warning("left for a newer dispatcher: %s", why, extra=facts)
+        else:
+            log.error("not closed yet: %s", why, extra=facts)
 
     def _tend_live(self, epoch: int, job: Job) -> None:
         """Ends the job of a watch with its day, and takes a live job's full parts out of the ledger."""

@@ -6,8 +6,11 @@ it does not start without a login, since Flower shows the keys of a whole catalo
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
 import sys
+import threading
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -20,8 +23,11 @@ DEFAULTS: dict[str, Any] = {
     "max_tasks": 20_000,  # some 60 MB; what is older is in the ledger and in S3
     "purge_offline_workers": 600,  # seconds; its metrics have the worker's name in a label
     "inspect_timeout": 3000.0,  # milliseconds; a worker that decodes large pictures answers late
-    "tasks_columns": "state,args,worker,received,started,runtime,exception,uuid",
+    "tasks_columns": "state,args,runtime,worker,received,started,exception,uuid",
 }
+
+LEAVE_S = 5.0
+"""Grace for questions to the server that are under way when Flower is told to go."""
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +41,16 @@ def main(argv: list[str]) -> int:
     if redis_url.startswith("rediss://"):
         app.conf.broker_use_ssl = _tls(redis_url)  # Flower reads no TLS options from a URL
     app.start(["flower", *argv])
+    _leave_soon()
     return 0
+
+
+def _leave_soon() -> None:
+    """Python waits for threads that ask the server, and when that is silent they ask on for minutes."""
+    timer = threading.Timer(LEAVE_S, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+    atexit.register(timer.cancel)  # the threads have ended; what Flower still saves (`--persistent`) may take its time
 
 
 def _prepare(argv: list[str]) -> None:

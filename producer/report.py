@@ -53,7 +53,9 @@ class PictureStatus:
 
 
 def write_report(job: Job, settings: Settings, *, ledger: Ledger, store: Store) -> None:
-    """Safe to repeat; one part of the manifest in memory at a time."""
+    """Safe to repeat; one part of the manifest in memory at a time. Raises `SettingsError`, with nothing written, when
+    a later version wrote the recipe."""
+    recipe = Recipe.from_json(job.recipe)
     tally = ledger.tally(job.id)
     tells_made = job.model != RENDER and len(tally.made) == 1
     with failures_on_disk(job, ledger=ledger, store=store) as failures_between:
@@ -77,16 +79,16 @@ def write_report(job: Job, settings: Settings, *, ledger: Ledger, store: Store) 
     if remarks:
         lines = "".join(f"{remark.to_json()}\n" for remark in remarks)
         store.put(_location(job, "report/remarks.jsonl"), lines.encode(), content_type="application/jsonl")
-    body = json.dumps(_summary(job, settings, tally), indent=1, ensure_ascii=False).encode()
+    body = json.dumps(_summary(job, recipe, settings, tally), indent=1, ensure_ascii=False).encode()
     store.put(_location(job, "report/summary.json"), body, content_type="application/json")
 
 
-def _summary(job: Job, settings: Settings, tally: Tally) -> dict[str, Any]:
+def _summary(job: Job, recipe: Recipe, settings: Settings, tally: Tally) -> dict[str, Any]:
     """Counts, rates, cost, and in `tally` what there is to say of all pictures together: figures of their masks,
     reasons for review, verdicts of each rendition's rules."""
     closed = time.time()
     seconds = max(1e-3, closed - job.created)
-    cost = bill(Recipe.from_json(job.recipe), settings, done=job.done, skipped=job.skipped, worker_s=tally.worker_s)
+    cost = bill(recipe, settings, done=job.done, skipped=job.skipped, worker_s=tally.worker_s)
     rates = {
         "seconds": round(seconds, 1),
         "pictures_per_s": round(job.final / seconds, 3),

@@ -8,7 +8,7 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +21,22 @@ LOGIN = "night-shift:open-sesame"
 
 
 class Flower:
-    """A Flower process of the stack, and what it answers. `options`: of Flower itself."""
+    """A Flower process of the stack, and what it answers. `options`: of Flower itself. `more`: variables of its own."""
 
-    def __init__(self, stack: LocalStack, *options: str) -> None:
+    def __init__(self, stack: LocalStack, *options: str, more: Mapping[str, str] | None = None) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         command = [sys.executable, "-m", "producer.flower", f"--port={port}", "--address=127.0.0.1", *options]
-        env = inherited_environment() | stack.environment | {"FLOWER_BASIC_AUTH": LOGIN}
+        env = inherited_environment() | stack.environment | {"FLOWER_BASIC_AUTH": LOGIN} | dict(more or {})
         self.process = Process(command, log=stack.folder / "logs" / "flower.log", env=env)
 
-    def ask(self, path: str, *, login: str | None = LOGIN, method: str = "GET") -> tuple[int, str]:
+    def ask(
+        self, path: str, *, login: str | None = LOGIN, method: str = "GET", timeout_s: float = 20
+    ) -> tuple[int, str]:
         request = urllib.request.Request(self.url + path, method=method)  # noqa: S310  (our own server)
         if login is not None:
             request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as exc:
             return exc.code, exc.read().decode()

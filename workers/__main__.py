@@ -1,5 +1,7 @@
 """`python -m workers`: pin the device, load and warm the model, serve, drain on SIGTERM.
 
+It takes no options: settings are the variables CUTFLEET_* (README).
+
 `python -m workers sheet FOLDER` draws a contact sheet of what a job made, `python -m workers compare` measures models
 on one's own pictures. Whatever needs pixels is a command here: `cutfleet` itself never imports an image library.
 """
@@ -45,6 +47,9 @@ DRAIN_SHARE = 0.8
 
 def main(argv: list[str]) -> int:
     if argv:
+        if argv[0] in ("-h", "--help"):
+            print(__doc__)
+            return 0
         if argv[0] in COMMANDS:
             return int(importlib.import_module(f"workers.{argv[0]}").main(argv[1:]))
         print(

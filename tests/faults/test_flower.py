@@ -1,4 +1,4 @@
-"""Flower is frozen: the server cuts it off alone, and no worker waits for it."""
+"""Flower is frozen: the server cuts it off alone, and no worker waits for it. The server is silent: Flower goes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 import redis
 from factories import Places, put_pictures, wait_until
 from faults.fleet import PICTURES, Fleet, Reference, Submit
+from faults.proxy import Wire
 from faults.truth import prove
+from flowers import Flower
 
 from producer.local import Process, inherited_environment
 
@@ -56,6 +58,23 @@ def test_a_frozen_flower_is_cut_off_alone_while_the_workers_go_on(
 
     assert truth.counts["done"] == PICTURES
     assert fleet.workers.dismiss() == [0]
+
+
+def test_told_to_go_it_does_not_wait_for_a_server_that_says_nothing(fleet: Fleet) -> None:
+    with Wire(fleet.stack.redis_port) as wire:
+        flower = Flower(fleet.stack, more={"CUTFLEET_REDIS_URL": f"redis://127.0.0.1:{wire.port}/0"})
+        wait_until(flower.is_up, what="Flower answers")
+        wire.swallow()
+        with pytest.raises(TimeoutError):
+            flower.ask("/api/workers?refresh=1", timeout_s=2)
+
+        flower.process.signal(signal.SIGTERM)
+        try:
+            wait_until(lambda: flower.process.poll() is not None, within_s=25, what="Flower goes")
+        finally:
+            code = flower.process.stop(timeout_s=1)
+
+    assert code == 0
 
 
 def listeners(broker: redis.Redis) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit
+from faults.fleet import Fleet, Reference, Submit, make_places, submit_to
 from faults.truth import prove
 
 SOME = 8
@@ -41,15 +41,23 @@ def test_a_producer_of_a_later_version_loses_nothing_by_coming_first(
     with fleet.dispatcher():
         assert fleet.submits.wait_for(fleet.submits.start_for(places, test_version="2")) == 0
         (job,) = fleet.ledger.open_jobs()
+        known_text = len(fleet.dispatchers.text())
         known = fleet.workers.text().count("left for a newer worker")
         wait_until(lambda: fleet.workers.text().count("left for a newer worker") > known, what="they are left")
         fleet.workers.start(test_version="2")
         wait_until(lambda: fleet.ledger.job(job.id).done == SOME, what=f"they are done: {fleet.workers.words()}")
+        ours = make_places(fleet)
+        put_pictures(fleet.store, ours, 1)
+        after = submit_to(fleet, ours)
+        wait_until(lambda: fleet.ledger.job(after).closed is not None, what="the dispatcher goes on")
+        said = fleet.dispatchers.text()[known_text:]
     with fleet.dispatcher(test_version="2"):
         truth = prove(fleet, job.id, places, names=names, reference=reference)
 
     assert truth.counts["done"] == SOME
     assert set(fleet.workers.begun(job.id).values()) == {1}
+    assert said.count("left for a newer dispatcher") == 1, said
+    assert " error   " not in said, said
     assert fleet.workers.dismiss() == [0, 0]
 
 

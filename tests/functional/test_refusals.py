@@ -146,6 +146,15 @@ def test_help_answers_at_once() -> None:
     assert min(seconds) < 0.5
 
 
+def test_a_worker_asked_for_help_gives_it_and_does_not_start() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "workers", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+
+    assert "CUTFLEET_" in shown.stdout
+    assert "python -m workers compare" in shown.stdout
+
+
 def test_a_worker_without_redis_leaves_with_a_code_that_has_it_started_again(stack: LocalStack) -> None:
     env = inherited_environment() | stack.environment | {"CUTFLEET_REDIS_URL": "redis://127.0.0.1:9/0"}
 

@@ -124,7 +124,7 @@ def map_redis_error(exc: RedisError, name: str) -> CutfleetError:
         )
     if isinstance(exc, (RedisConnectionError, RedisTimeoutError, ReadOnlyError)):
         return ServiceUnavailable(
-            f"Redis at {name} can't be reached: {text}. Is it running? Check CUTFLEET_REDIS_URL.",
+            f"Redis at {name} can't be reached: {text.rstrip('.')}. Is it running? Check CUTFLEET_REDIS_URL.",
             code="redis_unreachable",
         )
     return ServiceUnavailable(f"Redis at {name} failed: {text}", code="redis_failed")

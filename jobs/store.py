@@ -534,7 +534,7 @@ def _map_answer(answer: Any, account: Account, location: Location, role: Role) -
         return SourceError(f"{location} is archived: restore it first, then submit it again.", code="source_archived")
     if code in _BAD_KEYS:
         return ServiceUnavailable(
-            f"S3 at {store} refuses our credentials: {text}. Check {account.settings[1]} and the clock.",
+            f"S3 at {store} refuses our credentials: {text.rstrip('.')}. Check {account.settings[1]} and the clock.",
             code="store_denied",
         )
     if code in _BUSY or str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", "")) in _BUSY:

@@ -20,6 +20,7 @@ def refused(ran: subprocess.CompletedProcess[str], code: int, *words: str) -> No
     assert ran.returncode == code, ran.stderr
     assert ran.stdout == ""
     assert "Traceback" not in ran.stderr
+    assert ".. " not in ran.stderr, "a sentence has one full stop"
     assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
     for word in words:
         assert word in ran.stderr

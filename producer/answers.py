@@ -52,6 +52,15 @@ PROBLEMS = _described(
     }
 )
 GONE = _described({404: "There is no such request."})
+LINKS: dict[int | str, dict[str, Any]] = {
+    202: {
+        "links": {
+            operation: {"operationId": operation, "parameters": {"request_id": "$response.body#/request_id"}}
+            for operation in ("status", "results", "cancel")
+        }
+    }
+}
+"""What can be asked of a request that was taken."""
 CONFLICT = _described({409: "It does not go with what was asked before."})
 LARGE = _described({413: f"More than {MAX_BODY_BYTES} bytes."})
 

@@ -132,7 +132,12 @@ api = FastAPI(
 answers.add_to(api)
 
 
-@api.post("/v1/requests", status_code=202, responses=answers.PROBLEMS | answers.CONFLICT | answers.LARGE)
+@api.post(
+    "/v1/requests",
+    status_code=202,
+    operation_id="submit",
+    responses=answers.PROBLEMS | answers.CONFLICT | answers.LARGE | answers.LINKS,
+)
 def submit(
     body: Pictures,
     by: By,
@@ -165,13 +170,18 @@ def submit(
     return status
 
 
-@api.get("/v1/requests/{request_id}/status", responses=answers.PROBLEMS | answers.GONE)
+@api.get("/v1/requests/{request_id}/status", operation_id="status", responses=answers.PROBLEMS | answers.GONE)
 def status(request_id: JobId, by: By, using: Using) -> Status:
     """What became of a request so far."""
     return _status(using.job(request_id, by))
 
 
-@api.get("/v1/requests/{request_id}", responses=answers.PROBLEMS | answers.GONE, response_model_exclude_none=True)
+@api.get(
+    "/v1/requests/{request_id}",
+    operation_id="results",
+    responses=answers.PROBLEMS | answers.GONE,
+    response_model_exclude_none=True,
+)
 def results(
     request_id: JobId,
     by: By,
@@ -190,6 +200,7 @@ def results(
 @api.put(
     "/v1/requests/{request_id}/cancel",
     status_code=202,
+    operation_id="cancel",
     responses=answers.PROBLEMS | answers.GONE | answers.CONFLICT,
 )
 def cancel(request_id: JobId, by: By, using: Using) -> Status:

@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Iterator
 
-from jobs.store import Location, Role, S3Object, Store
+from jobs.store import PAGE_KEYS, Location, Role, S3Object, Store
 
 LISTERS = 12
 """Requests at a time; the store's connections must be more."""
@@ -45,9 +45,8 @@ def _divide(store: Store, prefix: Location, role: Role, units: collections.deque
         place = waiting.popleft()
         pages = store.list_pages(place, role=role)
         first, _ = next(pages, ([], []))
-        second = next(pages, None)
-        if second is None:
-            yield from first
+        if len(first) < PAGE_KEYS and next(pages, None) is None:
+            yield from first  # behind a full page there is more, or else nothing is lost by dividing
         elif (folders := _folders(store, place, first, role)) is None:
             units.append(place)
         else:

@@ -128,8 +128,11 @@ def resume(
     waiting: Waiting = None,
 ) -> Job:
     """Lists on from where a killed `submit` stopped. Of `request` counts which pictures it asks for: raises `JobError`
-    `other_source` when they are others than the job's. Safe to repeat; nothing happens to a job that is listed."""
+    `other_source` when they are others than the job's, `job_cancelled`. Safe to repeat; nothing happens to a job that
+    is listed."""
     job = ledger.job(job_id)
+    if job.cancelled:
+        raise JobError(f"Job {job_id} was cancelled: submit its source again.", code="job_cancelled")
     if job.listed:
         return job
     if job.watch:

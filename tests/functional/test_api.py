@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import urllib.error
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import listed
 import pytest
 from factories import WEBHOOK_SECRET, Places, Receiver, decode, free_port, program, put_pictures, wait_until
 from PIL import Image
@@ -273,6 +275,35 @@ def test_a_large_prefix_is_listed_though_the_process_that_took_it_is_killed(
     ledger.cancel(job.id)
 
 
+def test_a_prefix_that_the_api_took_is_listed_on_by_the_next_process(
+    stack: LocalStack, store: Store, ledger: Ledger, places: Places, tmp_path: Path
+) -> None:
+    asked_for = Places(listed.SOURCE, places.to)
+    with listed.serving_keys() as source:
+        settings = {"source_endpoint": source.url, "model": "birefnet"}  # which nobody serves
+        api, process = serving(stack, asked_for, tmp_path, **settings)
+        source.delay_s = 0.5
+        status, answer, _ = api.call("POST", "/v1/requests", asked(asked_for), once=places.to)
+        assert status == 202, answer
+        made = answer["request_id"]
+        for pages in (0, 20):
+            began = source.asked
+            wait_until(lambda: ledger.job(made).parts > 0, what="the first part is recorded")
+            wait_until(lambda n=began + pages: source.asked >= n, what="it is listed on")
+            process.kill()
+            assert not ledger.job(made).listed
+            ledger._redis.delete(f"cf:api:lists:{made}")  # as half a minute later
+            api, process = serving(stack, asked_for, tmp_path, **settings)
+        source.delay_s = 0
+        wait_until(lambda: ledger.job(made).listed, what="it is listed")
+        again = api.call("POST", "/v1/requests", asked(asked_for), once=places.to)[1]
+        process.stop()
+
+    assert again["request_id"] == made
+    listed.assert_exact(ledger.job(made), store)
+    ledger.cancel(made)
+
+
 def test_what_may_wait_is_asked_for_on_the_backfill_lane(
     stack: LocalStack, api: Api, ledger: Ledger, places: Places
 ) -> None:
@@ -345,3 +376,40 @@ def test_the_openapi_page_tells_no_lie(
     )
 
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
+
+
+def test_what_follows_a_request_is_as_the_openapi_page_links_it(
+    alone: tuple[LocalStack, Api, Places], tmp_path: Path
+) -> None:
+    """Requests that are taken, followed, cancelled and cancelled again, in any order."""
+    stack, api, places = alone
+    mine = {"source": places.source, "destination": places.to, "recipe": "default", "keys": ["a.jpg", "b.jpg"]}
+    (tmp_path / "hooks.py").write_text(
+        f"""
+import schemathesis
+
+@schemathesis.hook
+def map_body(context, body):
+    if not isinstance(body, dict) or len(str(body)) % 3 == 0:
+        return body
+    return {{name: value for name, value in body.items() if name != "webhook_url"}} | {mine!r}
+"""
+    )
+
+    ran = subprocess.run(
+        [
+            *[program("schemathesis"), "run", f"{api.url}/openapi.json", "--checks", "all", "--phases", "stateful"],
+            *["--max-examples", "8", "--seed", "1", "--suppress-health-check", "all"],
+            *["--header", f"Authorization: Bearer {KEY}"],
+        ],
+        env=os.environ | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
+    with stack.ledger() as ledger:
+        made = [job for job in ledger.jobs(limit=1000) if job.name == "api shop"]
+    assert {job.cancelled for job in made} == {True, False}, "both ways were gone"

@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from factories import wait_until
+from listed import KEYS, assert_exact, serving_keys
 
-from jobs.job import ImageState
+from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
 from producer.local import LocalStack, inherited_environment
 from producer.manifest import PART_ROWS, read_part
@@ -30,6 +33,18 @@ def consume(url: str, stop: threading.Event) -> None:
         if not claims:
             stop.wait(0.02)
     consumer.close()
+
+
+@contextmanager
+def consuming(url: str) -> Iterator[None]:
+    stop = threading.Event()
+    worker = threading.Thread(target=consume, args=(url, stop))
+    worker.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        worker.join()
 
 
 def killed_while_listing(command: list[str], env: dict[str, str], ledger: Ledger, *, parts: int) -> str:
@@ -56,24 +71,58 @@ def test_a_submission_killed_twice_lists_every_key_once_and_ends_exact(tmp_path:
         store.create_bucket("out")
         say_alive(ledger, node="bare", slots=500)
         env = inherited_environment() | own.environment
-        stop = threading.Event()
-        worker = threading.Thread(target=consume, args=(own.environment["CUTFLEET_REDIS_URL"], stop))
-        worker.start()
-        try:
+        with consuming(own.environment["CUTFLEET_REDIS_URL"]):
             job = killed_while_listing(submit, env, ledger, parts=3)
             wait_until(lambda: ledger.job(job).done > 0, what="workers work before the listing is complete")
             assert killed_while_listing([*submit, "--resume", job], env, ledger, parts=6) == job
 
             subprocess.run([*submit, "--resume", job], cwd=ROOT, env=env, check=True, capture_output=True)
             wait_until(lambda: ledger.job(job).closed is not None, within_s=200, what="the job is closed")
-        finally:
-            stop.set()
-            worker.join()
 
         found = ledger.job(job)
         assert [task.key for number in range(found.parts) for task in read_part(store, found, number)] == keys
         assert (found.total, found.done, found.failed, found.skipped) == (len(keys), len(keys), 0, 0)
         assert set(ledger.states(job, 0, len(keys))) == {ImageState.DONE}
+
+
+@pytest.mark.timeout(300)
+def test_a_submission_killed_at_several_moments_of_its_listing_ends_exact(tmp_path: Path) -> None:
+    submit = [sys.executable, "-m", "producer", "submit", SOURCE, "--to", DESTINATION, "--model", MODEL]
+    stack = LocalStack(tmp_path / "stack")
+    with stack as own, own.ledger() as ledger, own.store() as store, serving_keys() as source:
+        own.start_dispatcher()
+        store.create_bucket("out")
+        say_alive(ledger, node="bare", slots=500)
+        env = inherited_environment() | own.environment | {"CUTFLEET_SOURCE_ENDPOINT": source.url}
+
+        def killed(*, parts: int, pages: int) -> Job:
+            """Once so many parts stand in the ledger, and so many more pages were asked for."""
+            known = ledger.jobs()
+            more = ["--resume", known[0].id] if known else []
+            source.delay_s, began = 0.5, source.asked
+            process = subprocess.Popen([*submit, *more], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+            wait_until(
+                lambda: source.asked >= began + pages and any(job.parts >= parts for job in ledger.jobs()),
+                what=f"{parts} parts are recorded, {pages} pages asked for",
+            )
+            process.kill()
+            assert process.wait() != 0, "it was killed, not done"
+            (job,) = ledger.jobs()
+            assert not job.listed
+            return job
+
+        with consuming(own.environment["CUTFLEET_REDIS_URL"]):
+            for parts, pages in ((0, 14), (1, 1), (1, 20)):
+                job = killed(parts=parts, pages=pages).id
+            source.delay_s = 0
+            subprocess.run([*submit, "--resume", job], cwd=ROOT, env=env, check=True, capture_output=True)
+            wait_until(lambda: ledger.job(job).closed is not None, within_s=200, what="the job is closed")
+
+        found = ledger.job(job)
+        assert source.most_at_once > 3, "it was listed side by side"
+        assert_exact(found, store)
+        assert (found.done, found.failed, found.skipped) == (len(KEYS), 0, 0)
+        assert set(ledger.states(job, 0, len(KEYS))) == {ImageState.DONE}
 
 
 @pytest.mark.timeout(300)

@@ -268,6 +268,8 @@ def test_a_job_that_is_cancelled_while_it_is_listed_is_whole_here_and_in_s3(
     with pytest.raises(JobError, match="cancelled while it was being listed"):
         submission.submit(request, store=store, ledger=ledger, lease_s=LEASE_S, listed=cancel)
     (job,) = ledger.jobs()
+    with pytest.raises(JobError, match="submit its source again"):
+        submission.resume(job.id, request, store=store, ledger=ledger, listed=lambda _: None)
     closed = close(dispatcher, ledger, job)
 
     def disagreements(what: str) -> list[Disagreement]:

@@ -28,6 +28,7 @@ Pages = Iterator[tuple[list[S3Object], list[str]]]
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.store.PAGE_KEYS", 5)
+    monkeypatch.setattr(listing, "PAGE_KEYS", 5)
     monkeypatch.setattr(listing, "MANY", 2)
     monkeypatch.setattr(listing, "LISTERS", 4)
     monkeypatch.setattr(listing, "ENOUGH", 30)

@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -249,24 +250,25 @@ def seaweedfs_that_tells(endpoint: str, folder: Path, monkeypatch: pytest.Monkey
         yield stack
 
 
+def listening(stack: LocalStack, places: Places, port: int, folder: Path, *more: str) -> Process:
+    """A `cutfleet watch` that listens at `port`, and lists but once, when it starts."""
+    options = ["--listen", f"127.0.0.1:{port}", "--sweep-every", "3600", *more]
+    program = [sys.executable, "-m", "producer", "watch", places.source, "--to", places.to, *options]
+    env = inherited_environment() | stack.environment | {"CUTFLEET_WATCH_TOKEN": TOKEN}
+    process = Process(program, log=folder / "watch.log", env=env)
+    wait_until(lambda: is_listening(port), what="the watch listens")
+    return process
+
+
 def test_what_is_put_into_seaweedfs_is_cut_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     places = Places("s3://shop/new/", "s3://shop-cutouts/")
     telling = seaweedfs_that_tells(f"http://127.0.0.1:{port}/events", tmp_path, monkeypatch)
 
     with telling as stack, stack.store() as store, stack.ledger() as ledger:
-
-        def start_listening() -> Process:
-            options = ["--listen", f"127.0.0.1:{port}", "--sweep-every", "3600"]
-            program = [sys.executable, "-m", "producer", "watch", places.source, "--to", places.to, *options]
-            env = inherited_environment() | stack.environment | {"CUTFLEET_WATCH_TOKEN": TOKEN}
-            process = Process(program, log=tmp_path / "watch.log", env=env)
-            wait_until(lambda: is_listening(port), what="the watch listens")
-            return process
-
         for bucket in ("shop", "shop-cutouts"):
             store.create_bucket(bucket)
-        watching = start_listening()
+        watching = listening(stack, places, port, tmp_path)
         stack.start_dispatcher()
         stack.start_worker(device="cpu")
         names = put_pictures(store, places, 2)
@@ -274,13 +276,44 @@ def test_what_is_put_into_seaweedfs_is_cut_out(tmp_path: Path, monkeypatch: pyte
         wait_until(lambda: [job.final for job in jobs_of(ledger, places)] == [3], what="three are final")
         watching.kill()
         names += put_pictures(store, places, 2, start=2)  # nobody hears of these
-        watching = start_listening()
+        watching = listening(stack, places, port, tmp_path)
         wait_until(lambda: [job.final for job in jobs_of(ledger, places)] == [5], what="five are final")
         watching.stop()
 
         (job,) = jobs_of(ledger, places)
         assert (job.done, job.failed) == (4, 1)
         assert all(store.head(places.cutout(name), role="output") for name in names)
+
+
+def test_a_burst_into_seaweedfs_is_taken_once_though_the_watcher_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    places = Places("s3://shop/new/", "s3://shop-cutouts/")
+    telling = seaweedfs_that_tells(f"http://127.0.0.1:{port}/events", tmp_path, monkeypatch)
+    names = [f"neu/фото {number} +50%.jpg" for number in range(500)]
+
+    def put(name: str) -> None:
+        store.put(places.key(name), name.encode(), content_type="image/jpeg")
+
+    with telling as stack, stack.store() as store, stack.ledger() as ledger, ThreadPoolExecutor(4) as putting:
+        for bucket in ("shop", "shop-cutouts"):
+            store.create_bucket(bucket)
+        watching = listening(stack, places, port, tmp_path, "--model", ASLEEP)
+        burst = [putting.submit(put, name) for name in names[:300]]
+        wait_until(lambda: total(ledger, places) > 0, what="the first are taken")
+        watching.kill()
+        told_before = total(ledger, places)
+        watching = listening(stack, places, port, tmp_path, "--model", ASLEEP)
+        burst += [putting.submit(put, name) for name in names[300:]]
+        for one in burst:
+            one.result()
+        wait_until(lambda: total(ledger, places) >= len(names), what="all are taken")
+        watching.stop()
+
+        (job,) = jobs_of(ledger, places)
+        assert 0 < told_before < len(names), "it was killed in between"
+        assert keys_on_queue(ledger, job) == collections.Counter(places.key(name).key for name in names)
 
 
 def is_listening(port: int) -> bool:

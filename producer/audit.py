@@ -15,6 +15,7 @@ not decoded.
   manifest_lost    a part of the manifest is not in S3                             nothing
   listing_unknown  the job was being listed, or fed by a watch: what else it had   nothing
   extra_object     an object that no picture of a job explains                     nothing: it may be somebody's
+  cancelled_left   what a worker that died left of a picture of a cancelled job    nothing: delete it, or submit again
 
 Whatever a worker holds is left to it. Safe to repeat, and to run beside everything else.
 """
@@ -157,6 +158,7 @@ class _Auditor:
         final = [picture for picture in pictures if picture.was in _HAVE_RESULTS and picture.state in _HAVE_RESULTS]
         yield from self._look_at_results(final)
         yield from self._look_at_open([picture for picture in pictures if picture.state is ImageState.OPEN])
+        yield from self._look_at_cancelled([picture for picture in pictures if picture.was is ImageState.CANCELLED])
 
     def _look_at_results(self, pictures: list[_Picture]) -> Iterator[Disagreement]:
         wrong: dict[int, tuple[_Picture, str, str]] = {}
@@ -190,6 +192,23 @@ class _Auditor:
         for picture, _ in recorded.values():
             done = "recorded" if self._repair else ""
             yield Disagreement("not_recorded", "its results are there", picture.task.key, done)
+
+    def _look_at_cancelled(self, pictures: list[_Picture]) -> Iterator[Disagreement]:
+        """A mask, or a cutout too, of this job alone: a picture may have results of a job before."""
+        places = [
+            (picture, place)
+            for picture in pictures
+            for place, found in ((picture.names.mask, picture.mask), (picture.names.cutout, picture.cutout))
+            if found is not None and found.modified >= self._job.created - _CLOCKS_S
+        ]
+        ours = self._askers.map(lambda left: self._is_of_this_job(left[1]), places)
+        for (picture, place), is_ours in zip(places, ours, strict=True):
+            if is_ours:
+                yield Disagreement("cancelled_left", f"{place}, of a picture that was cancelled", picture.task.key)
+
+    def _is_of_this_job(self, place: Location) -> bool:
+        found = self._store.head(place, role="output")
+        return found is not None and found.metadata.get("cf-job") == self._job.id
 
     def _fault(self, picture: _Picture) -> str:
         cutout = self._store.head(picture.names.cutout, role="output")

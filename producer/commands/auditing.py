@@ -59,7 +59,9 @@ def _conclude(count: int, left: int, *, repair: bool) -> None:
     if not count:
         click.echo("Nothing disagrees.", err=True)
     elif not repair:
-        click.echo("--repair puts right what can be: everything but extra objects and what is lost for good.", err=True)
+        click.echo(
+            "--repair puts right what can be: everything but what is to be deleted and what is lost for good.", err=True
+        )
     else:
         click.echo(f"{count - left} put right, {left} left.", err=True)
 

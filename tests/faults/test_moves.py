@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from pathlib import Path
@@ -34,6 +35,33 @@ def test_cancelled_at_a_third_a_job_ends_what_is_in_work_and_nothing_else(
 
     assert truth.counts["cancelled"] > 0
     assert truth.counts["done"] + truth.counts["cancelled"] == 60
+    assert fleet.workers.dismiss() == [0]
+
+
+@pytest.mark.parametrize(("place", "left"), [("after_mask", ["mask"]), ("before_commit", ["mask", "cutout"])])
+def test_what_a_worker_that_dies_leaves_of_a_cancelled_picture_is_named_and_made_whole_by_the_next_job(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path, place: str, left: list[str]
+) -> None:
+    """Cancelled, it is nobody's to do again, and nothing is ever deleted."""
+    [name] = put_pictures(fleet.store, places, 1)
+    worker = fleet.workers.start(test_failpoints=f"{place}={tmp_path / place}")
+    with fleet.dispatcher():
+        job = submit()
+        fleet.workers.wait_for(worker)
+        assert fleet.ledger.cancel(job)
+        wait_until(lambda: fleet.ledger.job(job).closed is not None, what="the job is closed")
+        looked = fleet.run("audit", job, "--json")
+        again = submit()
+        fleet.workers.start()
+        truth = prove(fleet, again, places, names=[name], reference=reference)
+
+    assert fleet.ledger.job(job).cancelled_images == 1
+    assert looked.returncode == 1, looked.stderr
+    found = [json.loads(line) for line in looked.stdout.splitlines()]
+    assert [(row["code"], row["key"]) for row in found] == [("cancelled_left", name)] * len(left)
+    where = {"mask": str(places.mask(name)), "cutout": str(places.cutout(name))}
+    assert [row["what"].partition(",")[0] for row in found] == [where[kind] for kind in left]
+    assert truth.counts["total"] == 1
     assert fleet.workers.dismiss() == [0]
 
 

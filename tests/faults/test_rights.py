@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from jobs.ledger import Ledger
 from producer.local import Process, inherited_environment, valkey_program
 
 EXIT_UNREACHABLE = 4
+SOME = 16
+AWAY_S = 6.0
+"""Longer than a lease and than clients wait for an answer."""
 ROLES = ("producer", "dispatcher", "worker", "flower")
 
 
@@ -97,6 +101,32 @@ def test_every_role_does_its_work_over_tls_with_its_own_rights(fleet: Fleet, pla
             flower.stop()
     assert set(fleet.workers.dismiss() + fleet.dispatchers.dismiss()) == {0}
     assert guarded.denied() == []
+
+
+def test_a_connection_over_tls_that_is_half_open_for_a_while_costs_only_that(
+    fleet: Fleet, places: Places, guarded: Guarded
+) -> None:
+    """Neither side hears of an end: what waits for an answer, and what waits for a message."""
+    put_pictures(fleet.store, places, SOME)
+    with Ledger(guarded.url("producer"), name="guarded") as ledger:
+        worker = fleet.workers.start(redis_url=guarded.url("worker"), test_device_ms="100", ready=False)
+        fleet.dispatchers.start(redis_url=guarded.url("dispatcher"))
+        wait_until(lambda: bool(ledger.workers()), what=fleet.workers.words())
+        env = {"CUTFLEET_REDIS_URL": guarded.url("producer")}
+        ran = fleet.run("submit", places.source, "--to", places.to, "--model", "stand-in", env=env)
+        assert ran.returncode == 0, ran.stderr
+        key = f"cf:job:{ran.stdout.strip()}"
+        wait_until(lambda: int(guarded.redis.hget(key, "done") or 0) > 2, what=fleet.workers.words())
+
+        guarded.wire.swallow()
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() > began + AWAY_S)
+        guarded.wire.heal()
+
+        wait_until(lambda: guarded.redis.hexists(key, "closed"), within_s=100, what=fleet.workers.words())
+    assert int(guarded.redis.hget(key, "done")) == SOME
+    assert fleet.workers.alive() == [worker]
+    assert set(fleet.workers.dismiss() + fleet.dispatchers.dismiss()) == {0}
 
 
 @pytest.mark.parametrize(

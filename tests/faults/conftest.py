@@ -1,4 +1,25 @@
-"""A fleet of its own for each file of faults, and what a run without faults gives."""
+"""A fleet of its own for each file of faults, and what a run without faults gives.
+
+what dies, or lies                                                        where it is seen
+worker: killed at random and at each boundary, frozen, woken late         test_worker_killed.py
+worker: told to go, under load, in a rolling restart, with downloads      test_worker_killed.py, test_restart.py,
+  that hang, while it starts                                                test_store.py, functional/test_starting.py
+the same without a ledger; stock kombu                                    test_control.py
+picture: crashes, hangs, exhausts memory, keeps the lock; broken files    test_poison.py, functional/test_hard_files.py
+device: fails, hangs, crashes; out of memory                              test_device_lost.py, unit/test_predictor.py
+Valkey: started again, away, silent, half-open, slow; over TLS            test_valkey.py, test_rights.py
+Valkey: full; lost, or its last seconds; its primary                      test_redis_full.py, test_audit.py,
+                                                                              test_sentinel.py
+messages: twice, lost, held too long, of a later version, forged          test_messages.py, test_visibility.py,
+                                                                            test_upgrade.py, test_bounds.py
+S3: busy, reset, silent, away, an answer lost, one prefix, a bucket       test_store.py
+source: replaced while it waits or is worked on                           test_messages.py
+producer and dispatcher: killed at each boundary, two at once, woken      test_dispatcher.py
+nobody works for an hour; done faster than listed; two jobs, one place    test_messages.py, test_two_jobs.py
+clocks                                                                    test_clock.py
+a person: cancels, pauses, tries again                                    test_moves.py
+Flower: frozen                                                            test_flower.py
+"""
 
 from __future__ import annotations
 

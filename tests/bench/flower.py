@@ -41,12 +41,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cutfleet-flower-") as folder:
         zygote = Zygote(Path(folder))
         with Fleet(Path(folder) / "stack", zygote) as fleet:
-            print(to_markdown(measure(fleet, options.pictures, options.out)))
+            flower = Flower(fleet.stack, f"--max_tasks={KEPT}")
+            try:
+                print(to_markdown(measure(fleet, flower, options.pictures, options.out)))
+            finally:
+                flower.process.stop(timeout_s=10)
         zygote.stop()
 
 
-def measure(fleet: Fleet, pictures: int, out: Path) -> list[Row]:
-    flower = Flower(fleet.stack, f"--max_tasks={KEPT}")
+def measure(fleet: Fleet, flower: Flower, pictures: int, out: Path) -> list[Row]:
     upload(fleet, pictures)
     for number in range(2):
         fleet.workers.start(node=f"cpu{number}", slots="8", batch_limit="8", lease_s="60", drain_s="20")
@@ -69,7 +72,6 @@ def measure(fleet: Fleet, pictures: int, out: Path) -> list[Row]:
             seen = processed(pages)
         chromium.close()
     late_mb, kept = resident_mb(flower.process.pid), len(flower.tasks("cutfleet.image"))
-    flower.process.stop(timeout_s=10)
     assert found
     return [
         fact("went through", pictures, "pictures"),

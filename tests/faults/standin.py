@@ -36,6 +36,8 @@ from faults.terms import (
     DEVICE_SEGFAULT,
     EXHAUST,
     HANG,
+    LEAK,
+    LEAK_BYTES,
     LOCK,
     LOCK_S,
     MODEL,
@@ -167,9 +169,16 @@ def _arm() -> None:
     _around(producer.dispatcher, "write_report", after=lambda *_: "after_report")
 
 
+_leaked: list[bytes] = []
+
+
 def _poison(data: bytes) -> None:
     if SEGFAULT in data:
         ctypes.string_at(0)
+    if LEAK in data:
+        _leaked.append(b"x" * LEAK_BYTES)
+    if HANG in data:
+        _note(f"hangs in {os.getpid()}")
     while HANG in data:
         time.sleep(1)
     if LOCK in data:

@@ -13,6 +13,8 @@ PLACES = ("after_claim", "after_fetch", "after_model", "after_mask", "after_cuto
 """Where a failpoint kills."""
 SEGFAULT, HANG, EXHAUST = b"#segfault#", b"#hang#", b"#exhaust#"
 """Behind the end of a JPEG, where decoders ignore them: what the stand-in's decoder does with the picture."""
+LEAK, LEAK_BYTES = b"#leak#", 60_000_000
+"""Likewise: its process keeps so much for ever."""
 LOCK = b"#lock#"
 """Likewise: it keeps the interpreter lock for ever."""
 DEVICE_SEGFAULT = 231

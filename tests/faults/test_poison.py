@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit, children
-from faults.terms import EXHAUST, HANG, LOCK, SEGFAULT
+from faults.fleet import Fleet, Reference, Submit, children, make_places, submit_to
+from faults.terms import EXHAUST, HANG, LOCK, MODEL, SEGFAULT
 from faults.truth import prove
 
 from jobs.broker import lane_queue
@@ -16,6 +17,7 @@ from jobs.job import Failure
 
 pytestmark = pytest.mark.timeout(300)
 MOST_DEATHS = 3
+CROWD = 60
 EXIT_STALLED, EXIT_LOCKED = 72, 1
 SETTINGS = {"slots": "4", "max_pixels_mp": "10", "memory_mb": "1500", "test_stall_s": "3"}
 
@@ -78,6 +80,59 @@ def test_a_worker_that_is_told_to_go_takes_its_suspect_back_unconvicted(
         assert fleet.ledger.place(f"{job}:0") == "waiting"
         fleet.ledger.cancel(job)
         wait_until(lambda: fleet.ledger.job(job).closed is not None)
+
+
+def test_a_decoder_that_is_killed_twice_convicts_its_picture_and_once_does_not(
+    fleet: Fleet, places: Places, submit: Submit
+) -> None:
+    """As the kernel does for memory."""
+    names = put_pictures(fleet.store, places, 1)
+    fleet.store.put(places.key(names[0]), picture(seed=0) + HANG, content_type="image/jpeg")
+    make_known(fleet)
+    with fleet.dispatcher():
+        job = submit()
+        make_suspects(fleet, job, names)
+        worker = fleet.workers.start(slots="2", lease_s="30")
+        for _ in range(2):
+            wait_until(lambda: decoding(fleet, worker), what="a child decodes")
+            assert fleet.ledger.job(job).failed == 0
+            [child] = decoding(fleet, worker)
+            os.kill(child, signal.SIGKILL)
+            wait_until(lambda child=child: child not in children(worker))
+
+        wait_until(lambda: fleet.ledger.job(job).closed is not None)
+
+    assert [failure.code for failure in failures(fleet, job)] == ["killed"]
+    assert fleet.workers.dismiss() == [0]
+
+
+def test_a_suspect_does_not_wait_for_the_end_of_a_backfill_while_live_pictures_come(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 1)
+    crowd, few = make_places(fleet), make_places(fleet)
+    put_pictures(fleet.store, crowd, CROWD)
+    put_pictures(fleet.store, few, CROWD // 10)
+    make_known(fleet)
+    with fleet.dispatcher():
+        job = submit()
+        make_suspects(fleet, job, names)
+        backfill = submit_to(fleet, crowd)
+        wait_until(lambda: fleet.ledger.queue_depth(lane_queue("backfill", MODEL)) >= CROWD // 10)
+        submit_to(fleet, few, "--lane", "live")
+        fleet.workers.start(slots="2", test_device_ms="100")
+
+        prove(fleet, job, places, names=names, reference=reference, alone=False)
+
+        assert fleet.ledger.job(backfill).open > CROWD / 2
+        fleet.ledger.cancel(backfill)
+        wait_until(lambda: not fleet.ledger.open_jobs())
+
+
+def decoding(fleet: Fleet, worker: int) -> list[int]:
+    """Children of the worker that hang in a picture."""
+    said = fleet.workers.text()
+    return [pid for pid in children(worker) if f"hangs in {pid}\n" in said]
 
 
 def make_known(fleet: Fleet) -> None:

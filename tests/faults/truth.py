@@ -15,11 +15,11 @@ from collections import Counter
 import numpy as np
 import redis
 from factories import Places, wait_until
-from faults.fleet import Fleet
+from faults.fleet import Fleet, Reference
 from faults.terms import MODEL
-from numpy.typing import NDArray
 from PIL import Image
 
+from jobs.job import Failure
 from jobs.store import Location
 
 SETTLE_S = 25.0
@@ -42,7 +42,7 @@ def prove(
     places: Places,
     *,
     names: list[str],
-    reference: dict[str, NDArray[np.uint8]],
+    reference: Reference,
     within_s: float = 60,
     alone: bool = True,
     port: int = 0,
@@ -65,7 +65,7 @@ def prove(
     assert truth.counts["total"] == sum(final.values()) == len(names), truth.counts
     assert Counter(truth.states.values()) == {name: n for name, n in final.items() if n}, truth
     done = {names[index] for index, state in truth.states.items() if state in ("done", "skipped")}
-    _prove_outputs(fleet, places, done, reference)
+    _prove_outputs(fleet, places, done, reference, failures=dict(fleet.ledger.failures(job)))
     return truth
 
 
@@ -89,12 +89,14 @@ def _prove_nothing_left(client: redis.Redis) -> None:
     )
 
 
-def _prove_outputs(fleet: Fleet, places: Places, done: set[str], reference: dict[str, NDArray[np.uint8]]) -> None:
+def _prove_outputs(
+    fleet: Fleet, places: Places, done: set[str], reference: Reference, *, failures: dict[int, Failure]
+) -> None:
     s3, to = fleet.store._s3, Location.parse(places.to)
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=to.bucket)
     keys = {row["Key"] for page in pages for row in page.get("Contents", []) if not row["Key"].endswith("/")}
     wanted = {place.key for name in done for place in (places.cutout(name), places.mask(name))}
-    assert {key for key in keys if not key.startswith("_cutfleet/")} == wanted
+    assert {key for key in keys if not key.startswith("_cutfleet/")} == wanted, failures
     for name in done:
         source = places.key(name)
         cutout = s3.get_object(Bucket=to.bucket, Key=places.cutout(name).key)
@@ -110,7 +112,7 @@ def _prove_outputs(fleet: Fleet, places: Places, done: set[str], reference: dict
             assert np.abs(alpha.astype(int) - reference[name]).max() <= 1, f"{name} differs from a run without faults"
 
 
-def masks(fleet: Fleet, places: Places, names: list[str]) -> dict[str, NDArray[np.uint8]]:
+def masks(fleet: Fleet, places: Places, names: list[str]) -> Reference:
     """The masks that a run has left, for comparing later runs with it."""
     bucket = Location.parse(places.to).bucket
     s3 = fleet.store._s3

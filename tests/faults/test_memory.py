@@ -1,0 +1,76 @@
+"""A worker's memory: it stays under its limit, and one that does not is replaced."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from factories import Places, picture, put_pictures
+from faults.fleet import Fleet, Reference, Submit
+from faults.terms import LEAK, LEAK_BYTES
+from faults.truth import prove
+from PIL import Image
+
+pytestmark = pytest.mark.timeout(300)
+ROOM_MB = 600
+"""Above what a worker takes by itself: too little for twelve pictures of 12 megapixels at once."""
+
+
+def memory_mb(pid: int, what: str = "VmRSS") -> float:
+    """Resident; `VmHWM`: the most that ever was."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def own_mb(fleet: Fleet) -> float:
+    """What a worker takes before its first picture."""
+    worker = fleet.workers.start()
+    taken = memory_mb(worker)
+    fleet.workers.kill(worker)
+    return taken
+
+
+def large_picture() -> bytes:
+    body = io.BytesIO()
+    Image.linear_gradient("L").resize((4000, 3000)).convert("RGB").save(body, "JPEG", quality=80)
+    return body.getvalue()
+
+
+def test_a_flood_of_large_pictures_stays_under_the_limit(fleet: Fleet, places: Places, submit: Submit) -> None:
+    names = [f"p{number:05d}.jpg" for number in range(16)]
+    body = large_picture()
+    for name in names:
+        fleet.store.put(places.key(name), body, content_type="image/jpeg")
+    limit_mb = own_mb(fleet) + ROOM_MB
+    worker = fleet.workers.start(slots="12", memory_mb=str(round(limit_mb)), lease_s="8")
+
+    with fleet.dispatcher(lease_s="8"):
+        truth = prove(fleet, submit(), places, names=names, reference={}, within_s=180)
+        most_mb = memory_mb(worker, "VmHWM")
+
+    assert truth.counts["done"] == len(names)
+    assert most_mb < limit_mb
+    assert fleet.workers.dismiss() == [0]
+    assert fleet.workers.ends()[worker] == 0, "it was not replaced"
+
+
+def test_a_worker_above_its_limit_drains_and_is_replaced_and_nothing_is_lost_or_done_twice(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 16)
+    for number, name in enumerate(names):
+        fleet.store.put(places.key(name), picture(seed=number) + LEAK, content_type="image/jpeg")
+    limit_mb = own_mb(fleet) + 4 * LEAK_BYTES / 1e6
+    known = fleet.workers.ends()
+    fleet.workers.start(supervised=True, slots="2", memory_mb=str(round(limit_mb)), test_device_ms="200")
+
+    with fleet.dispatcher():
+        truth = prove(fleet, submit(), places, names=names, reference=reference, within_s=120)
+
+    ended = [code for pid, code in fleet.workers.ends().items() if pid not in known]
+    assert len(ended) >= 2
+    assert set(ended) == {0}
+    assert "recycling" in fleet.workers.text()
+    assert truth.counts["done"] == len(names)
+    assert set(fleet.workers.published(places).values()) == {1}

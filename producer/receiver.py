@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,13 +33,18 @@ RETRY_AFTER_S = 5
 
 @contextmanager
 def listening(watcher: Watcher, host: str, port: int, *, token: str) -> Iterator[None]:
-    """Serves in a thread of its own until the block ends. `token`: what senders must show (`Authorization: Bearer`)."""
+    """Serves in a thread of its own until the block ends; senders can connect from its start, so that a listing within
+    it misses nothing that they could not tell. `token`: what senders must show (`Authorization: Bearer`). Raises
+    `SettingsError` `cannot_listen`."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        line = socket.create_server((host, port), family=family)
+    except OSError as exc:
+        raise SettingsError(f"It can't listen at {host}:{port}: {exc}", code="cannot_listen") from exc
     server = uvicorn.Server(
-        uvicorn.Config(
-            _app(watcher, token), host=host, port=port, log_config=None, access_log=False, lifespan="off", workers=1
-        )
+        uvicorn.Config(_app(watcher, token), log_config=None, access_log=False, lifespan="off", workers=1)
     )
-    thread = threading.Thread(target=server.run, name="receiver")
+    thread = threading.Thread(target=lambda: server.run([line]), name="receiver")
     thread.start()
     try:
         log.info("listening", extra={"action": "watch", "host": host, "port": port})
@@ -46,6 +52,7 @@ def listening(watcher: Watcher, host: str, port: int, *, token: str) -> Iterator
     finally:
         server.should_exit = True
         thread.join()
+        line.close()
 
 
 def _app(watcher: Watcher, token: str) -> Starlette:

@@ -190,7 +190,7 @@ def run_watch(
                 raise SettingsError(
                     "To listen, give HOST:PORT, and set CUTFLEET_WATCH_TOKEN to what senders must show."
                 )
-            stack.enter_context(listening(watcher, host or "127.0.0.1", int(port), token=token))
+            stack.enter_context(listening(watcher, host.strip("[]") or "127.0.0.1", int(port), token=token))
         work = [lambda: watch_listing(watcher, sweep_every_s, stop)]
         if queue is not None:
             mailbox = stack.enter_context(Mailbox(queue))

@@ -16,12 +16,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import redis
 from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Zygote, make_places
+from faults.fleet import Fleet, Reference, Zygote, make_places
 from faults.plain import make_plain
 from faults.proxy import Fault, S3Proxy, Wire
 from faults.terms import MODEL
@@ -35,6 +35,9 @@ OPEN_JOBS = 2
 FAULT_S = 3.0
 """Longer than a lease of this fleet."""
 SETTLE_S = 180.0
+KEPT_S = 60.0
+"""A closed job is judged, and its bucket deleted, when whoever was frozen has long been awake: a store has only so many
+buckets."""
 
 
 class Campaign:
@@ -44,6 +47,9 @@ class Campaign:
         self.faults = [name for name in FAULTS if name.startswith(only)]
         self.caused: Counter[str] = Counter()
         self.jobs: dict[str, Places] = {}
+        self.found: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._reference: Reference = {}
         self.longest_stall_s = 0.0
         self._progress = (-1, time.monotonic())
         self._through = {"redis_url": f"redis://127.0.0.1:{wire.port}/0", "s3_endpoint": s3.url}
@@ -76,41 +82,31 @@ class Campaign:
             self._watch(0.5)
         self.memory.append(memory_mb(self.kept))
 
-    def judge(self) -> dict[str, int]:
-        begun = Counter(image for job in self.jobs for image in self.fleet.workers.begun(job).elements())
-        lost = doubled = failed = 0
-        for name, places in self.jobs.items():
-            job = self.fleet.ledger.job(name)
-            bucket = Location.parse(places.to).bucket
-            keys = {found.key for found in self.fleet.store.list_source(Location(bucket, ""))}
-            made = {key for key in keys if not key.startswith("_cutfleet/")}
-            wanted = {
-                place.key for relative in self.names for place in (places.cutout(relative), places.mask(relative))
-            }
-            lost += job.total - len([n for n in self.names if {places.cutout(n).key, places.mask(n).key} <= made])
-            doubled += len(made - wanted) + max(0, job.final - job.total)
-            failed += job.failed
-        return {
-            "submitted": len(self.jobs) * JOB_PICTURES,
-            "lost": lost,
-            "doubled": doubled,
-            "failed": failed,
-            "run more than once": sum(1 for times in begun.values() if times > 1),
-        }
-
-    def prove(self) -> list[str]:
-        """What the check of all fault tests says of each job that does not pass it. All are of the same pictures."""
-        wrong, reference = [], masks(self.fleet, next(iter(self.jobs.values())), self.names)
-        for job, places in self.jobs.items():
-            try:
-                prove(self.fleet, job, places, names=self.names, reference=reference, within_s=1)
-            except AssertionError as exc:
-                wrong.append(f"{job}: {exc}")
-        return wrong
+    def judge(self, job: str, *, alone: bool) -> None:
+        """What became of a job, which is forgotten then: its own counts, and what the check of all fault tests says."""
+        places, record = self.jobs.pop(job), self.fleet.ledger.job(job)
+        bucket = Location.parse(places.to).bucket
+        keys = {found.key for found in self.fleet.store.list_source(Location(bucket, ""))}
+        made = {key for key in keys if not key.startswith("_cutfleet/")}
+        pairs = [{places.cutout(name).key, places.mask(name).key} for name in self.names]
+        self.found["submitted"] += JOB_PICTURES
+        self.found["lost"] += record.total - sum(pair <= made for pair in pairs)
+        self.found["doubled"] += len(made.difference(*pairs)) + max(0, record.final - record.total)
+        self.found["failed"] += record.failed
+        self.found["run more than once"] += sum(times > 1 for times in self.fleet.workers.begun(job).values())
+        self._reference = self._reference or masks(self.fleet, places, self.names)
+        try:
+            prove(self.fleet, job, places, names=self.names, reference=self._reference, within_s=1, alone=alone)
+        except AssertionError as exc:
+            self.wrong.append(f"{job}: {exc}")
+        delete_bucket(self.fleet, bucket, keys)
 
     # Load
 
     def _load(self) -> None:
+        for job in list(self.jobs):
+            if (self.fleet.ledger.job(job).closed or time.time()) < time.time() - KEPT_S:
+                self.judge(job, alone=False)
         if sum(self._job_open(job) for job in self.jobs) < OPEN_JOBS:
             places = self._fresh_places()
             self.jobs[self._submit(places)] = places
@@ -132,7 +128,7 @@ class Campaign:
         return self.fleet.ledger.job(job).closed is None
 
     def _done(self) -> int:
-        return sum(self.fleet.ledger.job(job).final for job in self.jobs)
+        return self.found["submitted"] + sum(self.fleet.ledger.job(job).final for job in self.jobs)
 
     def _watch(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -140,7 +136,7 @@ class Campaign:
             done, now = self._done(), time.monotonic()
             if done != self._progress[0]:
                 self._progress = (done, now)
-            elif done < len(self.jobs) * JOB_PICTURES:
+            elif done < self.found["submitted"] + len(self.jobs) * JOB_PICTURES:
                 self.longest_stall_s = max(self.longest_stall_s, now - self._progress[1])
             time.sleep(0.1)
 
@@ -276,6 +272,12 @@ def control(fleet: Fleet, folder: Path, chance: random.Random, seconds: float) -
     return pushed, pushed - done, kills
 
 
+def delete_bucket(fleet: Fleet, bucket: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        fleet.store._s3.delete_object(Bucket=bucket, Key=key)
+    fleet.store._s3.delete_bucket(Bucket=bucket)
+
+
 def memory_mb(pid: int) -> int:
     """Resident."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -303,7 +305,9 @@ def main() -> int:
             ):
                 campaign = Campaign(fleet, wire, s3, seed, options.only)
                 campaign.run(seconds)
-                found, wrong = campaign.judge(), campaign.prove()
+                for job in list(campaign.jobs):
+                    campaign.judge(job, alone=True)
+                found, wrong = campaign.found, campaign.wrong
                 fleet.forget()
                 control_s = 0 if options.only else seconds / 5
                 pushed, lost, kills = control(fleet, folder, random.Random(seed), control_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import socket
 import sys
 import threading
 import urllib.error
@@ -23,6 +24,7 @@ from factories import Places, free_port, put_pictures, s3_event, wait_until
 from moto.server import ThreadedMotoServer
 
 from jobs.broker import task_of
+from jobs.errors import SettingsError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.mailbox import Letter, Mailbox
@@ -32,7 +34,7 @@ from producer import watch
 from producer.events import Arrival
 from producer.local import LocalStack, Process, inherited_environment
 from producer.submit import Request
-from producer.watch import Watcher
+from producer.watch import Watcher, run_watch
 
 ASLEEP = "u2net"
 TOKEN = "only-for-this-test"  # noqa: S105
@@ -322,6 +324,16 @@ def is_listening(port: int) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+def test_a_port_that_somebody_else_has_is_refused(store: Store, ledger: Ledger, places: Places) -> None:
+    watcher = watcher_of(places, store, ledger)
+
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(SettingsError) as refused:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        run_watch(watcher, threading.Event(), queue=None, listen=address, token=TOKEN, sweep_every_s=60)
+
+    assert refused.value.code == "cannot_listen"
 
 
 def test_the_webhook_refuses_strangers_and_nonsense(

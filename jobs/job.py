@@ -152,6 +152,11 @@ class Failure:
     at: float
     worker: str
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Failure:
+        """Fields that a later version adds are left out."""
+        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 

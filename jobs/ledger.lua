@@ -9,6 +9,7 @@
 -- cf:job:JOB              hash    source, destination, recipe, lane, flags, cursor, counts         keep_days after closing
 --                                 weight: its share of a queue's room; rate: most pictures fed a second;
 --                                 sample: how many are fed before it is paused for a look, until unpaused
+--                                 lister: token of who lists it; who lists on takes it over
 -- cf:job:JOB:bits         bits    four bits an image: its state (see STATE)                        as the job
 -- cf:job:JOB:unsure       bits    one bit an image: made from what the manifest may not say       as the job
 -- cf:job:JOB:parts        hash    manifest part -> {first, last, count}                            as the job
@@ -29,7 +30,7 @@
 -- cf:computing            set     image that a worker computes alone, with nothing beside it       while claimed
 -- cf:died                 hash    image -> workers that died without a word while they did so      window only
 -- cf:blamed               hash    image -> the error with which its worker vanished, where known   window only
--- cf:watch:WATCH          hash    swept: when its last complete listing began                      for ever
+-- cf:watch:WATCH          hash    swept: when its last complete listing began                      30 days unused
 -- cf:watch:WATCH:seen     hash    digest of a key -> ETag of the version that a job got            a day, and while unswept
 -- cf:watch:WATCH:when     zset    digest of a key -> when a job got it                             as :seen
 -- cf:outbox               zset    event (JOB or JOB:INDEX) -> when its webhook is sent next          until sent or given up
@@ -49,6 +50,8 @@ local STATE = {open = 0, done = 1, failed = 2, skipped = 3, cancelled = 4, revie
 local MAX_REMARKS = 10000
 local OUTBOX_LIMIT = 100000  -- events that wait, some 10 MB: a receiver that is away must not fill Redis
 local SUSPECT_AFTER = 2
+local PRUNED = 10
+local WATCH_DAYS = 30  -- of one that is never run again; then what is there is looked at once more, and skipped
 local KEYS_OF_JOB = {'', ':bits', ':unsure', ':parts', ':rows', ':failures', ':again', ':remarks', ':tally'}
 local call = redis.call
 local clock = call('TIME')
@@ -182,6 +185,21 @@ local function workers_alive()
   return alive
 end
 
+-- Failures so far are known: they pause the job no more.
+local function judge(key)
+  local final = 0
+  for _, name in ipairs({'done', 'failed', 'skipped', 'cancelled'}) do
+    final = final + tonumber(call('HGET', key, name) or 0)
+  end
+  call('HSET', key, 'judged_final', final, 'judged_failed', call('HGET', key, 'failed') or 0)
+end
+
+local function keep_watch(watch)
+  for _, suffix in ipairs({'', ':seen', ':when'}) do
+    call('EXPIRE', 'cf:watch:' .. watch .. suffix, WATCH_DAYS * 86400)
+  end
+end
+
 local function only_active(epoch)
   return call('GET', 'cf:dispatcher:epoch') == epoch
 end
@@ -207,13 +225,19 @@ end
 
 function move.create(job, ...) return create(job, ...) end
 
--- The next part of the manifest is in S3. Answers 0 when another part was expected (somebody else lists, or it was done
--- before). Of its images some may be skipped already: how many, the states of all as they stand in :bits from `offset`
--- on, and the recipe's fingerprint.
-function move.add_part(job, part, count, first, last, skipped, offset, states, made)
-  local key = 'cf:job:' .. job
-  if call('HGET', key, 'parts') ~= part or call('HEXISTS', key, 'listed') == 1 then return 0 end
-  call('HSET', key .. ':parts', part, cjson.encode({first, last, tonumber(count)}))
+-- Whoever listed the job before adds nothing more to it.
+function move.take_listing(job, lister)
+  if call('EXISTS', 'cf:job:' .. job) == 1 then call('HSET', 'cf:job:' .. job, 'lister', lister) end
+end
+
+-- The next part of the manifest is in S3. Answers 0 when somebody else lists, or another part was expected; said twice,
+-- it counts once. Of its images some may be skipped already: how many, the states of all as they stand in :bits from
+-- `offset` on, and the recipe's fingerprint.
+function move.add_part(job, lister, part, count, first, last, skipped, offset, states, made)
+  local key, entry = 'cf:job:' .. job, cjson.encode({first, last, tonumber(count)})
+  if call('HGET', key, 'lister') ~= lister or call('HEXISTS', key, 'listed') == 1 then return 0 end
+  if call('HGET', key, 'parts') ~= part then return call('HGET', key .. ':parts', part) == entry and 1 or 0 end
+  call('HSET', key .. ':parts', part, entry)
   call('HINCRBY', key, 'parts', 1)
   call('HINCRBY', key, 'total', count)
   if tonumber(skipped) > 0 then
@@ -239,11 +263,7 @@ function move.unpause(job)
   local sample = call('HGET', key, 'sample')
   if sample and tonumber(call('HGET', key, 'cursor')) >= tonumber(sample) then call('HDEL', key, 'sample') end
   if call('HDEL', key, 'paused') == 0 then return 0 end
-  local final = 0
-  for _, name in ipairs({'done', 'failed', 'skipped', 'cancelled'}) do
-    final = final + tonumber(call('HGET', key, name) or 0)
-  end
-  call('HSET', key, 'judged_final', final, 'judged_failed', call('HGET', key, 'failed') or 0)
+  judge(key)
   return 1
 end
 
@@ -264,7 +284,7 @@ function move.cancel(job)
   if call('HEXISTS', key, 'cancelled_at') == 0 then
     call('HSET', key, 'cancelled_at', at(now), 'listed', 1, 'cancel_cursor', 0)
     call('HDEL', key, 'paused', 'again')
-    call('DEL', key .. ':again')
+    call('UNLINK', key .. ':again')
   end
   return 1
 end
@@ -294,6 +314,7 @@ function move.reopen(job, states, ...)
     end
   end
   if changed > 0 then
+    judge(key)
     call('HDEL', key, 'closed')
     call('SADD', 'cf:open', job)
     for _, suffix in ipairs(KEYS_OF_JOB) do call('PERSIST', key .. suffix) end
@@ -378,6 +399,7 @@ function move.append(job, watch, lease, total, count, ...)
     if (call('HGET', seen .. ':seen', args[i]) or '') ~= args[i + 1] then return 'moved' end
   end
   create(job, unpack(args, 1 + 6 * count))
+  keep_watch(watch)
   for i = 1, 6 * count, 6 do
     call('HSET', seen .. ':seen', args[i], args[i + 2])
     call('ZADD', seen .. ':when', at(now), args[i])
@@ -392,6 +414,7 @@ end
 function move.swept(watch, began, keep, limit)
   local seen = 'cf:watch:' .. watch
   call('HSET', seen, 'swept', began)
+  keep_watch(watch)
   local old = call('ZRANGEBYSCORE', seen .. ':when', '-inf', at(math.min(now, began) - keep), 'LIMIT', 0, limit)
   for _, digest in ipairs(old) do
     call('HDEL', seen .. ':seen', digest)
@@ -486,7 +509,7 @@ function move.defer(id, token, pause)
   return 'ok'
 end
 
--- Given back unfinished, no try used up: first in its queue again.
+-- Given back unfinished, no try used up: behind the others on its queue.
 function move.release(id, token, lease)
   if not holds(id, token) then return 'stale' end
   drop_claim(id)
@@ -602,6 +625,14 @@ function move.resign(me)
   if call('GET', 'cf:dispatcher') == me then call('DEL', 'cf:dispatcher') end
 end
 
+-- Whether this dispatcher is still the active one: else it is told so, as with every move of this kind.
+function fenced.still() return 1 end
+
+-- As `pause`, by the dispatcher.
+function fenced.hold(job, reason)
+  if call('EXISTS', 'cf:job:' .. job) == 1 then call('HSET', 'cf:job:' .. job, 'paused', reason) end
+end
+
 -- The cursor moves over images that are final already. Answers false when it was elsewhere.
 function fenced.pass_over(job, cursor, to)
   local key = 'cf:job:' .. job
@@ -711,13 +742,13 @@ function fenced.cancel_fed(job, scan, count)
   return answer
 end
 
--- The next `count` images of a cancelled job, an even number of them, are final, but for those `held` ... (indexes). Two
--- at a time: ten million would else take minutes. Answers how far it came, or false when it was elsewhere.
-function fenced.cancel_rest(job, cursor, count, ...)
+-- The next `count` images of a cancelled job, an even number of them, are final, but for those in `left` (indexes, with
+-- spaces). Two at a time: ten million would else take minutes. Answers how far it came, or false when it was elsewhere.
+function fenced.cancel_rest(job, cursor, count, left)
   local key = 'cf:job:' .. job
   if call('HGET', key, 'cancel_cursor') ~= cursor then return false end
   local from, total, held = tonumber(cursor), tonumber(call('HGET', key, 'total')), {}
-  for _, index in ipairs({...}) do
+  for index in string.gmatch(left, '%d+') do
     if state_of(job, index) == STATE.open then held[#held + 1] = index end
   end
   local to, changed = math.min(from + count, total), 0
@@ -771,7 +802,8 @@ function fenced.spilled(job, number, ...)
   return call('HINCRBY', key, 'spills', 1)
 end
 
--- A job whose images are all final is closed and forgotten after `keep` seconds.
+-- A job whose images are all final is closed and forgotten after `keep` seconds; with each, some that are forgotten by
+-- now leave the list of jobs.
 function fenced.close(job, keep)
   local key = 'cf:job:' .. job
   if call('HEXISTS', key, 'closed') == 1 then return 0 end
@@ -784,5 +816,8 @@ function fenced.close(job, keep)
   call('SREM', 'cf:open', job)
   tell(job, job, 'webhook')
   for _, suffix in ipairs(KEYS_OF_JOB) do call('EXPIRE', key .. suffix, keep) end
+  for _, old in ipairs(call('ZRANGE', 'cf:jobs', 0, PRUNED - 1)) do
+    if call('EXISTS', 'cf:job:' .. old) == 0 then call('ZREM', 'cf:jobs', old) end
+  end
   return 1
 end

@@ -11,6 +11,7 @@ import functools
 import importlib.resources
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ _ALLOW_OOM = "#!lua flags=allow-oom\n"
 _NEVER_REFUSED = {"claim", "renew", "finish", "defer", "release", "vanish", "computing", "heartbeat", "delivered"}
 _NEVER_REFUSED |= {
     "lead",
+    "still",
+    "hold",
     "resign",
     "close",
     "cancel",
@@ -158,16 +161,28 @@ class Ledger:
         """Lines of the manifest of a live job that are in none of its parts yet, `first` of them passed over."""
         return list(self._call("lrange", f"cf:job:{job}:rows", first, first + count - 1))
 
+    def take_listing(self, job: str) -> str:
+        """Lists the job from now on: a token for `add_part`. Whoever listed it before adds nothing more."""
+        lister = uuid.uuid4().hex
+        self._move("take_listing", job, lister)
+        return lister
+
+    def is_next_part(self, job: str, number: int, *, lister: str | None = None) -> bool:
+        """Whether part `number` is the next to be counted; and whether `lister` lists the job still."""
+        parts, lists = self._call("hmget", f"cf:job:{job}", "parts", "lister")
+        return bool(parts == str(number) and lister in (None, lists))
+
     def add_part(
-        self, job: str, part: ManifestPart, *, first: int = 0, known: Sequence[bool] = (), made: str = ""
+        self, job: str, lister: str, part: ManifestPart, *, first: int = 0, known: Sequence[bool] = (), made: str = ""
     ) -> bool:
-        """The part is in S3. False when another number was expected: somebody else lists this job. `known`: for each
-        image, from the even index `first` on, whether it is skipped at once, as made by the fingerprint `made`."""
+        """The part is in S3. False when another number was expected, or somebody else lists this job; safe to repeat.
+        `known`: for each image, from the even index `first` on, whether it is skipped at once, as made by the
+        fingerprint `made`."""
         nibbles = [
             ImageState.SKIPPED if is_known else ImageState.OPEN for is_known in (*known, *[False] * (len(known) % 2))
         ]
         states = bytes(high << 4 | low for high, low in zip(nibbles[::2], nibbles[1::2], strict=True))
-        row = (job, part.number, part.count, part.first, part.last)
+        row = (job, lister, part.number, part.count, part.first, part.last)
         return bool(self._move("add_part", *row, sum(known), first // 2, states, made))
 
     def finish_listing(self, job: str) -> None:
@@ -276,7 +291,7 @@ class Ledger:
         while True:
             cursor, rows = self._call("hscan", f"cf:job:{job}:failures", cursor, count=1000)
             for index, text in rows.items():
-                yield int(index), Failure(**json.loads(text))
+                yield int(index), Failure.of(json.loads(text))
             if not cursor:
                 return
 
@@ -291,7 +306,7 @@ class Ledger:
 
     def failure(self, job: str, index: int) -> Failure | None:
         text = self._call("hget", f"cf:job:{job}:failures", str(index))
-        return Failure(**json.loads(text)) if text else None
+        return Failure.of(json.loads(text)) if text else None
 
     def states(self, job: str, first: int, count: int) -> list[ImageState]:
         """States of `count` images from index `first` on."""
@@ -423,6 +438,14 @@ class Ledger:
         epoch = self._move("lead", me, int(ttl_s * 1000))
         return int(epoch) if epoch else None
 
+    def check_leads(self, epoch: int) -> None:
+        """Raises `Fenced` when another dispatcher is active."""
+        self._move("still", epoch)
+
+    def hold(self, epoch: int, job: str, reason: str) -> None:
+        """As `pause`."""
+        self._move("hold", epoch, job, reason)
+
     def check_room(self, epoch: int) -> None:
         """Raises `ServiceUnavailable` `redis_full` where a new picture would be refused."""
         self._move("room", epoch)
@@ -486,8 +509,8 @@ class Ledger:
     def cancel_rest(self, epoch: int, job: str, cursor: int, held: Iterable[int]) -> int | None:
         """The next `CANCEL_ROWS` images of a cancelled job are final, but for those `held`. Returns how far it came;
         None: the cursor was elsewhere."""
-        left = [index for index in held if cursor <= index < cursor + CANCEL_ROWS]
-        to = self._move("cancel_rest", epoch, job, cursor, CANCEL_ROWS, *left)
+        left = " ".join(str(index) for index in held if cursor <= index < cursor + CANCEL_ROWS)
+        to = self._move("cancel_rest", epoch, job, cursor, CANCEL_ROWS, left)
         return None if to is None else int(to)
 
     def drop_spilled(self, epoch: int, job: str, number: int, failures: Mapping[int, Failure]) -> bool:

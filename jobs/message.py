@@ -84,19 +84,20 @@ class ImageTask:
 
 def _checked(fields: Mapping[str, Any], name: str) -> Any:
     value = fields.get(name, "" if name == "hint" else None)
-    if not _fits(name, value):
+    if not fits(name, value):
         raise BadMessage(f"The message's field {name!r} is not valid: {str(value)[:80]!r}.")
     return value
 
 
-def _fits(name: str, value: Any) -> bool:
+def fits(name: str, value: Any) -> bool:
+    """Whether a message can carry it in its field `name`."""
     match name:
         case "job":
             return isinstance(value, str) and _JOB.match(value) is not None
         case "index":
             return type(value) is int and 0 <= value < MAX_INDEX
         case "key":
-            return isinstance(value, str) and 0 < len(value.encode()) <= MAX_KEY_BYTES
+            return isinstance(value, str) and 0 < _utf8_bytes(value) <= MAX_KEY_BYTES
         case "etag":
             return isinstance(value, str) and len(value) <= 256
         case "size":
@@ -105,3 +106,11 @@ def _fits(name: str, value: Any) -> bool:
             return value in HINTS
         case _:
             return value in LANES
+
+
+def _utf8_bytes(text: str) -> int:
+    """0: what is no UTF-8, a lone half of a surrogate pair."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return 0

@@ -235,7 +235,7 @@ class _Auditor:
 
     def _reopen(self, pictures: list[_Picture]) -> str:
         """What a worker would not overwrite, since it does not say whose it is, is first made an empty file of ours."""
-        if not pictures:
+        if not pictures or self._job.cancelled:
             return ""
         for picture in pictures:
             for place in (picture.names.mask, picture.names.cutout):

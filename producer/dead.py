@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gzip
 import itertools
 import json
 import sqlite3
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from jobs.job import Failure, ImageState, Job
 from jobs.ledger import MAX_ROWS, Ledger
 from jobs.store import Location, Store, record_location
+from producer.manifest import damage_named, pack, unpack
 
 MAX_HELD = 10_000
 """Failures of one job that stay in Redis: some 4 MB."""
@@ -25,13 +25,19 @@ _MAX_PART_BYTES = 64_000_000
 def failures_of(job: Job, *, ledger: Ledger, store: Store) -> Iterator[tuple[int, Failure]]:
     """Each failed image once, with its last failure, in no order. One part in memory at a time."""
     seen = bytearray(job.total)
+
+    def is_new(index: int) -> bool:
+        """A scan may give a row twice; a job may grow."""
+        seen.extend(bytes(max(0, index + 1 - len(seen))))
+        known, seen[index] = seen[index], 1
+        return not known
+
     for index, failure in ledger.failures(job.id):
-        seen[index] = 1
-        yield index, failure
-    for number in reversed(range(job.spills)):
+        if is_new(index):
+            yield index, failure
+    for number in reversed(range(ledger.job(job.id).spills)):  # by now: with what has left the ledger meanwhile
         for index, failure in _read(store, job, number):
-            if not seen[index] and ledger.states(job.id, index, 1) == [ImageState.FAILED]:
-                seen[index] = 1
+            if is_new(index) and ledger.states(job.id, index, 1) == [ImageState.FAILED]:
                 yield index, failure
 
 
@@ -45,8 +51,7 @@ def spill(epoch: int, job: Job, *, ledger: Ledger, store: Store) -> bool:
 
 
 def write_spill(job: Job, number: int, rows: Mapping[int, Failure], store: Store) -> None:
-    lines = "".join(f"{json_row(index, failure)}\n" for index, failure in rows.items())
-    body = gzip.compress(lines.encode(), compresslevel=5, mtime=0)
+    body = pack(json_row(index, failure) for index, failure in rows.items())
     store.put(_location(job, number), body, content_type="application/gzip")
 
 
@@ -56,13 +61,13 @@ def failures_on_disk(job: Job, *, ledger: Ledger, store: Store) -> Iterator[Call
     with contextlib.closing(sqlite3.connect("")) as table:
         table.execute("create table failures (image integer primary key, text text)")
         rows = ((index, failure.to_json()) for index, failure in failures_of(job, ledger=ledger, store=store))
-        table.executemany("insert into failures values (?, ?)", rows)
+        table.executemany("insert or replace into failures values (?, ?)", rows)
 
         def between(first: int, count: int) -> dict[int, Failure]:
             found = table.execute(
                 "select image, text from failures where image >= ? and image < ? order by image", (first, first + count)
             )
-            return {index: Failure(**json.loads(text)) for index, text in found}
+            return {index: Failure.of(json.loads(text)) for index, text in found}
 
         yield between
 
@@ -84,9 +89,10 @@ def retry(job: Job, code: str | None, *, ledger: Ledger, store: Store) -> int:
 
 def _read(store: Store, job: Job, number: int) -> Iterator[tuple[int, Failure]]:
     body, _ = store.get(_location(job, number), role="output", max_bytes=_MAX_PART_BYTES)
-    for line in gzip.decompress(body).splitlines():
-        row = json.loads(line)
-        yield int(row.pop("index")), Failure(**row)
+    with damage_named(f"Part {number} of the failures of job {job.id}"):
+        rows = [json.loads(line) for line in unpack(body)]
+        found = [(int(row["index"]), Failure.of(row)) for row in rows]
+    yield from found
 
 
 def _location(job: Job, number: int) -> Location:

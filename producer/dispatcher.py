@@ -8,17 +8,19 @@ one that was frozen and wakes changes nothing. Killed at any line, the next one 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from jobs.alive import AliveFile
 from jobs.broker import lane_queue
 from jobs.errors import CutfleetError, JobError, OutputError, ServiceUnavailable, SettingsError
 from jobs.job import Job
 from jobs.ledger import Ledger
+from jobs.message import LANES
 from jobs.server import Fenced
 from jobs.settings import Settings
 from jobs.store import Store, destination_prefix
@@ -36,6 +38,9 @@ JUDGED_FROM = 100
 """Pictures of a job that must be final before their failures say anything about the rest."""
 CANCELS_A_TURN = 128
 """Moves, each of `CANCEL_ROWS` pictures: two million pictures, in a tenth of a second."""
+SMALL_JOB = 2 * PART_ROWS
+SMALL_REPORTS = 4
+"""Reports of small jobs that are written at once, and beside that of a large one, which takes minutes."""
 FEEDING_PAUSE_S = 0.1
 """While images are fed: a fast GPU empties its share of the window in less than a second."""
 DAY_S = 86_400
@@ -55,11 +60,13 @@ class Dispatcher:
         self._keep_s = settings.keep_days * 86_400
         self._me = uuid.uuid4().hex
         self._feeder = Feeder(ledger, store, lease_s=settings.lease_s)
-        self._reports: dict[str, concurrent.futures.Future[None]] = {}
+        self._reports: dict[str, _Report] = {}
         self._held_up: dict[str, str] = {}
-        self._writer = concurrent.futures.ThreadPoolExecutor(1, "report")
+        self._writer = concurrent.futures.ThreadPoolExecutor(SMALL_REPORTS, "report")
+        self._writer_of_large = concurrent.futures.ThreadPoolExecutor(1, "large-report")
+        self._closing = threading.Event()
         self._quiet_until = 0.0
-        self._active = False
+        self._epoch: int | None = None
         self._alive = AliveFile(settings.alive_file)
 
     def run(self, stop: threading.Event) -> None:
@@ -90,14 +97,12 @@ class Dispatcher:
         if epoch is None:
             self._stand_by()
             return False
-        if not self._active:
+        if epoch != self._epoch:
             self._become_active(epoch)
         full = self._why_full(epoch)
         jobs = self._ledger.open_jobs()
         busy = False if full else self._publish(epoch, jobs)
-        for job in jobs:
-            busy = self._attend(epoch, job) or busy
-        self._close_all(epoch, jobs)
+        busy = self._each(jobs, lambda job: self._attend(epoch, job)) or busy
         self.metrics.survey(self._ledger, jobs)
         if full:
             raise full
@@ -122,23 +127,27 @@ class Dispatcher:
 
     def close(self) -> None:
         """Gives the lock back, so that another need not wait for it."""
-        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._closing.set()  # a report under way ends before its next part
+        for writer in (self._writer, self._writer_of_large):
+            writer.shutdown(wait=True, cancel_futures=True)
         try:
             self._ledger.resign(self._me)
         except CutfleetError as exc:
             log.warning("The lock was not given back: %s", exc, extra={"action": "dispatch"})
 
     def _become_active(self, epoch: int) -> None:
-        self._active = True
+        self._epoch = epoch
+        self._reports.clear()
         log.info("active", extra={"action": "dispatch", "epoch": epoch})
         since_restart = self._ledger.uptime_s()
         if since_restart < self._lease_s:
             self._quiet_until = time.monotonic() + self._lease_s - since_restart
 
     def _stand_by(self) -> None:
-        if self._active:
+        if self._epoch is not None:
             log.info("standing by: another dispatcher is active", extra={"action": "dispatch"})
-        self._active = False
+        self._epoch = None
+        self._reports.clear()
         self.metrics.stand_by()
         self._feeder.forget()
 
@@ -149,21 +158,47 @@ class Dispatcher:
         overdue = self._ledger.overdue(epoch)
         if not overdue:
             return
-        queues = {lane_queue(lane, job.model) for job in self._ledger.open_jobs() for lane in (job.lane, "suspect")}
+        # of both lanes: a job that was tuned has messages on its old one
+        queues = {lane_queue(lane, job.model) for job in self._ledger.open_jobs() for lane in (*LANES, "suspect")}
         present = self._ledger.images_with_message(queues)
         lost = self._ledger.look_again(epoch, {image: image in present for image in overdue}, lease_s=self._lease_s)
         if lost:
             self.metrics.republished.inc(lost)
             log.warning("messages were lost: published again", extra={"action": "reconcile", "images": lost})
 
+    def _each(self, jobs: Sequence[Job], do: Callable[[Job], bool]) -> bool:
+        """What fails holds up its own job only; it is tried again in the next turn. True when there is more to do."""
+        away: CutfleetError | None = None
+        more = False
+        for job in jobs:
+            try:
+                more = do(job) or more
+            except Fenced:
+                raise
+            except CutfleetError as exc:
+                if exc.code.startswith("redis_"):
+                    away = exc
+                else:
+                    self._hold_up(job, exc)
+            except Exception as exc:
+                self._hold_up(job, exc)
+        self._held_up = {job.id: self._held_up[job.id] for job in jobs if job.id in self._held_up}
+        if away is not None:
+            raise away
+        return more
+
     def _attend(self, epoch: int, job: Job) -> bool:
         """What a job needs beside being fed. True when there is more to do at once."""
-        if job.cancelled:
-            return self._cancel_rest(epoch, job)
+        more = self._cancel_rest(epoch, job) if job.cancelled else self._look_at_failures(epoch, job)
+        self._tend_live(epoch, job)
+        self._close_if_final(epoch, job)
+        return more
+
+    def _look_at_failures(self, epoch: int, job: Job) -> bool:
         if job.paused is None and fails_too_much(job, self._failed_share):
             reason = f"too_many_failures: `cutfleet dead {job.id}` says why, `cutfleet unpause {job.id}` goes on"
             log.error("paused: %s", reason, extra={"action": "feed", "job": job.id, "failed": job.failed})
-            self._ledger.pause(job.id, reason)
+            self._ledger.hold(epoch, job.id, reason)
         return job.failed > MAX_HELD and spill(epoch, job, ledger=self._ledger, store=self._store)
 
     def _cancel_rest(self, epoch: int, job: Job) -> bool:
@@ -180,31 +215,16 @@ class Dispatcher:
             cursor = came
         return True
 
-    def _close_all(self, epoch: int, jobs: Iterable[Job]) -> None:
-        """What can't be written holds up its own job only; it is tried again in the next turn."""
-        away: CutfleetError | None = None
-        for job in jobs:
-            try:
-                self._tend_live(epoch, job)
-                self._close_if_final(epoch, job)
-            except Fenced:
-                raise
-            except CutfleetError as exc:
-                if exc.code.startswith("redis_"):
-                    away = exc
-                else:
-                    self._hold_up(job, exc)
-        self._held_up = {job.id: self._held_up[job.id] for job in jobs if job.id in self._held_up}
-        if away is not None:
-            raise away
-
-    def _hold_up(self, job: Job, why: CutfleetError) -> None:
+    def _hold_up(self, job: Job, why: Exception) -> None:
         """Says it once for each cause."""
-        if self._held_up.get(job.id) == why.code:
+        code = why.code if isinstance(why, CutfleetError) else type(why).__name__
+        if self._held_up.get(job.id) == code:
             return
-        self._held_up[job.id] = why.code
-        facts = {"action": "close", "job": job.id, "code": why.code}
-        if isinstance(why, SettingsError) and not isinstance(why, JobError):
+        self._held_up[job.id] = code
+        facts = {"action": "close", "job": job.id, "code": code}
+        if not isinstance(why, CutfleetError):
+            log.error("a bug, or a fault nobody thought of", exc_info=why, extra=facts)
+        elif isinstance(why, SettingsError) and not isinstance(why, JobError):
             log.warning("left for a newer dispatcher: %s", why, extra=facts)
         else:
             log.error("not closed yet: %s", why, extra=facts)
@@ -219,17 +239,21 @@ class Dispatcher:
     def _close_if_final(self, epoch: int, job: Job) -> None:
         """Writes the report beside the loop, then closes. A dispatcher that dies in between: the next writes it
         again."""
-        if not job.listed or job.open:
-            self._reports.pop(job.id, None)  # of before it was opened again
-            return
         report = self._reports.get(job.id)
-        if report is None:
-            self._reports[job.id] = self._writer.submit(self._record_and_report, epoch, job)
+        if not job.listed or job.open:
+            if report is not None:
+                report.is_outdated = True  # it was opened again; two are never written at once
             return
-        if not report.done():
+        if report is None:
+            writer = self._writer if job.total <= SMALL_JOB else self._writer_of_large
+            self._reports[job.id] = _Report(writer.submit(self._record_and_report, epoch, job))
+            return
+        if not report.writing.done():
             return
         del self._reports[job.id]
-        report.result()
+        if report.is_outdated:
+            return
+        report.writing.result()
         if self._ledger.close_job(epoch, job.id, keep_s=self._keep_s):
             log.info("closed", extra={"action": "close", "job": job.id, "done": job.done, "failed": job.failed})
 
@@ -242,9 +266,22 @@ class Dispatcher:
                 raise
             log.warning("closed without a report: %s", exc, extra={"action": "close", "job": job.id, "code": exc.code})
             return
-        while job.unrecorded and record_live(job, epoch=epoch, store=self._store, ledger=self._ledger):
-            job = self._ledger.job(job.id)
-        write_report(job, self._settings, ledger=self._ledger, store=self._store)
+
+        def check() -> None:
+            if self._closing.is_set():
+                raise Fenced("This dispatcher is going down.")
+            self._ledger.check_leads(epoch)
+
+        while (job := self._ledger.job(job.id)).unrecorded:
+            check()
+            record_live(job, epoch=epoch, store=self._store, ledger=self._ledger)
+        write_report(job, self._settings, ledger=self._ledger, store=self._store, check=check)
+
+
+@dataclasses.dataclass
+class _Report:
+    writing: concurrent.futures.Future[None]
+    is_outdated: bool = False
 
 
 def fails_too_much(job: Job, share: float) -> bool:

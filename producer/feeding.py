@@ -133,7 +133,7 @@ class Feeder:
 
     def _feed_queue(self, epoch: int, shares: Shares, room: int, jobs: Sequence[Job]) -> int:
         now = self._clock()
-        ready = {job.id: job for job in jobs if self._may_be_fed(job)}
+        ready = {job.id: job for job in jobs if self._may_be_fed(epoch, job)}
         wants = {
             job.id: min(_end(job) - job.cursor + job.again, self._allowance.of(job, now)) for job in ready.values()
         }
@@ -145,12 +145,13 @@ class Feeder:
             fed += done
         return fed
 
-    def _may_be_fed(self, job: Job) -> bool:
+    def _may_be_fed(self, epoch: int, job: Job) -> bool:
         if job.paused is not None or job.cancelled or (job.cursor >= job.total and not job.again):
             return False
         if job.cursor < _end(job) or job.again:
             return True
-        self._ledger.pause(job.id, f"the first {job.sample} are fed: look at them, then `cutfleet unpause {job.id}`")
+        reason = f"the first {job.sample} are fed: look at them, then `cutfleet unpause {job.id}`"
+        self._ledger.hold(epoch, job.id, reason)
         return False
 
     def _slots(self) -> collections.Counter[str]:
@@ -166,7 +167,7 @@ class Feeder:
             return self._feed(epoch, job, count)
         except ImageError as exc:
             log.error("paused: %s", exc, extra={"action": "feed", "job": job.id, "code": exc.code})
-            self._ledger.pause(job.id, f"{exc.code}: {exc}")
+            self._ledger.hold(epoch, job.id, f"{exc.code}: {exc}")
             return 0
 
     def _feed(self, epoch: int, job: Job, count: int) -> int:

@@ -37,7 +37,8 @@ class Finding:
 REMEDIES = {
     "settings": "Correct or unset these variables where this process is started.",
     "redis_unreachable": "Start it, open the network to it, or correct CUTFLEET_REDIS_URL.",
-    "redis_denied": "Put the right user and password into CUTFLEET_REDIS_URL; the user needs ~* &* +@all -@admin.",
+    "redis_denied": "Put the right user and password into CUTFLEET_REDIS_URL; the rights that each role's "
+    "user needs stand in infra/redis/users.acl.",
     "redis_full": "Raise maxmemory, or start workers so that the queues drain.",
     "redis_cannot_save": "Free its disk or mend its rights; until then it takes no writes.",
     "store_unreachable": "Correct CUTFLEET_S3_ENDPOINT (empty for AWS), or open the network to it.",

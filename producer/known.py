@@ -17,7 +17,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import gzip
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,6 +40,7 @@ from jobs.store import (
     rendition_names,
 )
 from producer.listing import LISTERS, list_side_by_side
+from producer.manifest import damage_named, unpack
 
 MAX_JOBS = 500
 """Jobs that a destination may remember; with more, their records are not read."""
@@ -251,6 +251,8 @@ def _read_made(job: Job, last: _Last, table: sqlite3.Connection, store: Store) -
     table.execute("begin")
     for found in (found for page, _ in store.list_pages(report, role="output") for found in page):
         body, _ = store.get(Location(report.bucket, found.key), role="output", max_bytes=_MAX_BYTES)
-        rows = map(json.loads, gzip.decompress(body).splitlines())
-        table.executemany("insert or replace into made values (?, ?)", ((row["key"], row["etag"]) for row in rows))
+        with damage_named(f"{found.key} of job {last.job}"):
+            rows = [json.loads(line) for line in unpack(body)]
+            made = [(row["key"], row["etag"]) for row in rows]
+        table.executemany("insert or replace into made values (?, ?)", made)
     table.execute("commit")

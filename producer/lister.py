@@ -82,8 +82,14 @@ class Lister:
         except (ServiceUnavailable, TransientError) as exc:
             log.error("tried again soon: %s", exc, extra={"action": "list", "job": job.id, "code": exc.code})
         except CutfleetError as exc:
-            log.error("paused: %s", exc, extra={"action": "list", "job": job.id, "code": exc.code})
-            self._ledger.pause(job.id, f"{exc.code}: {exc}")
+            self._pause(job, exc)
+        except Exception as exc:
+            log.exception("a bug, or a fault nobody thought of", extra={"action": "list", "job": job.id})
+            self._pause(job, TransientError(f"{type(exc).__name__}: {exc}", code="internal"))
+
+    def _pause(self, job: Job, why: CutfleetError) -> None:
+        log.error("paused: %s", why, extra={"action": "list", "job": job.id, "code": why.code})
+        self._ledger.pause(job.id, f"{why.code}: {why}")
 
     def _go_on(self, _: int) -> None:
         if self._stop.is_set():

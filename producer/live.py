@@ -92,7 +92,9 @@ def screen(
         lines.append(Text("queues:    " + (", ".join(lengths) or "empty") + f"; {survey.leased} held by workers"))
     if codes:
         found = sorted(codes.items(), key=lambda pair: -pair[1])
-        lines.append(Text("failures:  " + ", ".join(f"{count} {code}" for code, count in found)))
+        text = "failures:  " + ", ".join(f"{count:,} {code}" for code, count in found)
+        held = sum(codes.values())
+        lines.append(Text(text if held >= job.failed else f"{text}, of {held:,} here; all: cutfleet dead {job.id}"))
     return Group(ProgressBar(total=max(1, job.total), completed=job.final), *lines, _workers(workers, job.model))
 
 

@@ -11,17 +11,22 @@ import gzip
 import itertools
 import json
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from jobs.errors import OutputError, TransientError
 from jobs.job import Job, ManifestPart
 from jobs.ledger import Ledger
 from jobs.message import ImageTask
-from jobs.store import Location, S3Object, Store, record_location
+from jobs.store import Location, PreconditionFailed, S3Object, Store, record_location
 
 PART_ROWS = 10_000
 MAX_PART_BYTES = 64_000_000
 """Far above what PART_ROWS keys of 1,024 bytes compress to."""
+MAX_UNPACKED_BYTES = 256_000_000
+"""Far above what PART_ROWS keys of 1,024 bytes take as JSON."""
+_PUTS = 5
 
 
 def in_parts(rows: Iterable[S3Object], *, first_number: int) -> Iterator[tuple[ManifestPart, list[S3Object]]]:
@@ -35,10 +40,14 @@ def in_parts(rows: Iterable[S3Object], *, first_number: int) -> Iterator[tuple[M
         yield ManifestPart(number, min(keys), max(keys), len(batch)), batch
 
 
-def write_part(store: Store, job: Job, part: ManifestPart, rows: list[S3Object]) -> None:
-    """Safe to repeat: a part is written before the ledger counts it."""
+def write_part(
+    store: Store, job: Job, part: ManifestPart, rows: list[S3Object], *, is_next: Callable[[], bool]
+) -> bool:
+    """Safe to repeat: a part is written before the ledger counts it. `is_next`: whether the ledger still waits for it,
+    from us. False, and nothing is written, when it does not."""
     first = part.number * PART_ROWS
-    _put_lines(store, job, part.number, [manifest_line(first + i, row) for i, row in enumerate(rows)])
+    lines = [manifest_line(first + i, row) for i, row in enumerate(rows)]
+    return _put_lines(store, job, part.number, lines, is_next)
 
 
 def manifest_line(index: int, row: S3Object) -> str:
@@ -48,13 +57,19 @@ def manifest_line(index: int, row: S3Object) -> str:
 
 def record_live(job: Job, *, epoch: int, store: Store, ledger: Ledger) -> bool:
     """Makes a part of a live job's next lines. Killed in between, the next dispatcher writes the same part again. False
-    when there was nothing to record."""
+    when there was nothing to record. Raises `Fenced`."""
     lines = ledger.rows(job.id, first=0, count=PART_ROWS)
     if not lines:
         return False
     tasks = [_task(job, line) for line in lines]
     number = tasks[0].index // PART_ROWS  # not `job.parts`, which may be of a moment ago
-    _put_lines(store, job, number, lines)
+
+    def is_next() -> bool:
+        ledger.check_leads(epoch)
+        return ledger.is_next_part(job.id, number)
+
+    if not _put_lines(store, job, number, lines, is_next):
+        return False
     keys = [task.key for task in tasks]
     return ledger.record_part(epoch, job.id, ManifestPart(number, min(keys), max(keys), len(lines)))
 
@@ -62,7 +77,35 @@ def record_live(job: Job, *, epoch: int, store: Store, ledger: Ledger) -> bool:
 def read_part(store: Store, job: Job, number: int) -> list[ImageTask]:
     """The images of one part, in order of index."""
     body, _ = store.get(_location(job, number), role="output", max_bytes=MAX_PART_BYTES)
-    return [_task(job, line) for line in gzip.decompress(body).splitlines()]
+    with damage_named(f"Part {number} of the manifest of job {job.id}"):
+        return [_task(job, line) for line in unpack(body)]
+
+
+def pack(lines: Iterable[str]) -> bytes:
+    """As gzip. The same lines give the same bytes."""
+    return gzip.compress("\n".join(lines).encode(), compresslevel=5, mtime=0)
+
+
+def unpack(body: bytes) -> list[bytes]:
+    """What `pack` made, in lines. Raises `ValueError` or `zlib.error` for what is no gzip, not whole, or too much."""
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    text = stream.decompress(body, MAX_UNPACKED_BYTES)
+    if not stream.eof:
+        raise ValueError(f"it is not whole, or larger than {MAX_UNPACKED_BYTES:,} bytes")
+    return text.splitlines()
+
+
+@contextmanager
+def damage_named(what: str) -> Iterator[None]:
+    """Raises `OutputError` `manifest_damaged` where a record of ours is not what we wrote: it stands where others may
+    write too."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, zlib.error) as exc:
+        raise OutputError(
+            f"{what} is damaged ({type(exc).__name__}: {exc}): restore it, or cancel the job and submit it again.",
+            code="manifest_damaged",
+        ) from exc
 
 
 def read_unrecorded(job: Job, *, first: int, count: int, ledger: Ledger) -> list[ImageTask]:
@@ -92,9 +135,26 @@ def _task(job: Job, line: str | bytes) -> ImageTask:
     return ImageTask(job.id, row["index"], row["key"], row["etag"], row["size"], job.lane, row.get("hint", ""))
 
 
-def _put_lines(store: Store, job: Job, number: int, lines: list[str]) -> None:
-    body = gzip.compress("\n".join(lines).encode(), compresslevel=5, mtime=0)
-    store.put(_location(job, number), body, content_type="application/gzip")
+def _put_lines(store: Store, job: Job, number: int, lines: list[str], is_next: Callable[[], bool]) -> bool:
+    """What somebody has left there who was killed before it counted is replaced; what counts never is, by one who was
+    frozen. (Without conditional writes, unless he was frozen just here.)"""
+    body, replaces = pack(lines), None
+    for _ in range(_PUTS):
+        if not is_next():
+            return False
+        try:
+            store.put(
+                _location(job, number),
+                body,
+                content_type="application/gzip",
+                replaces=replaces,
+                conditional=job.conditional,
+            )
+            return True
+        except PreconditionFailed:
+            found = store.head(_location(job, number), role="output")
+            replaces = found.etag if found else None
+    raise TransientError(f"Part {number} of the manifest of job {job.id} is written by others.", code="output_conflict")
 
 
 def _location(job: Job, number: int) -> Location:

@@ -9,6 +9,7 @@ import ipaddress
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from urllib.parse import SplitResult, urlsplit
 
@@ -37,7 +38,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str], *, private: bool) ->
     """Returns the status; redirects are not followed. Raises `TargetRefused` as `check_target`, and `OSError` or
     `http.client.HTTPException` when there is no answer."""
     target = _split(url, private)
-    connection = _Pinned(target, _resolve(target, private))
+    connection = _Pinned(target, _resolve(target, private), deadline=time.monotonic() + TIMEOUT_S)
     watchdog = threading.Timer(TIMEOUT_S, connection.abort)
     watchdog.start()
     try:
@@ -52,25 +53,37 @@ def post(url: str, body: bytes, headers: Mapping[str, str], *, private: bool) ->
 class _Pinned(http.client.HTTPConnection):
     """Connects to one of `addresses`; the certificate must be of the URL's host."""
 
-    def __init__(self, target: SplitResult, addresses: list[Address]) -> None:
+    def __init__(self, target: SplitResult, addresses: list[Address], *, deadline: float) -> None:
+        """`deadline`: monotonic, for the connection to be made."""
         self._tls = ssl.create_default_context() if target.scheme == "https" else None
         self.default_port = http.client.HTTPS_PORT if self._tls else http.client.HTTP_PORT
         super().__init__(str(target.hostname), target.port or self.default_port, timeout=TIMEOUT_S)
         self._addresses = addresses
+        self._deadline = deadline
 
     def connect(self) -> None:
         for left, address in zip(range(len(self._addresses))[::-1], self._addresses, strict=True):
             try:
-                self.sock = socket.create_connection((str(address), self.port), self.timeout)
+                self.sock = socket.create_connection((str(address), self.port), self._left_s())
                 break
             except OSError:
                 if not left:
                     raise
-        if self._tls is not None:
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+        if self._tls is not None:  # the handshake by itself: `abort` can reach the socket meanwhile
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+            self.sock.settimeout(self._left_s())
+            self.sock.do_handshake()
+        self.sock.settimeout(self._left_s())
+
+    def _left_s(self) -> float:
+        """Raises `TimeoutError` when there is no time left."""
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(f"the connection was not made within {TIMEOUT_S:g} s")
+        return left_s
 
     def abort(self) -> None:
-        """Ends whatever the connection waits for."""
+        """Ends whatever the connection waits for, once there is one."""
         if self.sock is not None:
             with contextlib.suppress(OSError):  # it has ended by itself
                 self.sock.shutdown(socket.SHUT_RDWR)

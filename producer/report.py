@@ -12,18 +12,17 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
-import gzip
 import io
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jobs.broker import task_of
 from jobs.errors import OutputError
 from jobs.job import Failure, ImageState, Job, Tally
 from jobs.ledger import Ledger
-from jobs.message import ImageTask
+from jobs.message import BadMessage, ImageTask
 from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import Settings
@@ -31,7 +30,7 @@ from jobs.store import Location, Store, image_names, record_location, source_dig
 from producer.costs import bill
 from producer.dead import failures_of, failures_on_disk, json_row
 from producer.known import made_line
-from producer.manifest import MAX_PART_BYTES, PART_ROWS, read_part
+from producer.manifest import MAX_PART_BYTES, PART_ROWS, pack, read_part
 
 _SUCCEEDED = {ImageState.DONE: "done", ImageState.REVIEW: "done, to be reviewed", ImageState.SKIPPED: "skipped"}
 
@@ -52,14 +51,17 @@ class PictureStatus:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def write_report(job: Job, settings: Settings, *, ledger: Ledger, store: Store) -> None:
+def write_report(
+    job: Job, settings: Settings, *, ledger: Ledger, store: Store, check: Callable[[], None] = lambda: None
+) -> None:
     """Safe to repeat; one part of the manifest in memory at a time. Raises `SettingsError`, with nothing written, when
-    a later version wrote the recipe."""
+    a later version wrote the recipe. `check`, before each part: raises when it is no longer ours to write."""
     recipe = Recipe.from_json(job.recipe)
     tally = ledger.tally(job.id)
     tells_made = job.model != RENDER and len(tally.made) == 1
     with failures_on_disk(job, ledger=ledger, store=store) as failures_between:
         for number in range(job.parts):
+            check()
             tasks = read_part(store, job, number)
             first = number * PART_ROWS
             failures = failures_between(first, len(tasks))
@@ -79,6 +81,7 @@ def write_report(job: Job, settings: Settings, *, ledger: Ledger, store: Store) 
     if remarks:
         lines = "".join(f"{remark.to_json()}\n" for remark in remarks)
         store.put(_location(job, "report/remarks.jsonl"), lines.encode(), content_type="application/jsonl")
+    check()
     body = json.dumps(_summary(job, recipe, settings, tally), indent=1, ensure_ascii=False).encode()
     store.put(_location(job, "report/summary.json"), body, content_type="application/json")
 
@@ -111,8 +114,7 @@ def read_report(job: Job, tasks: Sequence[ImageTask], *, store: Store) -> tuple[
     failures = {}
     for line in _read(store, job, f"report/dead-{number:06d}.jsonl").splitlines():
         row = json.loads(line)
-        index = int(row.pop("index"))
-        failures[index] = Failure(**row)
+        failures[int(row["index"])] = Failure.of(row)
     states = [next(iter(found)) if len(found := known[task.key]) == 1 else ImageState.OPEN for task in tasks]
     return [ImageState.FAILED if t.index in failures else s for t, s in zip(tasks, states, strict=True)], failures
 
@@ -134,9 +136,15 @@ def picture_status(source: Location, *, ledger: Ledger, store: Store) -> Picture
 
 def _in_flight(source: Location, ledger: Ledger) -> dict[str, str]:
     """By job, the image in its window that has this key."""
-    return {
-        image.rpartition(":")[0]: image for image, message in ledger.entries() if task_of(message).key == source.key
-    }
+    return {image.rpartition(":")[0]: image for image, message in ledger.entries() if _key_of(message) == source.key}
+
+
+def _key_of(message: str) -> str:
+    """Empty where it can't be read: its image will fail by that."""
+    try:
+        return task_of(message).key
+    except BadMessage:
+        return ""
 
 
 def _status_in(job: Job, source: Location, image: str | None, ledger: Ledger, store: Store) -> PictureStatus | None:
@@ -189,8 +197,7 @@ def _put_made(
         for (task, state), is_unsure in zip(pairs, unsure, strict=True)
         if state in _SUCCEEDED and task.etag and not is_unsure
     ]
-    body = gzip.compress("\n".join(lines).encode(), compresslevel=5, mtime=0)
-    store.put(_location(job, f"report/made-{number:06d}.jsonl.gz"), body, content_type="application/gzip")
+    store.put(_location(job, f"report/made-{number:06d}.jsonl.gz"), pack(lines), content_type="application/gzip")
 
 
 def _read_csv(store: Store, job: Job, name: str) -> Iterator[list[str]]:

@@ -119,7 +119,8 @@ class Books:
         job = dataclasses.replace(job, conditional=conditional)
         if self.record.rows and not self._parts:
             keys = [row.key for row in self.record.rows]
-            write_part(self._store, job, ManifestPart(0, min(keys), max(keys), len(keys)), list(self.record.rows))
+            part = ManifestPart(0, min(keys), max(keys), len(keys))
+            write_part(self._store, job, part, list(self.record.rows), is_next=lambda: True)
             self._parts.append(0)
         self._ledger.create_job(job, created=job.created, paused=REBUILDING, spills=spills)
         self.in_ledger = True
@@ -128,9 +129,10 @@ class Books:
     def add_rows(self) -> None:
         """What the manifest has and the ledger does not."""
         number = self._fresh().parts
+        lister = self._ledger.take_listing(self.job.id) if number in self._parts else ""
         while number in self._parts:
             keys = [task.key for task in read_part(self._store, self.job, number)]
-            self._ledger.add_part(self.job.id, ManifestPart(number, min(keys), max(keys), len(keys)))
+            self._ledger.add_part(self.job.id, lister, ManifestPart(number, min(keys), max(keys), len(keys)))
             number += 1
         if self.record.total is not None or self.job.lane == "live":
             self._ledger.finish_listing(self.job.id)

@@ -2,8 +2,8 @@
 than one row is held in memory.
 
 A manifest is a local file, an s3:// object or `-` (stdin), gzipped or not:
-  CSV       with a header: columns key, and if there etag and size; without: key alone, or Bucket,Key as S3 Batch
-            Operations takes it (its keys are URL-encoded; those under a header or alone are not)
+  CSV       a row a line; with a header: columns key, and if there etag and size; without: key alone, or Bucket,Key as
+            S3 Batch Operations takes it (its keys are URL-encoded; those under a header or alone are not)
   JSONL     {"key": ..., "etag": ..., "size": ...} a line; etag and size may be missing, other fields are ignored
   Parquet   columns key, etag, size (extra `parquet`)
   manifest.json   of an S3 Inventory: its CSV or Parquet parts are read from beside it; of one with versions, the latest
@@ -22,12 +22,15 @@ import shutil
 import sqlite3
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote_plus
 
 from jobs.errors import SettingsError, SourceError
+from jobs.message import MAX_KEY_BYTES, fits
 from jobs.store import Location, S3Object, Store
 from producer.listing import list_side_by_side
 
@@ -82,6 +85,10 @@ def named_keys(source: Location, keys: Iterable[str], store: Store, *, after: st
     """A worker takes the ETag that it finds. Raises `SettingsError` naming the first key that is not under `source`,
     `SourceError` for one that the store is not to touch."""
     for key in sorted({key.strip("\r\n") for key in keys} - {""}):
+        if not fits("key", key):
+            raise SettingsError(
+                f"Key {key[:80]!r}... is no text, or has more than S3's {MAX_KEY_BYTES} bytes.", code="name_too_long"
+            )
         _check_place(key, source, store)
         if key > after and not key.endswith("/"):
             yield S3Object(key, "", -1)
@@ -121,7 +128,8 @@ def _inventory_parts(
     place: str, path: Path, source: Location, store: Store, folder: Path
 ) -> Iterator[tuple[Path, Sequence[str]]]:
     """The parts of an S3 Inventory stand in the bucket of its manifest.json, or beside a local copy."""
-    listed = json.loads(path.read_text())
+    with _readable():
+        listed = dict(json.loads(path.read_text()))
     if listed.get("sourceBucket") not in (source.bucket, None):
         raise SettingsError(f"{place} is an inventory of bucket {listed['sourceBucket']!r}, not of {source.bucket!r}.")
     names = [name.strip().lower() for name in str(listed.get("fileSchema", "")).split(",")]
@@ -131,8 +139,9 @@ def _inventory_parts(
             f"{place} has format {listed.get('fileFormat')!r}: set the inventory to CSV or Parquet.",
             code="inventory_format",
         )
-    for part in listed["files"]:
-        key = str(part["key"])
+    with _readable():
+        keys = [str(part["key"]) for part in listed["files"]]
+    for key in keys:
         beside = Location.parse(place) if place.startswith("s3://") else None
         where = str(Location(beside.bucket, key)) if beside else str(Path(place).parent / Path(key).name)
         brought = _bring(where, folder / "part", store)
@@ -162,31 +171,50 @@ def _table(
 def _text_rows(
     text: IO[str], source: Location, columns: Sequence[str] | None, report: Report
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    first = text.readline()
-    lines = itertools.chain([first], text)
+    lines = _lines(text)
+    first = next(lines, "")
     if columns is None and first.lstrip().startswith(("{", '"{')):
-        yield from _jsonl(lines, report)
+        yield from _jsonl(itertools.chain([first], lines), report)
         return
-    encoded = columns is not None
-    rows = csv.reader(lines)
-    numbers = itertools.count(1)
+    encoded, has_header = columns is not None, False
     if columns is None:
         head = next(csv.reader([first]), [])
         known = [_COLUMNS.get(name.strip().lower().replace(" ", "_")) for name in head]
-        if "key" in known:
+        has_header = "key" in known
+        if has_header:
             columns = [name or "" for name in known]
-            next(rows, None)
-            next(numbers)
         elif len(head) >= 2 and head[0] == source.bucket:
             columns, encoded = ["bucket", "key"], True
         else:
             columns = ["key"]
-    for number, row in zip(numbers, rows, strict=False):
-        fields = dict(zip(columns, row, strict=False))
-        if encoded and "key" in fields:
-            fields["key"] = unquote_plus(fields["key"])
+    for number, line in enumerate(lines if has_header else itertools.chain([first], lines), 1 + has_header):
+        try:
+            row = next(csv.reader([line], strict=True), [])
+            fields = dict(zip(columns, row, strict=False))
+            if encoded and "key" in fields:
+                fields["key"] = unquote_plus(fields["key"], errors="strict")
+        except (csv.Error, ValueError) as exc:
+            report(number, f"no row of CSV: {exc}")
+            continue
         if row:
             yield number, fields
+
+
+def _lines(text: IO[str]) -> Iterator[str]:
+    with _readable():
+        yield from text
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Raises `SettingsError` for a file that ends too early, or is not what it seems to be."""
+    try:
+        yield
+    except (EOFError, OSError, zlib.error, KeyError, TypeError, ValueError) as exc:
+        raise SettingsError(
+            f"The manifest, or a part of it, can't be read ({type(exc).__name__}: {exc}): is it complete?",
+            code="manifest_unreadable",
+        ) from exc
 
 
 def _jsonl(lines: Iterable[str], report: Report) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -209,35 +237,42 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         import pyarrow.parquet as parquet
     except ImportError as exc:
         raise SettingsError("To read Parquet: pip install 'cutfleet[parquet]'.") from exc
-    file = parquet.ParquetFile(path)
-    names = {name: _COLUMNS[name.lower()] for name in file.schema_arrow.names if name.lower() in _COLUMNS}
     numbers = itertools.count(1)
-    for batch in file.iter_batches(columns=list(names)):
-        for row in batch.to_pylist():
-            yield next(numbers), {names[name]: value for name, value in row.items()}
+    with _readable():
+        file = parquet.ParquetFile(path)
+        names = {name: _COLUMNS[name.lower()] for name in file.schema_arrow.names if name.lower() in _COLUMNS}
+        for batch in file.iter_batches(columns=list(names)):
+            for row in batch.to_pylist():
+                yield next(numbers), {names[name]: value for name, value in row.items()}
 
 
 def _checked(
     rows: Iterable[tuple[int, Mapping[str, Any]]], source: Location, store: Store, report: Report
 ) -> Iterator[S3Object]:
     for number, fields in rows:
-        key, size = fields.get("key"), fields.get("size")
         if str(fields.get("latest", True)).lower() == "false" or str(fields.get("deleted", False)).lower() == "true":
             continue
-        bucket = fields.get("bucket") or source.bucket
         try:
-            if not isinstance(key, str) or not key:
-                raise ValueError("no key")
-            key.encode()  # raises on what was no UTF-8
-            if bucket != source.bucket:
-                raise ValueError(f"bucket {bucket!r} is not the source's")
-            _check_place(key, source, store)
-            row = S3Object(key, str(fields.get("etag") or "").strip('"'), int(size) if size not in (None, "") else -1)
-        except (ValueError, SettingsError, SourceError) as exc:
+            row = _row(fields, source, store)
+        except (ValueError, TypeError, OverflowError, SettingsError, SourceError) as exc:
             report(number, str(exc))
             continue
-        if not key.endswith("/"):
+        if not row.key.endswith("/"):
             yield row
+
+
+def _row(fields: Mapping[str, Any], source: Location, store: Store) -> S3Object:
+    key, size, bucket = fields.get("key"), fields.get("size"), fields.get("bucket") or source.bucket
+    if not isinstance(key, str) or not key:
+        raise ValueError("no key")
+    if bucket != source.bucket:
+        raise ValueError(f"bucket {bucket!r} is not the source's")
+    row = S3Object(key, str(fields.get("etag") or "").strip('"'), int(size) if size not in (None, "") else -1)
+    for name, value in (("key", row.key), ("etag", row.etag), ("size", row.size)):
+        if not fits(name, value):
+            raise ValueError(f"this can't be the {name} of an object: {str(value)[:80]!r}")
+    _check_place(key, source, store)
+    return row
 
 
 def _check_place(key: str, source: Location, store: Store) -> None:

@@ -95,8 +95,10 @@ def submit(
         listed(len(head))
     else:
         when_there_is_room(lambda: ledger.create_job(job), job, waiting, begun=False)
+        lister = when_there_is_room(lambda: ledger.take_listing(job.id), job, waiting, begun=True)
         with look_up(job, store, ledger, at_least=len(head), whole=len(head) <= MAX_LIVE) as known:
-            _list(job, itertools.chain(head, rows), store, ledger, known, first_part=0, listed=listed, waiting=waiting)
+            rows = itertools.chain(head, rows)
+            _list(job, rows, store, ledger, known, lister=lister, first_part=0, listed=listed, waiting=waiting)
     return ledger.job(job.id)
 
 
@@ -127,9 +129,9 @@ def resume(
     listed: Callable[[int], None],
     waiting: Waiting = None,
 ) -> Job:
-    """Lists on from where a killed `submit` stopped. Of `request` counts which pictures it asks for: raises `JobError`
-    `other_source` when they are others than the job's, `job_cancelled`. Safe to repeat; nothing happens to a job that
-    is listed."""
+    """Lists on from where a killed `submit` stopped; one that still runs ends by `job_busy`. Of `request` counts which
+    pictures it asks for: raises `JobError` `other_source` when they are others than the job's, `job_cancelled`. Safe to
+    repeat; nothing happens to a job that is listed."""
     job = ledger.job(job_id)
     if job.cancelled:
         raise JobError(f"Job {job_id} was cancelled: submit its source again.", code="job_cancelled")
@@ -139,6 +141,10 @@ def resume(
         raise JobError(f"Job {job_id} is fed by `cutfleet watch`: there is nothing to resume.", code="job_watched")
     _check_asked(job, request)
     check_bounds(job.source, job.destination, store)
+    lister = when_there_is_room(lambda: ledger.take_listing(job_id), job, waiting, begun=True)
+    job = ledger.job(job_id)
+    if job.total < job.parts * PART_ROWS:  # a part that is not full is the last of a listing
+        return _end_listing(job, store, ledger)
     in_order = request.keys is not None or request.manifest is not None
     with contextlib.ExitStack() as stack:
         if in_order:
@@ -147,7 +153,7 @@ def resume(
             is_listed = stack.enter_context(keys_listed(store, job))
             rows = (row for row in rows_of(request, store) if not is_listed(row.key))
         known = stack.enter_context(look_up(job, store, ledger, at_least=1, whole=False))
-        _list(job, rows, store, ledger, known, first_part=job.parts, listed=listed, waiting=waiting)
+        _list(job, rows, store, ledger, known, lister=lister, first_part=job.parts, listed=listed, waiting=waiting)
     return ledger.job(job_id)
 
 
@@ -269,6 +275,7 @@ def _list(
     ledger: Ledger,
     known: Known | None,
     *,
+    lister: str,
     first_part: int,
     listed: Callable[[int], None],
     waiting: Waiting,
@@ -276,16 +283,22 @@ def _list(
     found = first_part * PART_ROWS
     rows = (dataclasses.replace(row, hint=known.hint(row) if known else "") for row in rows)
     for part, batch in in_parts(rows, first_number=first_part):
-        write_part(store, job, part, batch)
+        is_next = functools.partial(ledger.is_next_part, job.id, part.number, lister=lister)
+        is_ours = write_part(store, job, part, batch, is_next=is_next)
         skipped = [row.hint == "known" for row in batch]
         made = known.fingerprint if known else ""
         first = part.number * PART_ROWS
-        add = functools.partial(ledger.add_part, job.id, part, first=first, known=skipped, made=made)
-        if not when_there_is_room(add, job, waiting, begun=True):
+        add = functools.partial(ledger.add_part, job.id, lister, part, first=first, known=skipped, made=made)
+        if not is_ours or not when_there_is_room(add, job, waiting, begun=True):
             if ledger.job(job.id).cancelled:
                 raise JobError(f"Job {job.id} was cancelled while it was being listed.", code="job_cancelled")
-            raise JobError(f"Somebody else is listing job {job.id}: leave it to them.", code="job_busy")
+            raise JobError(f"Somebody else is listing job {job.id} now: leave it to them.", code="job_busy")
         found += part.count
         listed(found)
+    _end_listing(job, store, ledger)
+
+
+def _end_listing(job: Job, store: Store, ledger: Ledger) -> Job:
     write_end(job, ledger.job(job.id).total, store)
     ledger.finish_listing(job.id)
+    return ledger.job(job.id)

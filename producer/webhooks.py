@@ -137,6 +137,9 @@ class Deliverer:
         if job is None:
             self._ledger.finish_event(event, told=False)
             return
+        if event.id == job.id and job.closed is None:  # it was opened again: told when it is closed once more
+            self._ledger.finish_event(event, told=True)
+            return
         status, reason = self._try(event, job)
         if 200 <= status < 300:
             self._ledger.finish_event(event, told=True)
@@ -155,6 +158,12 @@ class Deliverer:
             return 0, "CUTFLEET_WEBHOOK_SECRET is not set"
         try:
             event_id, body = self._message(event, job)
+        except CutfleetError as exc:
+            return 0, f"{type(exc).__name__}: {exc}"
+        except Exception as exc:  # it uses up a try, and keeps no other event waiting
+            log.exception("a bug, or a fault nobody thought of", extra={"action": "webhook", "event": event.id})
+            return 0, f"{type(exc).__name__}: {exc}"
+        try:
             headers = signed_headers(event_id, body, self._settings.webhook_secret, now=time.time())
             status = post(job.webhook, body, headers, private=self._settings.webhook_private)
         except (CutfleetError, OSError, http.client.HTTPException) as exc:

@@ -155,6 +155,8 @@ def publish(
     if target.recipe.renditions:
         metadata["cf-renditions"] = " ".join(etags)
     cutout = _Piece(target.names.cutout, outputs.cutout, outputs.cutout_type, metadata, target.recipe.cutout)
+    if existing.cutout is not None and not is_ours():  # the same bytes have the same ETag, which fences nobody off
+        raise writer.conflict()
     writer.put_last(cutout, existing.cutout.etag if existing.cutout else None)
 
 
@@ -186,7 +188,7 @@ class _Writer:
         except PreconditionFailed as exc:
             current = self.store.head(piece.place, role="output")
             if current is None or any(current.metadata.get(name) != value for name, value in piece.metadata.items()):
-                raise self._conflict() from exc
+                raise self.conflict() from exc
             # Our own write, whose answer was lost.
 
     def _replace_orphan(self, piece: _Piece) -> str:
@@ -194,11 +196,11 @@ class _Writer:
         ended."""
         orphan = _head_ours(piece.place, self.target, self.store)
         if not self.is_ours():
-            raise self._conflict()
+            raise self.conflict()
         try:
             return self._put(piece, orphan.etag if orphan else None, True)
         except PreconditionFailed as exc:
-            raise self._conflict() from exc
+            raise self.conflict() from exc
 
     def _put(self, piece: _Piece, replaces: str | None, conditional: bool) -> str:
         return self.store.put(
@@ -211,7 +213,7 @@ class _Writer:
             conditional=conditional,
         )
 
-    def _conflict(self) -> TransientError:
+    def conflict(self) -> TransientError:
         return TransientError(
             f"{self.target.names.cutout} was written by somebody else meanwhile.", code="output_conflict"
         )

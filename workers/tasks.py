@@ -34,7 +34,7 @@ from jobs.errors import (
 )
 from jobs.job import Effort, Failure, ImageState, Job
 from jobs.ledger import Claim, Ledger
-from jobs.message import BadMessage, ImageTask, LaterMessage
+from jobs.message import MAX_KEY_BYTES, BadMessage, ImageTask, LaterMessage, fits
 from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import Settings
@@ -128,6 +128,8 @@ def register(app: Celery, bench: Bench) -> None:
             found = ImageTask.from_fields(task)
         except LaterMessage as exc:
             return _leave(exc, bench, lane=queue.partition(".")[0])
+        except BadMessage as exc:
+            return _refuse(task, exc, bench, lane=queue.partition(".")[0])
         return do_image(found, bench, alone=queue.startswith("suspect."))
 
 
@@ -137,6 +139,25 @@ def _leave(why: CutfleetError, bench: Bench, *, lane: str) -> str:
     log.warning("left for a newer worker: %s", why, extra={"action": "image"})
     bench.metrics.ended(lane, "later", None)
     return "later"
+
+
+def _refuse(fields: Mapping[str, Any], why: BadMessage, bench: Bench, *, lane: str) -> str:
+    """No worker will ever read it, so the image that it names fails: published again, it would be refused for ever.
+    Nothing is written: the claim is on no output's name."""
+    log.error("refused: %s", why, extra={"action": "image", "code": why.code})
+    if not fits("job", fields.get("job")) or not fits("index", fields.get("index")):
+        return "gone"
+    image = f"{fields['job']}:{fields['index']}"
+    claim = bench.ledger.claim(image, token=uuid.uuid4().hex, output=image, lease_s=bench.leases.lease_s, alone=True)
+    if claim.verdict != "go":
+        return claim.verdict
+    key = str(fields.get("key"))[:MAX_KEY_BYTES].encode(errors="replace").decode()
+    failure = Failure(key, why.code, str(why), claim.tries + 1, time.time(), bench.node)
+    outcome = _insist(lambda: bench.ledger.finish(claim, ImageState.FAILED, failure), bench)
+    if outcome != "ok":
+        return outcome
+    bench.metrics.ended(lane, "failed", why.code)
+    raise PictureFailed(why.code)
 
 
 def do_image(task: ImageTask, bench: Bench, *, alone: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shutil
 import sys
 import tempfile
@@ -60,14 +61,18 @@ class Sought:
 
     @contextmanager
     def here(self) -> Iterator[Sought]:
-        """Itself, with what comes on stdin in a file: it may be read twice."""
-        if self.manifest != "-":
+        """Itself, with what comes on stdin in a file: it may be read twice, and be more than memory holds."""
+        names_keys = "-" in self.keys and self.manifest is None
+        if self.manifest != "-" and not names_keys:
             yield self
             return
         with tempfile.NamedTemporaryFile(prefix="cutfleet-") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+            if names_keys:
+                file.writelines(json.dumps({"key": key}).encode() + b"\n" for key in _read_keys(self.keys) if key)
+            else:
+                shutil.copyfileobj(sys.stdin.buffer, file)
             file.flush()
-            yield dataclasses.replace(self, manifest=file.name)
+            yield dataclasses.replace(self, keys=() if names_keys else self.keys, manifest=file.name)
 
     def only(self) -> Only:
         """Raises `SettingsError` where there is no listing to limit."""
@@ -88,8 +93,8 @@ class Sought:
         return only
 
     def named(self) -> tuple[str, ...] | None:
-        """The keys, those on stdin among them; None where none was named."""
-        return tuple(_read_keys(self.keys)) if self.keys else None
+        """The keys; None where none was named, or those on stdin are in a file."""
+        return self.keys or None
 
     def bad_line(self) -> Report:
         from producer.sources import refuse_line
@@ -196,6 +201,6 @@ def _tell_bad_line(number: int, reason: str) -> None:
 def _read_keys(keys: tuple[str, ...]) -> Iterator[str]:
     for key in keys:
         if key == "-":
-            yield from sys.stdin
+            yield from (line.decode(errors="surrogateescape").strip("\r\n") for line in sys.stdin.buffer)
         else:
             yield key

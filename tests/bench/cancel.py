@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from jobs.store import S3Object, Store
 from producer.local import LocalStack
 from producer.manifest import PART_ROWS, write_part
 from producer.submit import Request, draft
+from tests.bench.flow import valkey_alone
 from tests.bench.report import Row, fact, tell
 from tests.bench.scale import run_dispatcher
 from tests.bench.simulated import DESTINATION, MODEL, SOURCE, FolderStore, say_alive
@@ -41,14 +41,8 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        stack = LocalStack(Path(folder))
-        stack.start_valkey()
-        try:
-            with stack.ledger() as ledger:
-                yield from _measure(stack, ledger, Path(folder) / "store", options.pictures)
-        finally:
-            stack.stop()
+    with valkey_alone() as stack, stack.ledger() as ledger:
+        yield from _measure(stack, ledger, stack.folder / "store", options.pictures)
 
 
 def _measure(stack: LocalStack, ledger: Ledger, folder: Path, count: int) -> Iterator[Row]:
@@ -73,12 +67,13 @@ def _list(ledger: Ledger, store: Store, count: int) -> Job:
     request = Request(source=SOURCE, destination=DESTINATION, recipe=recipe, lane="backfill", name="cancel", keys=None)
     job = draft(request, job_id="20260101-000000-000000", store=store)
     ledger.create_job(job)
+    lister = ledger.take_listing(job.id)
     for first in range(0, count, PART_ROWS):
         rows = [S3Object(f"photos/{index:08d}.jpg", "e", 1) for index in range(first, min(count, first + PART_ROWS))]
         part = ManifestPart(first // PART_ROWS, rows[0].key, rows[-1].key, len(rows))
-        write_part(store, job, part, rows)
+        write_part(store, job, part, rows, is_next=lambda: True)
         known = [part.number % 3 == 2 and index % 10 == 0 for index in range(len(rows))]
-        ledger.add_part(job.id, part, first=first, known=known)
+        ledger.add_part(job.id, lister, part, first=first, known=known)
     ledger.finish_listing(job.id)
     return job
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import multiprocessing
-import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.queues import SimpleQueue
@@ -23,7 +22,7 @@ from jobs.ledger import Claim, Ledger
 from jobs.recipe import Recipe
 from producer.local import LocalStack
 from producer.submit import Request, submit
-from tests.bench.flow import cpu_s
+from tests.bench.flow import cpu_s, valkey_alone
 from tests.bench.report import Row, fact, progress, tell
 from tests.bench.scale import run_dispatcher
 from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, FolderStore, say_alive
@@ -49,13 +48,8 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     for count in options.workers or WORKERS:
-        with tempfile.TemporaryDirectory() as folder:
-            stack = LocalStack(Path(folder))
-            stack.start_valkey()
-            try:
-                yield from _point(stack, Path(folder) / "store", count, options.seconds)
-            finally:
-                stack.stop()
+        with valkey_alone() as stack:
+            yield from _point(stack, stack.folder / "store", count, options.seconds)
 
 
 def _point(stack: LocalStack, folder: Path, count: int, seconds: float) -> Iterator[Row]:

@@ -44,11 +44,14 @@ class Fleet:
         self.dispatcher: Process | None = None
         self._jobs = 0
 
-    def upload(self, bucket: str, photo: bytes, count: int) -> None:
+    def upload(self, bucket: str, count: int, *photos: bytes) -> None:
+        """`photos`: in turn."""
         with self.stack.store() as store:
             store.create_bucket(bucket)
             for number in range(count):
-                store.put(Location(bucket, f"p{number:05d}.jpg"), photo, content_type="image/jpeg")
+                store.put(
+                    Location(bucket, f"p{number:05d}.jpg"), photos[number % len(photos)], content_type="image/jpeg"
+                )
 
     def run(
         self, bucket: str, recipe: Recipe, workers: Sequence[Process], *, slots: int, target: str | None = None
@@ -113,6 +116,18 @@ def fleet() -> Iterator[Fleet]:
         with made.stack:
             made.dispatcher = made.stack.start_dispatcher()
             yield made
+
+
+@contextlib.contextmanager
+def valkey_alone() -> Iterator[LocalStack]:
+    """A stack of nothing else; it ends however far it came."""
+    with tempfile.TemporaryDirectory(prefix="cutfleet-bench-") as folder:
+        stack = LocalStack(Path(folder))
+        try:
+            stack.start_valkey()
+            yield stack
+        finally:
+            stack.stop()
 
 
 def cpu_s(pid: int) -> float:

@@ -37,7 +37,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     port, photo = free_port(), make_photo(SIDE, SIDE)
     with fleet() as here:
         worker, model = start_stand_in(here, 0, metrics_port=str(port))
-        here.upload("tiny", photo, PICTURES)
+        here.upload("tiny", PICTURES, photo)
         path = here.stack.folder / "tiny.jpg"
         path.write_bytes(photo)
         before, flows, bare = counts(port), [], []

@@ -1,7 +1,10 @@
 """Memory of a worker under a flood of 12-megapixel pictures, with a device that costs nothing: the most it takes, and
 whether it grows.
 
-    python -m tests.bench.memory [--minutes 1] [--slots N] [--json FILE]
+    python -m tests.bench.memory [--minutes 1] [--slots N] [--limit-mb N] [--mixed] [--json FILE]
+
+`--mixed`: JPEG, WebP and PNG with alpha in turn, with a marketplace's rendition. A worker above its limit would leave,
+and the benchmark end with an error.
 """
 
 from __future__ import annotations
@@ -11,30 +14,36 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from jobs.recipe import Recipe
+from jobs.recipe import Recipe, load_recipe
 from tests.bench.flow import fleet
+from tests.bench.footprint import make
 from tests.bench.pictures import SIZES, make_photo
 from tests.bench.report import Row, fact, progress, row, tell
 from tests.bench.worker import SLOTS, start_stand_in
 
 PICTURES = 60
+MIX = ("jpeg", "webp", "png-alpha")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1, help="30 shows that it stays flat")
     parser.add_argument("--slots", type=int, default=SLOTS)
+    parser.add_argument("--limit-mb", type=int, default=0, help="the worker's; 0: its own choice")
+    parser.add_argument("--mixed", action="store_true")
     tell(parser, measure)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     peaks: list[float] = []
     with fleet() as here:
-        worker, model = start_stand_in(here, 0, slots=str(options.slots))
-        here.upload("flood", make_photo(*SIZES["12 MP"]), max(PICTURES, 3 * options.slots))
+        worker, model = start_stand_in(here, 0, slots=str(options.slots), memory_mb=str(options.limit_mb))
+        photos = [make(form, 12) for form in MIX] if options.mixed else [make_photo(*SIZES["12 MP"])]
+        here.upload("flood", max(PICTURES, 3 * options.slots), *photos)
+        recipe = load_recipe("amazon-main", model=model) if options.mixed else Recipe(model=model, edges="off")
         began = time.monotonic()
         while time.monotonic() < began + 60 * options.minutes or len(peaks) < 4:
-            peaks.append(here.run("flood", Recipe(model=model, edges="off"), [worker], slots=options.slots).peak_mb)
+            peaks.append(here.run("flood", recipe, [worker], slots=options.slots).peak_mb)
             progress(f"{(time.monotonic() - began) / 60:.1f} min: {peaks[-1]:,.0f} MB")
     half = len(peaks) // 2
     yield fact(f"12MP flood, {options.slots} slots: peak memory", max(peaks), "MB")

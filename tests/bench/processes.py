@@ -33,7 +33,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     flows: dict[int, list[Flow]] = {}
     with fleet() as here:
-        here.upload("flood", make_photo(*SIZES["2 MP"]), PICTURES)
+        here.upload("flood", PICTURES, make_photo(*SIZES["2 MP"]))
         counts = range(1, options.most + 1)
         fleets = {}
         for count in counts:

@@ -8,11 +8,9 @@ Real Valkey, real ledger and messages; a bare consumer stands in for Celery's wo
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import redis
 
@@ -21,6 +19,7 @@ from jobs.job import ImageState, Job, ManifestPart
 from jobs.ledger import FEED_ROWS, Ledger
 from jobs.message import ImageTask
 from producer.local import LocalStack
+from tests.bench.flow import valkey_alone
 from tests.bench.report import Row, row, tell
 
 ROUNDS = 3
@@ -34,13 +33,8 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        stack = LocalStack(Path(folder))
-        stack.start_valkey()
-        try:
-            rates = _measure(stack, options.pictures)
-        finally:
-            stack.stop()
+    with valkey_alone() as stack:
+        rates = _measure(stack, options.pictures)
     plain = rates.pop("delay")
     for name, values in rates.items():
         yield row(name, values, "pictures/s", against="Celery's `delay`", others=plain, better="more")
@@ -104,7 +98,7 @@ def _feed(ledger: Ledger, job: Job, count: int) -> None:
     epoch = ledger.lead("bench", ttl_s=600)
     assert epoch is not None
     ledger.create_job(job)
-    ledger.add_part(job.id, ManifestPart(0, "a", "z", count))
+    ledger.add_part(job.id, ledger.take_listing(job.id), ManifestPart(0, "a", "z", count))
     ledger.finish_listing(job.id)
     queue = lane_queue(job.lane, job.model)
     for cursor in range(0, count, FEED_ROWS):

@@ -18,7 +18,6 @@ import os
 import resource
 import statistics
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -40,6 +39,7 @@ from jobs.store import image_names
 from producer.dispatcher import Dispatcher
 from producer.local import LocalStack
 from producer.submit import Request, submit
+from tests.bench.flow import valkey_alone
 from tests.bench.report import Row, fact, progress, tell
 from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, FolderStore, say_alive
 
@@ -73,14 +73,8 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        stack = LocalStack(Path(folder))
-        stack.start_valkey()
-        try:
-            with stack.ledger() as ledger:
-                yield from _measure(stack, ledger, Path(folder) / "store", options)
-        finally:
-            stack.stop()
+    with valkey_alone() as stack, stack.ledger() as ledger:
+        yield from _measure(stack, ledger, stack.folder / "store", options)
 
 
 def _measure(stack: LocalStack, ledger: Ledger, folder: Path, options: argparse.Namespace) -> Iterator[Row]:

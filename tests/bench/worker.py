@@ -77,8 +77,8 @@ def start_stand_in(here: Fleet, device_ms: float, **settings: str) -> tuple[Proc
 def _one_size(here: Fleet, size: str, workers: dict[str, tuple[Process, str]], *, rounds: int) -> Iterator[Row]:
     photo = make_photo(*SIZES[size.replace("MP", " MP")])
     few = int(PICTURES[size] * MODEL_SHARE)
-    here.upload(size.lower(), photo, PICTURES[size])
-    here.upload(f"{size.lower()}-few", photo, few)
+    here.upload(size.lower(), PICTURES[size], photo)
+    here.upload(f"{size.lower()}-few", few, photo)
     path = here.stack.folder / f"{size}.jpg"
     path.write_bytes(photo)
     bare: list[tuple[float, float]] = []

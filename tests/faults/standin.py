@@ -169,7 +169,7 @@ def _arm() -> None:
     _around(workers.consumer.kombu_redis.QoS, "restore_by_tag", before="giving_back", after=lambda *_: "")
     _around(Ledger, "finish", before="before_commit", after=lambda *_: "before_ack")
     _around(Ledger, "vanish", before="before_blame", after=lambda *_: "")
-    for name in ("create_job", "add_part", "submit_live", "feed", "close_job"):
+    for name in ("create_job", "is_next_part", "add_part", "submit_live", "feed", "close_job"):
         _around(Ledger, name, before=f"before_{name}", after=lambda *_, name=name: f"after_{name}")
     _around(producer.dispatcher, "write_report", after=lambda *_: "after_report")
 

@@ -21,13 +21,13 @@ pytestmark = pytest.mark.usefixtures("asleep")
 SOME = 4
 
 
-def forge(broker: redis.Redis, image: str, key: str) -> None:
-    """The message of `image`, on its queue and kept, names another key."""
+def forge(broker: redis.Redis, image: str, **fields: object) -> None:
+    """The message of `image`, on its queue and kept, says something else."""
 
     def forged(text: str) -> str:
         message = json.loads(text)
         body = json.loads(base64.b64decode(message["body"]))
-        body[1]["task"]["key"] = key
+        body[1]["task"] |= fields
         return json.dumps(message | {"body": base64.b64encode(json.dumps(body).encode()).decode()})
 
     queue = lane_queue("live", MODEL)
@@ -49,8 +49,8 @@ def test_what_is_not_allowed_fails_by_its_code_untouched_and_its_neighbours_are_
     from_theirs = submit_here(fleet, Places(theirs.source, places.to), lane="live")
     to_theirs = submit_here(fleet, Places(ours.source, theirs.to), lane="live")
     with redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker:
-        forge(broker, f"{mixed}:1", "elsewhere/p00000.jpg")
-        forge(broker, f"{mixed}:2", "ours/../elsewhere/p00000.jpg")
+        forge(broker, f"{mixed}:1", key="elsewhere/p00000.jpg")
+        forge(broker, f"{mixed}:2", key="ours/../elsewhere/p00000.jpg")
 
     with S3Proxy(fleet.stack.s3_port) as proxy:
         bounds = {"s3_endpoint": proxy.url, "sources": ours.source, "destinations": ours.to}
@@ -70,6 +70,22 @@ def test_what_is_not_allowed_fails_by_its_code_untouched_and_its_neighbours_are_
     assert why(fleet, to_theirs) == {index: ("output_not_allowed", 1) for index in range(SOME)}
     assert not asked & {Location.parse(theirs.source).bucket, Location.parse(theirs.to).bucket}
     assert fleet.workers.alive() == [worker]
+    assert fleet.workers.dismiss() == [0]
+
+
+def test_a_message_that_no_worker_can_read_fails_its_image_and_no_other(fleet: Fleet, places: Places) -> None:
+    names = put_pictures(fleet.store, places, SOME)
+    job = submit_here(fleet, places, lane="live")
+    with redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker:
+        forge(broker, f"{job}:1", size=-5)
+        forge(broker, f"{job}:2", key="\ud800")
+    fleet.workers.start()
+
+    with fleet.dispatcher():
+        truth = prove(fleet, job, places, names=names, reference={})
+
+    assert truth.states == {0: "done", 1: "failed", 2: "failed", 3: "done"}
+    assert why(fleet, job) == {1: ("bad_message", 1), 2: ("bad_message", 1)}
     assert fleet.workers.dismiss() == [0]
 
 

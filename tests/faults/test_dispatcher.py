@@ -7,10 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from factories import Places, put_pictures, wait_until
-from faults.fleet import PICTURES, Fleet, Reference, Submit
+from factories import Places, picture, put_pictures, wait_until
+from faults.fleet import PICTURES, Fleet, Reference, Submit, is_stopped, make_places, submit_to
 from faults.truth import prove
 
+from jobs.store import Location
+
+EXIT_USAGE = 2
 BOUNDARIES = ("before_feed", "after_feed", "after_report", "before_close_job", "after_close_job")
 
 
@@ -71,6 +74,75 @@ def test_a_producer_killed_between_part_and_count_is_resumed_or_repeated(
 
     assert truth.counts["done"] == 8
     assert set(fleet.workers.published(places).values()) == {1}
+
+
+def test_a_producer_that_was_frozen_while_another_listed_on_changes_no_part_of_the_manifest(
+    fleet: Fleet, places: Places, reference: Reference, tmp_path: Path
+) -> None:
+    """What both list is not the same: a picture came that is the first by its name."""
+    names = put_pictures(fleet.store, places, 20)
+    before = {job.id for job in fleet.ledger.jobs()}
+    fleet.workers.start()
+    freezes = f"after_is_next_part={tmp_path / 'frozen'}"
+    frozen = fleet.submits.start_for(places, test_part_rows="8", test_freezepoints=freezes)
+    wait_until(lambda: is_stopped(frozen), what="it is about to write the first part")
+    (job,) = {job.id for job in fleet.ledger.jobs()} - before
+    fleet.store.put(places.key("a.jpg"), picture(seed=90), content_type="image/jpeg")
+    with fleet.dispatcher(test_part_rows="8"):
+        resumed = fleet.submits.start_for(places, "--resume", job, test_part_rows="8")
+        assert fleet.submits.wait_for(resumed) == 0
+        os.kill(frozen, signal.SIGCONT)
+        assert fleet.submits.wait_for(frozen) == EXIT_USAGE
+
+        truth = prove(fleet, job, places, names=["a.jpg", *names], reference=reference)
+
+    assert truth.counts["done"] == 21
+    assert set(fleet.workers.published(places).values()) == {1}
+    assert "[job_busy]" in fleet.submits.text()
+
+
+def test_a_producer_killed_behind_the_last_part_leaves_a_job_that_ends_with_what_was_listed(
+    fleet: Fleet, places: Places, reference: Reference, tmp_path: Path
+) -> None:
+    names = put_pictures(fleet.store, places, 4)
+    before = {job.id for job in fleet.ledger.jobs()}
+    fleet.workers.start()
+    killed = fleet.submits.start_for(places, test_failpoints=f"after_add_part={tmp_path / 'killed'}")
+    assert fleet.submits.wait_for(killed) == -signal.SIGKILL
+    (job,) = {job.id for job in fleet.ledger.jobs()} - before
+    fleet.store.put(places.key("later.jpg"), picture(seed=90), content_type="image/jpeg")
+    with fleet.dispatcher():
+        ran = fleet.run("submit", places.source, "--to", places.to, "--model", "stand-in", "--resume", job)
+        assert ran.returncode == 0, ran.stderr
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == 4
+
+
+def test_a_damaged_manifest_stops_its_own_job_and_no_other(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    """Who may write to a destination may write to its records too."""
+    names = put_pictures(fleet.store, places, 4)
+    hurt = make_places(fleet)
+    put_pictures(fleet.store, hurt, 4)
+    fleet.workers.start()
+    damaged = submit_to(fleet, hurt)
+    part = f"_cutfleet/{damaged}/manifest/000000.jsonl.gz"
+    fleet.store.put(Location(Location.parse(hurt.to).bucket, part), b"no gzip", content_type="application/gzip")
+    with fleet.dispatcher() as dispatcher:
+        wait_until(lambda: fleet.ledger.job(damaged).paused is not None, what="it is paused")
+        job = submit()
+        truth = prove(fleet, job, places, names=names, reference=reference, alone=False)
+        assert fleet.dispatchers.alive() == [dispatcher]
+
+        assert fleet.ledger.job(damaged).paused.startswith("manifest_damaged: ")
+        fleet.ledger.cancel(damaged)
+        wait_until(lambda: f"not closed yet: Part 0 of the manifest of job {damaged}" in fleet.dispatchers.text())
+
+    assert truth.counts["done"] == 4
+    fleet.store._s3.delete_object(Bucket=Location.parse(hurt.to).bucket, Key=part)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 pytestmark = pytest.mark.timeout(300)
 ROOM_MB = 600
 """Above what a worker takes by itself: too little for twelve pictures of 12 megapixels at once."""
+FAST = {"compress_level": 1}
 
 
 def memory_mb(pid: int, what: str = "VmRSS") -> float:
@@ -31,25 +33,34 @@ def own_mb(fleet: Fleet) -> float:
     return taken
 
 
-def large_picture() -> bytes:
-    body = io.BytesIO()
-    Image.linear_gradient("L").resize((4000, 3000)).convert("RGB").save(body, "JPEG", quality=80)
-    return body.getvalue()
+def large_pictures() -> Iterator[tuple[str, bytes]]:
+    """Names and bodies; the formats take from 8 to 16 bytes a pixel."""
+    image = Image.linear_gradient("L").resize((4000, 3000)).convert("RGB")
+    transparent = image.copy()
+    transparent.putalpha(128)
+    forms = [(image, "jpg", "JPEG", {}), (image, "webp", "WEBP", {"method": 0}), (transparent, "png", "PNG", FAST)]
+    bodies = []
+    for drawn, ending, form, options in forms:
+        body = io.BytesIO()
+        drawn.save(body, form, **options)
+        bodies.append((ending, body.getvalue()))
+    for number in range(13):
+        ending, data = bodies[number % len(bodies)]
+        yield f"p{number:05d}.{ending}", data
 
 
 def test_a_flood_of_large_pictures_stays_under_the_limit(fleet: Fleet, places: Places, submit: Submit) -> None:
-    names = [f"p{number:05d}.jpg" for number in range(13)]
-    body = large_picture()
-    for name in names:
-        fleet.store.put(places.key(name), body, content_type="image/jpeg")
+    pictures = dict(large_pictures())
+    for name, body in pictures.items():
+        fleet.store.put(places.key(name), body, content_type="image/*")
     limit_mb = own_mb(fleet) + ROOM_MB
     worker = fleet.workers.start(slots="12", memory_mb=str(round(limit_mb)), lease_s="8")
 
     with fleet.dispatcher(lease_s="8"):
-        truth = prove(fleet, submit(), places, names=names, reference={}, within_s=180)
+        truth = prove(fleet, submit(), places, names=list(pictures), reference={}, within_s=180)
         most_mb = memory_mb(worker, "VmHWM")
 
-    assert truth.counts["done"] == len(names)
+    assert truth.counts["done"] == len(pictures)
     assert most_mb < limit_mb
     assert fleet.workers.dismiss() == [0]
     assert fleet.workers.ends()[worker] == 0, "it was not replaced"

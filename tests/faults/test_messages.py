@@ -66,6 +66,11 @@ def test_without_a_worker_for_an_hour_of_leases_the_queue_does_not_grow(
             broker.zadd("cf:waiting", dict.fromkeys(broker.zrange("cf:waiting", 0, -1), 0), xx=True)
             wait_until(lambda: broker.zcount("cf:waiting", 0, 0) == 0, what="the dispatcher has looked after them")
             assert broker.llen(BACKFILL) == len(names)
+        fleet.ledger.tune(job, lane="live")
+        for _ in range(3):
+            broker.zadd("cf:waiting", dict.fromkeys(broker.zrange("cf:waiting", 0, -1), 0), xx=True)
+            wait_until(lambda: broker.zcount("cf:waiting", 0, 0) == 0, what="the dispatcher has looked after them")
+            assert broker.llen(BACKFILL) == len(names), "what was tuned stays on its old queue"
     with fleet.dispatcher():
         fleet.workers.start()
         truth = prove(fleet, job, places, names=names, reference=reference)

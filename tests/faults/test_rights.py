@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import time
 from collections.abc import Iterator
@@ -13,19 +14,21 @@ import trustme
 from factories import Places, free_port, put_pictures, wait_until
 from faults.fleet import ROOT, Fleet
 from faults.proxy import Wire
+from flowers import Flower
 from kombu.exceptions import OperationalError
 from redis.exceptions import AuthenticationError, NoPermissionError
 
 from jobs.broker import make_app
 from jobs.errors import ServiceUnavailable
 from jobs.ledger import Ledger
-from producer.local import Process, inherited_environment, valkey_program
+from producer.local import Process, valkey_program
 
 EXIT_UNREACHABLE = 4
 SOME = 16
 AWAY_S = 6.0
 """Longer than a lease and than clients wait for an answer."""
 ROLES = ("producer", "dispatcher", "worker", "flower")
+PAGES = ("/workers", "/tasks", "/broker", "/api/workers?refresh=1", "/api/tasks", "/api/queues/length", "/metrics")
 
 
 class Guarded:
@@ -58,6 +61,15 @@ class Guarded:
         ]
 
 
+def command_lines() -> list[str]:
+    """Of all processes: anybody on the machine may read them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended just now
+            found.append(path.read_text(errors="replace"))
+    return found
+
+
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[Guarded]:
     guarded = Guarded(tmp_path)
@@ -80,16 +92,11 @@ def test_every_role_does_its_work_over_tls_with_its_own_rights(fleet: Fleet, pla
     with Ledger(guarded.url("producer"), name="guarded") as ledger:
         fleet.workers.start(redis_url=guarded.url("worker"), ready=False)
         fleet.dispatchers.start(redis_url=guarded.url("dispatcher"))
-        flower = Process(
-            [str(Path(".venv/bin/python").absolute()), "-m", "producer.flower", "--address=127.0.0.1", "--port=0"],
-            log=fleet.stack.folder / "logs" / "flower.log",
-            env=inherited_environment()
-            | {"CUTFLEET_REDIS_URL": guarded.url("flower"), "FLOWER_BASIC_AUTH": "night:shift"},
-        )
+        flower = Flower(fleet.stack, more={"CUTFLEET_REDIS_URL": guarded.url("flower")})
         env = {"CUTFLEET_REDIS_URL": guarded.url("producer")}
         try:
             wait_until(lambda: bool(ledger.workers()), what=fleet.workers.words())
-            wait_until(lambda: "Connected to" in flower.last_words(), what=flower.last_words())
+            wait_until(flower.is_up, what=flower.process.last_words())
             for lane in ("backfill", "live"):
                 more = ("--to", f"{places.to}{lane}/", "--model", "stand-in", "--lane", lane, "--wait")
                 ran = fleet.run("submit", places.source, *more, env=env)
@@ -97,8 +104,16 @@ def test_every_role_does_its_work_over_tls_with_its_own_rights(fleet: Fleet, pla
                 job = ran.stdout.split()[0]
                 assert ledger.job(job).done == 4
             assert fleet.run("status", job, env=env).returncode == 0
+            wait_until(lambda: bool(flower.workers()), what="Flower knows the worker")
+            shown = [flower.ask(page) for page in (*PAGES, *(f"/worker/{name}" for name in flower.workers()))]
+            arguments = command_lines()
         finally:
-            flower.stop()
+            flower.process.stop()
+    assert {status for status, _ in shown} == {200}
+    logs = [path.read_text() for path in (fleet.stack.folder / "logs").glob("*.log")]
+    told = [*(text for _, text in shown), *logs, *arguments]
+    assert not [text for text in told for role in ROLES if f"change-{role}" in text], "a password is shown"
+    assert any("producer.flower" in text for text in arguments)
     assert set(fleet.workers.dismiss() + fleet.dispatchers.dismiss()) == {0}
     assert guarded.denied() == []
 

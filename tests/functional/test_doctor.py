@@ -157,6 +157,7 @@ def test_redis_that_wants_another_password(server: Server, monkeypatch: pytest.M
     finding = found("redis_denied")
 
     assert "user and password" in finding.remedy
+    assert "users.acl" in finding.remedy
     assert "wrong-word" not in str(list(examine()))
 
 

@@ -149,13 +149,15 @@ def large(store: Store, ledger: Ledger, places: Places) -> MakeJob:
         )
         job = submission.draft(request, job_id="20260101-000000-000000", store=store)
         ledger.create_job(job)
+        lister = ledger.take_listing(job.id)
         for number in range(-(-count // PART_ROWS)):
             rows = min(PART_ROWS, count - number * PART_ROWS)
             part = ManifestPart(number, "a", "z", rows)
             if number == 0:
-                write_part(store, job, part, [S3Object(f"{index:05d}.jpg", "e", 1) for index in range(rows)])
+                objects = [S3Object(f"{index:05d}.jpg", "e", 1) for index in range(rows)]
+                write_part(store, job, part, objects, is_next=lambda: True)
             ledger.add_part(
-                job.id, part, first=number * PART_ROWS, known=[number == 7 and n % 3 == 0 for n in range(rows)]
+                job.id, lister, part, first=number * PART_ROWS, known=[number == 7 and n % 3 == 0 for n in range(rows)]
             )
         ledger.finish_listing(job.id)
         return ledger.job(job.id)
@@ -297,6 +299,7 @@ def test_failed_pictures_are_tried_again_by_code_and_a_closed_job_opens_and_clos
     assert dead.retry(closed, "damaged", ledger=ledger, store=store) == 0
     again = ledger.job(job.id)
     assert (again.closed, again.failed, again.open, again.again) == (None, 0, 4, 4)
+    assert (again.judged_final, again.judged_failed) == (2, 0), "only what fails from now on pauses it"
     dispatcher.step()
     tasks = [task_of(message) for _, message in ledger.entries()]
     assert {(task.key, task.etag) for task in tasks} == {(f"p0000{n}.jpg", "") for n in range(4)}
@@ -351,10 +354,12 @@ def test_more_failures_than_redis_should_hold_stand_in_s3_and_are_found_there(
     job = make_job(40)
     dispatcher.step()
     work(ledger, lambda _: ImageState.FAILED)
+    before = ledger.job(job.id)
     while dispatcher.step():
         pass
 
     spilled = ledger.job(job.id)
+    assert sorted(dict(dead.failures_of(before, ledger=ledger, store=store))) == list(range(40)), "whoever asked before"
     assert spilled.spills >= 2
     assert ledger.failures_held(job.id) == 40 - 8 * spilled.spills
     letters = dict(dead.failures_of(spilled, ledger=ledger, store=store))
@@ -368,6 +373,21 @@ def test_more_failures_than_redis_should_hold_stand_in_s3_and_are_found_there(
     work(ledger, lambda key: ImageState.FAILED if key == "p00003.jpg" else ImageState.DONE)
     closed = close(dispatcher, ledger, job)
     assert [index for index, _ in dead.failures_of(closed, ledger=ledger, store=store)] == [3]
+
+
+def test_a_job_that_is_forgotten_leaves_the_list(ledger: Ledger, dispatcher: Dispatcher, make_job: MakeJob) -> None:
+    def do_one() -> Job:
+        job = make_job(1)
+        dispatcher.step()
+        work(ledger, lambda _: ImageState.DONE)
+        return close(dispatcher, ledger, job)
+
+    first = do_one()
+    ledger._redis.delete(f"cf:job:{first.id}")  # as when its days are over
+    assert first.id in ledger._redis.zrange("cf:jobs", 0, -1)
+    do_one()
+
+    assert first.id not in ledger._redis.zrange("cf:jobs", 0, -1)
 
 
 def test_the_live_screen_shows_rate_time_left_queues_workers_failures_and_review(

@@ -221,7 +221,8 @@ def test_an_output_of_another_source_is_never_overwritten(
 def test_a_stopped_submission_is_resumed(
     stack: LocalStack, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "PART_ROWS", 2)
+    for module in (manifest, submission):
+        monkeypatch.setattr(module, "PART_ROWS", 2)
     put_pictures(store, places, 5)
     store.put(places.key("p00001/deep.jpg"), picture(seed=7), content_type="image/jpeg")  # lists out of order here
     request = submission.Request(

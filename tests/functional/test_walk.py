@@ -55,9 +55,9 @@ def edit(file: Path, stack: LocalStack) -> dict[str, str]:
     lines = []
     for line in file.read_text().splitlines():
         name = line.lstrip("#").partition("=")[0]
-        lines.append(f"{name}={values[name]}" if name in values else line)
+        lines.append(f"{name}={shlex.quote(values[name])}" if name in values else line)
     file.write_text("\n".join(lines) + "\n")
-    return dict(line.split("=", 1) for line in lines if re.match(r"\w+=", line))
+    return dict(shlex.split(line)[0].split("=", 1) for line in lines if re.match(r"\w+=", line))
 
 
 def test_from_the_page_to_results_in_nine_commands(own: LocalStack, tmp_path: Path) -> None:

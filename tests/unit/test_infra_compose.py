@@ -22,7 +22,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name for name, service in SERVICES.items() if service["image"].startswith("cutfleet-")}
 OTHERS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"}  # boto3's own
-OF_COMPOSE = {"COMPOSE_PROFILES", "VALKEY_MAXMEMORY"}
+OF_COMPOSE = {"COMPOSE_PROFILES", "MODELS", "VALKEY_MAXMEMORY"}
 EXAMPLE = (ROOT / "infra/compose/example.env").read_text()
 
 
@@ -105,6 +105,14 @@ def test_a_worker_has_longer_to_stop_than_it_takes_to_drain() -> None:
         grace_s = float(SERVICES[name]["stop_grace_period"].removesuffix("s"))
 
         assert grace_s > Settings.model_fields["drain_s"].default
+
+
+def test_weights_of_ones_own_take_the_place_of_the_volume() -> None:
+    for name in ("worker-gpu", "worker-cpu"):
+        assert SERVICES[name]["volumes"] == ["${MODELS:-models}:/models"]
+
+    assert "models" in COMPOSE["volumes"]
+    assert "HF_HOME=/models" in (ROOT / "infra/docker/worker.Dockerfile").read_text()
 
 
 def test_only_the_gpu_worker_reserves_a_gpu() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -22,12 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = ["cpu", "gpu"]
 VERSIONS = ["1.30", "1.37"]  # the oldest that clouds still offer, the newest there is
 SPOT_NOTICE_S = 120
+PAGE = (ROOT / "infra/kubernetes/README.md").read_text()
 Object = dict[str, Any]
 
 
 @cache
 def build(overlay: str) -> list[Object]:
-    folder = ROOT / "infra/kubernetes" / overlay
+    return kustomize(ROOT / "infra/kubernetes" / overlay)
+
+
+def kustomize(folder: Path) -> list[Object]:
     built = subprocess.run(
         [program("kubectl"), "kustomize", str(folder)], check=True, capture_output=True, text=True
     ).stdout
@@ -85,7 +91,41 @@ def test_no_pod_may_more_than_it_needs(overlay: str) -> None:
                 "capabilities": {"drop": ["ALL"]},
             }
             assert "memory" in container["resources"]["limits"]
-            assert "livenessProbe" in container
+            assert "livenessProbe" in container or container.get("command") == ["sleep", "infinity"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_work_is_asked_for_by_an_account_that_may_read_sources(overlay: str) -> None:
+    asked = re.findall(r"exec (?:-it )?deploy/(\w+) -- cutfleet", PAGE)
+
+    assert asked
+    for name in asked:
+        account = pods(overlay)[name]["serviceAccountName"]
+        assert find(overlay, "ServiceAccount", account)
+        policy = json.loads((ROOT / f"infra/aws/{account}.json").read_text())
+        read = [place for one in policy["Statement"] if "s3:GetObject" in one["Action"] for place in one["Resource"]]
+        assert "arn:aws:s3:::SOURCE/*" in read
+
+
+def test_the_pages_patch_opens_the_network_as_it_says(tmp_path: Path) -> None:
+    (patch,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    shutil.copytree(ROOT / "infra/kubernetes", tmp_path / "kubernetes")
+    (tmp_path / "kubernetes/own").mkdir()
+    (tmp_path / "kubernetes/own/kustomization.yaml").write_text(f"resources: [../gpu]\n{patch}")
+
+    (before,) = (o for o in build("gpu") if is_policy(o))
+    (after,) = (o for o in kustomize(tmp_path / "kubernetes/own") if is_policy(o))
+
+    kubernetes_validate.validate(after, VERSIONS[-1], strict=True)
+    ports, *roles = after["spec"]["egress"][1:]
+    assert ports["ports"] == [*before["spec"]["egress"][1]["ports"], {"protocol": "TCP", "port": 9000}]
+    assert "to" not in ports
+    assert [role["to"][0]["ipBlock"]["cidr"] for role in roles] == ["169.254.170.23/32", "169.254.169.254/32"]
+    assert {port["port"] for role in roles for port in role["ports"]} == {80}
+
+
+def is_policy(document: Object) -> bool:
+    return document["kind"] == "NetworkPolicy" and document["metadata"]["name"] == "cutfleet"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -80,6 +80,37 @@ def test_the_environment_file_leaves_the_units_own_settings_to_the_unit() -> Non
     assert f"{PREFIX}REDIS_URL" in names
 
 
+@pytest.mark.parametrize("page", ["systemd/cutfleet.env", "redis/README.md"])
+def test_a_shell_reads_the_url_of_redis_as_systemd_does(page: str, tmp_path: Path) -> None:
+    """systemd takes what stands between single quotes as it is (systemd.exec, EnvironmentFile)."""
+    lines = re.findall(r"^CUTFLEET_REDIS_URL=.*$", (FOLDER.parent / page).read_text(), re.MULTILINE)
+    assert lines
+
+    for line in lines:
+        (tmp_path / "cutfleet.env").write_text(line + "\n")
+        read = subprocess.run(
+            ["sh", "-c", "set -a; . ./cutfleet.env; printenv CUTFLEET_REDIS_URL"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert line == f"CUTFLEET_REDIS_URL='{read.strip()}'"
+
+
+def test_without_a_gpu_the_unit_chooses_none() -> None:
+    (drop_in,) = re.findall(r"```ini\n(.*?)```", (FOLDER / "README.md").read_text(), re.S)
+    own = dict(pair.split("=", 1) for pair in " ".join(directives(WORKER)["Environment"]).split())
+
+    own |= dict(re.findall(r"^Environment=(\w+)=(.+)$", drop_in, re.M))
+    for name in re.findall(r"^UnsetEnvironment=(\w+)$", drop_in, re.M):
+        del own[name]
+
+    assert {name: value for name, value in own.items() if name in ("CUTFLEET_DEVICE", "CUTFLEET_GPU")} == {
+        "CUTFLEET_DEVICE": "cpu"
+    }
+
+
 @pytest.mark.parametrize(
     "code", [EXIT_SETTINGS, EXIT_UNREACHABLE, EXIT_DEVICE_LOST, EXIT_BUG, EXIT_STALLED, EXIT_DRAIN_DEADLINE]
 )

@@ -53,6 +53,7 @@ def test_a_message_of_a_later_version_is_told_from_a_bad_one() -> None:
         ("key", ""),
         ("key", "k" * 1025),
         ("key", "é" * 513),
+        ("key", "half a pair \ud800"),
         ("etag", None),
         ("size", -2),
         ("lane", "fast"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 
@@ -69,6 +70,28 @@ def test_a_name_that_leads_elsewhere_later_is_still_refused(monkeypatch: pytest.
     check_target("https://rebinding.example/", private=False)
     with pytest.raises(TargetRefused):
         post("https://rebinding.example/", b"", {}, private=False)
+
+
+def test_a_receiver_that_drips_its_handshake_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of TLS that is announced with 16 KB, and comes byte by byte."""
+    monkeypatch.setattr(outgoing, "TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"\x16\x03\x03\x40\x00")
+                while not threading.Event().wait(0.05):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        with pytest.raises(OSError):
+            post(f"https://127.0.0.1:{port}/", b"{}", {}, private=True)
+        thread.join(5)
+
+    assert not thread.is_alive()
 
 
 def test_a_receiver_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

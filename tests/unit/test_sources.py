@@ -77,17 +77,62 @@ def test_each_key_counts_once_and_reading_goes_on_behind_a_key(store: Store, tmp
         ("other/a.jpg,e,1", "not under"),
         (",e,1", "no key"),
         ("photos/a.jpg,e,many", "many"),
-        ("photos/\udcff.jpg,e,1", "surrogates"),
+        ("photos/\udcff.jpg,e,1", "can't be the key"),
+        (f"photos/{'é' * 520}.jpg,e,1", "can't be the key"),
+        (f"photos/a.jpg,{'e' * 300},1", "can't be the etag"),
+        ("photos/a.jpg,e,-5", "can't be the size"),
+        ('"photos/a.jpg', "unexpected end"),
+        ('"photos/a"b.jpg,e,1', "expected"),
     ],
 )
 def test_a_line_that_makes_no_sense_is_told_by_its_number(store: Store, tmp_path: Path, row: str, reason: str) -> None:
     file = tmp_path / "list.csv"
-    file.write_bytes(f"key,etag,size\nphotos/ok.jpg,e,1\n{row}\n".encode(errors="surrogateescape"))
+    text = f"key,etag,size\nphotos/ok.jpg,e,1\n{row}\nphotos/z.jpg,e,1\n"
+    file.write_bytes(text.encode(errors="surrogateescape"))
     told: Told = []
 
-    assert keys(read(file, store, told)) == ["photos/ok.jpg"]
-    assert told[0][0] == 3
+    assert keys(read(file, store, told)) == ["photos/ok.jpg", "photos/z.jpg"]
+    assert [number for number, _ in told] == [3]
     assert reason in told[0][1]
+
+
+@pytest.mark.parametrize("size", ["[1]", "Infinity", '"many"', "{}"])
+def test_a_line_of_json_with_a_size_that_is_none_is_told_by_its_number(store: Store, tmp_path: Path, size: str) -> None:
+    file = tmp_path / "list.jsonl"
+    file.write_text('{"key": "photos/a.jpg"}\n{"key": "photos/b.jpg", "size": ' + size + "}\n")
+    told: Told = []
+
+    assert keys(read(file, store, told)) == ["photos/a.jpg"]
+    assert [number for number, _ in told] == [2]
+
+
+def test_a_key_that_is_not_encoded_as_it_should_be_is_told_by_its_number(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "batch.csv"
+    file.write_text("shop,photos/a.jpg\nshop,photos/%FF.jpg\n")
+    told: Told = []
+
+    assert keys(read(file, store, told)) == ["photos/a.jpg"]
+    assert [number for number, _ in told] == [2]
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"key": "photos/a.jpg"}\n' * 1000)[:-20]),
+        ("cut.parquet", b"PAR1" + bytes(20)),
+        ("manifest.json", b'{"fileFormat": "CSV", "fileSchema": "Bucket, Key"}'),
+        ("manifest.json", b"{"),
+    ],
+)
+def test_a_manifest_that_is_damaged_is_an_error_with_a_code(
+    store: Store, tmp_path: Path, name: str, body: bytes
+) -> None:
+    (tmp_path / name).write_bytes(body)
+
+    with pytest.raises(SettingsError, match="is it complete") as caught:
+        read(tmp_path / name, store, [])
+
+    assert caught.value.code == "manifest_unreadable"
 
 
 PLACE = Location("inventories", "shop/daily/2026-01-01T01-00Z/manifest.json")
@@ -198,6 +243,13 @@ def test_named_keys_come_once_and_in_order(store: Store) -> None:
     named = named_keys(SOURCE, ["photos/b.jpg\n", "photos/a.jpg", "", "photos/b.jpg", "photos/x/"], store)
 
     assert keys(list(named)) == ["photos/a.jpg", "photos/b.jpg"]
+
+
+def test_a_named_key_that_no_store_could_hold_is_refused(store: Store) -> None:
+    with pytest.raises(SettingsError, match="1024 bytes") as caught:
+        list(named_keys(SOURCE, ["photos/" + "é" * 600], store))
+
+    assert caught.value.code == "name_too_long"
 
 
 @pytest.mark.parametrize(

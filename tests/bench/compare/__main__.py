@@ -84,8 +84,8 @@ class Contest:
         self.bucket = f"photos-{size.lower()}"
         self.photo = make_photo(*SIZES[size.replace("MP", " MP")])
         self.folder = here.stack.folder / size
-        here.upload(self.bucket, self.photo, max(COUNTS[size].values()))
-        here.upload(f"{self.bucket}-one", self.photo, 1)
+        here.upload(self.bucket, max(COUNTS[size].values()), self.photo)
+        here.upload(f"{self.bucket}-one", 1, self.photo)
 
     def run(self, names: list[str], rounds: int) -> Iterator[Row]:
         rates: dict[str, list[float]] = {}

@@ -1,0 +1,28 @@
+"""A short campaign of random faults, as `make faults` runs a long one: whatever happens at once, nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from faults.fleet import ROOT
+
+MINUTES, SEED = "4", "7"
+
+
+@pytest.mark.timeout(900)
+def test_random_faults_under_load_cost_no_picture() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.faults", "--minutes", MINUTES],
+        env=os.environ | {"SEED": SEED},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+
+    print(ran.stdout)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "| lost | 0 |" in ran.stdout

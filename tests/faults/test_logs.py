@@ -1,0 +1,35 @@
+"""What a worker says of its pictures, for programs to read."""
+
+from __future__ import annotations
+
+import json
+
+from factories import Places, put_pictures
+from faults.fleet import Fleet, Submit
+from faults.truth import prove
+
+PICTURES = 6
+
+
+def test_each_picture_has_one_line_of_json_that_tells_job_picture_and_outcome(
+    fleet: Fleet, places: Places, submit: Submit
+) -> None:
+    names = put_pictures(fleet.store, places, PICTURES)
+    fleet.store.put(places.key(names[2]), b"<!doctype html>", content_type="image/jpeg")
+    fleet.workers.start(log_format="json")
+
+    with fleet.dispatcher():
+        job = submit()
+        prove(fleet, job, places, names=names, reference={})
+    assert fleet.workers.dismiss() == [0]
+
+    lines = [json.loads(line) for line in fleet.workers.text().splitlines() if line.startswith("{")]
+    told = [line for line in lines if line.get("action") == "image"]
+    assert sorted((line["job"], line["image"], line["key"]) for line in told) == [
+        (job, index, name) for index, name in enumerate(names)
+    ]
+    assert {line["image"]: (line["message"].partition(":")[0], line.get("code")) for line in told} == {
+        index: ("failed", "not_an_image") if index == 2 else ("review", None) for index in range(PICTURES)
+    }, "the stand-in's even masks are to be reviewed"
+    assert all(line["seconds"] >= 0 and line["attempt"] == 1 for line in told)
+    assert {line["level"] for line in told} == {"info", "warning"}

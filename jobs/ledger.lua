@@ -15,7 +15,7 @@
 -- cf:job:JOB:parts        hash    manifest part -> {first, last, count}                            as the job
 -- cf:job:JOB:rows         list    images of a live job that are in no manifest part yet: {key, etag, size}   as the job
 -- cf:job:JOB:failures     hash    index -> {key, code, message, tries, at, worker}; many: S3       as the job
--- cf:job:JOB:again        hash    index -> key, of images to be fed once more                      until fed
+-- cf:job:JOB:again        bits    one bit an image: to be fed once more                            as the job
 -- cf:job:JOB:remarks      hash    index -> {key, review, figures, rules}: the first MAX_REMARKS    as the job
 -- cf:job:JOB:tally        hash    of done and skipped images: word -> count (see Remark and Tally)  as the job
 -- cf:waiting              zset    image on a queue, unclaimed -> when to look whether it still is  window only
@@ -289,13 +289,13 @@ function move.cancel(job)
   return 1
 end
 
--- Final images are open again, to be fed once more, if the digit of their state is in `states`: index, key ...
+-- Final images are open again, to be fed once more, if the digit of their state is in `states`: index ...
 -- A closed job is open again. Answers how many; -1 when the job is cancelled.
 function move.reopen(job, states, ...)
   local key, args, changed = 'cf:job:' .. job, {...}, 0
   if call('EXISTS', key) == 0 then return 0 end
   if call('HEXISTS', key, 'cancelled_at') == 1 then return -1 end
-  for i = 1, #args, 2 do
+  for i = 1, #args do
     local state = state_of(job, args[i])
     if state ~= STATE.open and string.find(states, tostring(state), 1, true) then
       call('BITFIELD', key .. ':bits', 'SET', 'u4', '#' .. args[i], STATE.open)
@@ -307,7 +307,7 @@ function move.reopen(job, states, ...)
         if value == state then call('HINCRBY', key, name, -1) end
       end
       call('HDEL', key .. ':failures', args[i])
-      call('HSET', key .. ':again', args[i], args[i + 1])
+      call('SETBIT', key .. ':again', args[i], 1)
       call('SETBIT', key .. ':unsure', args[i], 1)
       call('HINCRBY', key, 'again', 1)
       changed = changed + 1
@@ -320,6 +320,17 @@ function move.reopen(job, states, ...)
     for _, suffix in ipairs(KEYS_OF_JOB) do call('PERSIST', key .. suffix) end
   end
   return changed
+end
+
+-- The first `limit` images that are to be fed once more.
+function move.to_feed_again(job, limit)
+  local found, from = {}, 0
+  while #found < tonumber(limit) do
+    local index = call('BITPOS', 'cf:job:' .. job .. ':again', 1, from, -1, 'BIT')
+    if index < 0 then break end
+    found[#found + 1], from = index, index + 1
+  end
+  return found
 end
 
 -- What S3 holds already of a job that was lost here: index, state ... of images that are final. What is in the window
@@ -780,7 +791,7 @@ function fenced.feed_again(job, lease, ...)
   local key, args, fed = 'cf:job:' .. job, {...}, 0
   if call('HEXISTS', key, 'cancelled_at') == 1 or call('HEXISTS', key, 'paused') == 1 then return 0 end
   for i = 1, #args, 3 do
-    if call('HDEL', key .. ':again', args[i]) == 1 then
+    if call('SETBIT', key .. ':again', args[i], 0) == 1 then
       call('HINCRBY', key, 'again', -1)
       enter(job .. ':' .. args[i], args[i + 1], args[i + 2], lease)
       fed = fed + 1

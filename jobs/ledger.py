@@ -200,19 +200,18 @@ class Ledger:
         """What is in work ends; the dispatcher makes the rest final. False when the job is closed."""
         return bool(self._move("cancel", job))
 
-    def reopen(self, job: str, images: Mapping[int, str], *, states: Iterable[ImageState]) -> int:
-        """Images (index -> key) in one of the final `states` are fed once more, in whatever version their source has
+    def reopen(self, job: str, images: Iterable[int], *, states: Iterable[ImageState]) -> int:
+        """Images (by index) in one of the final `states` are fed once more, in whatever version their source has
         then. At most `MAX_ROWS`. Returns how many. Raises `JobError` when the job is cancelled."""
         digits = "".join(str(int(state)) for state in states)
-        changed = int(self._move("reopen", job, digits, *_flat({str(i): key for i, key in images.items()})))
+        changed = int(self._move("reopen", job, digits, *images))
         if changed < 0:
             raise JobError(f"Job {job} was cancelled: submit its source again.", code="job_cancelled")
         return changed
 
-    def to_feed_again(self, job: str, limit: int) -> dict[int, str]:
-        """Some of what `reopen` left to be fed, index -> key."""
-        flat = self._call("hrandfield", f"cf:job:{job}:again", limit, withvalues=True)
-        return {int(index): key for index, key in zip(flat[::2], flat[1::2], strict=True)}
+    def to_feed_again(self, job: str, limit: int) -> list[int]:
+        """The first of what `reopen` left to be fed, by index."""
+        return [int(index) for index in self._move("to_feed_again", job, limit)]
 
     def restore(self, job: str, states: Mapping[int, ImageState]) -> int:
         """Open images (by index) that S3 proves to be final are so, but for those in the window. At most `MAX_ROWS`.

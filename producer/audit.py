@@ -240,7 +240,7 @@ class _Auditor:
         for picture in pictures:
             for place in (picture.names.mask, picture.names.cutout):
                 self._take_over(place, picture.names)
-        return self._books.reopen({picture.task.index: picture.task.key for picture in pictures})
+        return self._books.reopen([picture.task.index for picture in pictures])
 
     def _take_over(self, place: Location, names: Names) -> None:
         found = self._store.head(place, role="output")

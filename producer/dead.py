@@ -78,11 +78,9 @@ def json_row(index: int, failure: Failure) -> str:
 
 def retry(job: Job, code: str | None, *, ledger: Ledger, store: Store) -> int:
     """Failed images, all or those of one code, are open again. Safe to repeat. Returns how many changed."""
-    chosen = (
-        (i, failure.key) for i, failure in failures_of(job, ledger=ledger, store=store) if code in (None, failure.code)
-    )
+    chosen = (i for i, failure in failures_of(job, ledger=ledger, store=store) if code in (None, failure.code))
     changed = 0
-    while rows := dict(itertools.islice(chosen, MAX_ROWS)):
+    while rows := list(itertools.islice(chosen, MAX_ROWS)):
         changed += ledger.reopen(job.id, rows, states=[ImageState.FAILED])
     return changed
 

@@ -20,7 +20,7 @@ from jobs.ledger import FEED_ROWS, MAX_ROWS, Ledger
 from jobs.message import ImageTask
 from jobs.presets import RENDER
 from jobs.store import Store
-from producer.manifest import PART_ROWS, read_part
+from producer.manifest import PART_ROWS, read_part, read_unrecorded
 from producer.submit import message_row
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ class Feeder:
         self._lease_s = lease_s
         self._clock = clock
         self._parts: dict[str, _Part] = {}
+        self._again: dict[str, _Part] = {}
         self._shares: dict[str, Shares] = collections.defaultdict(Shares)
         self._allowance = Allowance()
 
@@ -122,12 +123,14 @@ class Feeder:
             room = window - sum(job.window for job in queued)
             fed += self._feed_queue(epoch, self._shares[queue], room, queued)
         self._parts = {job: part for job, part in self._parts.items() if job in hungry}
+        self._again = {job: part for job, part in self._again.items() if job in hungry}
         self._allowance.forget(hungry)
         return fed > 0
 
     def forget(self) -> None:
         """Another dispatcher is active now."""
         self._parts.clear()
+        self._again.clear()
         self._shares.clear()
         self._allowance.forget(())
 
@@ -197,12 +200,24 @@ class Feeder:
 
     def _feed_again(self, epoch: int, job: Job, count: int) -> int:
         """Whatever version their sources have by now."""
-        tasks = [
-            ImageTask(job.id, index, key, "", -1, job.lane)
-            for index, key in self._ledger.to_feed_again(job.id, count).items()
-        ]
+        found = (self._task(job, index) for index in self._ledger.to_feed_again(job.id, count))
+        tasks = [ImageTask(job.id, task.index, task.key, "", -1, job.lane) for task in found if task is not None]
         rows = {task.index: message_row(task, job) for task in tasks}
         return self._ledger.feed_again(epoch, job.id, rows, lease_s=self._lease_s)
+
+    def _task(self, job: Job, index: int) -> ImageTask | None:
+        """One image, wherever its row stands; None when it is just being moved there."""
+        recorded = job.total - job.unrecorded
+        if index < recorded:
+            number, offset = divmod(index, PART_ROWS)
+            part = self._again.get(job.id)
+            if part is None or part.number != number:
+                part = self._again[job.id] = _Part(number, read_part(self._store, job, number))
+            if len(part.tasks) > offset:
+                return part.tasks[offset]
+            raise OutputError(f"Part {number} of the manifest ends before image {index}.", code="manifest_damaged")
+        rows = read_unrecorded(job, first=index - recorded, count=1, ledger=self._ledger)
+        return rows[0] if rows and rows[0].index == index else None
 
     def _tasks(self, job: Job, cursor: int, count: int) -> list[ImageTask]:
         """At most `count` images from `cursor` on, of one part of the manifest."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from jobs.errors import JobError
 from jobs.job import ImageState, Job, ManifestPart
@@ -143,13 +143,13 @@ class Books:
         while some := dict(itertools.islice(rows, MAX_ROWS)):
             self._ledger.restore(self.job.id, some)
 
-    def reopen(self, images: Mapping[int, str]) -> str:
+    def reopen(self, images: Iterable[int]) -> str:
         """Returns what was done about them, in words."""
         if not self.in_ledger:
             self._revive()
-        rows = iter(images.items())
+        rows = iter(images)
         try:
-            while some := dict(itertools.islice(rows, MAX_ROWS)):
+            while some := list(itertools.islice(rows, MAX_ROWS)):
                 states = (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED)
                 self._ledger.reopen(self.job.id, some, states=states)
         except JobError:

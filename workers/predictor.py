@@ -77,7 +77,8 @@ class Predictor:
 
     def warm_up(self) -> None:
         """Runs the batch sizes to come once, before any picture is handed in: all padded ones of a compiled model, else
-        the largest, halved until it fits. Raises `OutOfMemory` if not even one picture does, or what the device raises.
+        the largest, halved until it fits, and one alone, so that what the model takes is known. Raises `OutOfMemory` if
+        not even one picture fits, or what the device raises.
         """
         done: Future[None] = Future()
         with self._changed:
@@ -100,7 +101,7 @@ class Predictor:
             if self.batch_limit == 1:
                 raise self._too_small()
             self.batch_limit //= 2
-        for size in PADDED_SIZES if self._model.compiled else ():
+        for size in PADDED_SIZES if self._model.compiled else (1,):
             if size < self.batch_limit:
                 self._fits(size)
 

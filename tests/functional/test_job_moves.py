@@ -119,7 +119,7 @@ def test_a_cancelled_job_ends_what_is_in_work_and_nothing_else(
     assert nothing_left(ledger)
     assert not ledger.cancel(job.id)
     with pytest.raises(JobError, match="cancelled"):
-        ledger.reopen(job.id, {1: "p00001.jpg"}, states=[ImageState.FAILED])
+        ledger.reopen(job.id, [1], states=[ImageState.FAILED])
 
 
 def test_an_image_of_a_cancelled_job_that_waits_for_its_retry_is_final(

@@ -251,6 +251,14 @@ def test_warming_up_finds_the_batch_that_fits() -> None:
         assert predictor.pictures == 0
 
 
+def test_warming_up_runs_one_picture_alone_too() -> None:
+    device = Device()
+    with Predictor(make_model(device), batch_limit=6) as predictor:
+        predictor.warm_up()
+
+    assert sorted(device.batches) == [1, 6]
+
+
 def test_warming_up_refuses_a_device_that_is_too_small() -> None:
     with Predictor(make_model(Device(memory=0)), batch_limit=4) as predictor, pytest.raises(OutOfMemory):
         predictor.warm_up()

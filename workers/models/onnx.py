@@ -84,6 +84,7 @@ def _open_with_weights(path: Path, state: Mapping[str, Tensor], *, threads: int)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # pictures decode on these cores meanwhile
+    options.enable_mem_pattern = False  # 450 MB less from the second picture on, and no slower
     options.add_external_initializers(list(weights), list(weights.values()))
     return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS["cpu"]])
 

@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`cuda` without a GPU is an error.")
     gpu: int | None = Field(None, ge=0, description="Pins the worker to this GPU, before torch is imported.")
     node: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$")] = Field(
-        "", description="Name of the worker before `@host`; empty: `gpuN` or `cpu`."
+        "", description="Name of the worker before `@host`; empty: `gpuN`, or `cpu` with its process id."
     )
     slots: int = Field(0, ge=0, le=256, description="Pictures a worker has in flight; 0: 24 with a GPU, else 2 a core.")
     batch_limit: int = Field(

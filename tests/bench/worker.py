@@ -2,7 +2,7 @@
 nothing against the bare picture path in one process, with one of 11 ms a picture, with one so slow that these cores
 suffice for it, and with u2netp on the CPU.
 
-    python -m tests.bench.worker [--rounds N] [--size 12MP] [--json FILE]
+    python -m tests.bench.worker [--rounds N] [--size 12MP] [--slots N] [--json FILE]
 
 Edges off unless said. What a picture costs each process is told beside the rates: it is what transfers to a machine
 with other cores.
@@ -44,20 +44,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", choices=PICTURES, action="append", help="default: all")
+    parser.add_argument("--slots", type=int, default=SLOTS, help="pictures in flight, but for the slow device")
     tell(parser, measure)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     with fleet() as here:
         workers = {
-            FREE: start_stand_in(here, 0),
-            BUSY: start_stand_in(here, DEVICE_MS),
-            MODEL: (here.stack.start_worker(slots=str(SLOTS), device="cpu", node=MODEL), MODEL),
+            FREE: start_stand_in(here, 0, slots=str(options.slots)),
+            BUSY: start_stand_in(here, DEVICE_MS, slots=str(options.slots)),
+            MODEL: (here.stack.start_worker(slots=str(options.slots), device="cpu", node=MODEL), MODEL),
         }
         for size in options.size or PICTURES:
             slots = {"slots": str(SLOTS_PER_BATCHED * BATCH), "batch_limit": str(BATCH)}
             slow = {slow_name(size): start_stand_in(here, SUFFICES_MS[size], **slots)}
-            yield from _one_size(here, size, workers | slow, rounds=options.rounds)
+            yield from _one_size(here, size, workers | slow, rounds=options.rounds, slots=options.slots)
 
 
 def slow_name(size: str) -> str:
@@ -74,7 +75,9 @@ def start_stand_in(here: Fleet, device_ms: float, **settings: str) -> tuple[Proc
     return worker, f"stand-in-{device_ms:g}ms@{'0' * 12}"
 
 
-def _one_size(here: Fleet, size: str, workers: dict[str, tuple[Process, str]], *, rounds: int) -> Iterator[Row]:
+def _one_size(
+    here: Fleet, size: str, workers: dict[str, tuple[Process, str]], *, rounds: int, slots: int
+) -> Iterator[Row]:
     photo = make_photo(*SIZES[size.replace("MP", " MP")])
     few = int(PICTURES[size] * MODEL_SHARE)
     here.upload(size.lower(), PICTURES[size], photo)
@@ -87,8 +90,8 @@ def _one_size(here: Fleet, size: str, workers: dict[str, tuple[Process, str]], *
         bare.append(run_bare(path, threads=SLOTS, pictures=PICTURES[size]))
         for name, (worker, model) in workers.items():
             bucket = f"{size.lower()}-few" if name == MODEL else size.lower()
-            slots = SLOTS_PER_BATCHED * BATCH if name == slow_name(size) else SLOTS
-            flow = here.run(bucket, Recipe(model=model, edges="off"), [worker], slots=slots)
+            held = SLOTS_PER_BATCHED * BATCH if name == slow_name(size) else slots
+            flow = here.run(bucket, Recipe(model=model, edges="off"), [worker], slots=held)
             flows.setdefault(name, []).append(flow)
         told = ", ".join(f"{name} {measured[-1].rate:.1f}" for name, measured in flows.items())
         progress(f"{size}, round {turn + 1}: bare {bare[-1][0]:.1f}, {told} pictures/s")

@@ -156,6 +156,7 @@ def _put_place(args: tuple[Any, ...], _: Any) -> str:
 
 def _claim_place(_: tuple[Any, ...], claim: Any) -> str:
     if claim.verdict != "go":
+        _note(f"refused {claim.image} {claim.verdict}")
         return ""
     _note(f"claimed {claim.image}")
     return "after_claim"
@@ -266,6 +267,11 @@ def _set_sizes() -> None:
             module.PART_ROWS = int(rows)  # type: ignore[attr-defined]  # a module's own name
 
 
+def _forget_to_renew() -> None:
+    if "CUTFLEET_TEST_UNRENEWED" in os.environ:
+        workers.consumer.VisibilityLease.every_s = 3600
+
+
 def _be_later() -> None:
     if "CUTFLEET_TEST_VERSION" not in os.environ:
         return
@@ -288,6 +294,7 @@ def _run(request: dict[str, Any]) -> None:
         os.environ["FAKETIME"] = clock
     _arm()
     _be_later()
+    _forget_to_renew()
     _stall_sooner()
     _set_sizes()
     if request["command"]:

@@ -33,7 +33,24 @@ def test_a_picture_that_takes_longer_than_the_visibility_timeout_is_delivered_on
         held_s = time.monotonic() - began
 
         prove(fleet, job, places, names=names, reference=reference)
+    assert f"refused {job}:0 busy" not in fleet.workers.text()
     assert held_s > 2 * VISIBILITY_S, "it was not held for long enough to show anything"
+    assert fleet.workers.dismiss() == [0, 0]
+
+
+@pytest.mark.timeout(240)
+def test_control_a_message_that_nobody_renews_is_delivered_again_and_the_ledger_drops_it(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 1)
+    for _ in range(2):
+        fleet.workers.start(slots="1", test_device_ms=str(PICTURE_MS), test_unrenewed="1")
+    with fleet.dispatcher():
+        job = submit()
+        wait_until(lambda: f"refused {job}:0 busy" in fleet.workers.text(), what="it is delivered a second time")
+
+        prove(fleet, job, places, names=names, reference=reference)
+    assert sum(fleet.workers.begun(job).values()) == 1
     assert fleet.workers.dismiss() == [0, 0]
 
 

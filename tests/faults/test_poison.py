@@ -15,7 +15,7 @@ from faults.truth import prove
 from jobs.broker import lane_queue
 from jobs.job import Failure
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("asleep")]
 MOST_DEATHS = 3
 CROWD = 60
 EXIT_STALLED, EXIT_LOCKED = 72, 1
@@ -67,7 +67,6 @@ def test_a_worker_that_is_told_to_go_takes_its_suspect_back_unconvicted(
 ) -> None:
     names = put_pictures(fleet.store, places, 1)
     fleet.store.put(places.key(names[0]), picture(seed=0) + HANG, content_type="image/jpeg")
-    make_known(fleet)
     with fleet.dispatcher():
         job = submit()
         make_suspects(fleet, job, names)
@@ -88,7 +87,6 @@ def test_a_decoder_that_is_killed_twice_convicts_its_picture_and_once_does_not(
     """As the kernel does for memory."""
     names = put_pictures(fleet.store, places, 1)
     fleet.store.put(places.key(names[0]), picture(seed=0) + HANG, content_type="image/jpeg")
-    make_known(fleet)
     with fleet.dispatcher():
         job = submit()
         make_suspects(fleet, job, names)
@@ -113,7 +111,6 @@ def test_a_suspect_does_not_wait_for_the_end_of_a_backfill_while_live_pictures_c
     crowd, few = make_places(fleet), make_places(fleet)
     put_pictures(fleet.store, crowd, CROWD)
     put_pictures(fleet.store, few, CROWD // 10)
-    make_known(fleet)
     with fleet.dispatcher():
         job = submit()
         make_suspects(fleet, job, names)
@@ -133,12 +130,6 @@ def decoding(fleet: Fleet, worker: int) -> list[int]:
     """Children of the worker that hang in a picture."""
     said = fleet.workers.text()
     return [pid for pid in children(worker) if f"hangs in {pid}\n" in said]
-
-
-def make_known(fleet: Fleet) -> None:
-    """The model, to who submits for it: a worker was there a moment ago."""
-    fleet.workers.start()
-    fleet.workers.dismiss()
 
 
 def make_suspects(fleet: Fleet, job: str, names: list[str]) -> None:

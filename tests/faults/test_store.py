@@ -191,6 +191,7 @@ def test_one_object_that_can_not_be_read_uses_up_its_own_tries_alone(
     assert (failure.code, failure.tries) == ("store_busy", 3)
 
 
+@pytest.mark.usefixtures("asleep")
 def test_a_bucket_that_disappears_fails_its_own_job_which_can_be_repeated_and_no_other(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
 ) -> None:

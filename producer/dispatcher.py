@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 LOCK_S = 10
 PAUSE_S = 1.0
+HELD_UP_S = 5.0
+"""Before what holds up a job's end is tried again: many such jobs must not be all that the dispatcher does."""
 JUDGED_FROM = 100
 """Pictures of a job that must be final before their failures say anything about the rest."""
 CANCELS_A_TURN = 128
@@ -61,7 +63,7 @@ class Dispatcher:
         self._me = uuid.uuid4().hex
         self._feeder = Feeder(ledger, store, lease_s=settings.lease_s)
         self._reports: dict[str, _Report] = {}
-        self._held_up: dict[str, str] = {}
+        self._held_up: dict[str, tuple[str, float]] = {}  # code of the cause, and until when it is not tried again
         self._writer = concurrent.futures.ThreadPoolExecutor(SMALL_REPORTS, "report")
         self._writer_of_large = concurrent.futures.ThreadPoolExecutor(1, "large-report")
         self._closing = threading.Event()
@@ -167,7 +169,7 @@ class Dispatcher:
             log.warning("messages were lost: published again", extra={"action": "reconcile", "images": lost})
 
     def _each(self, jobs: Sequence[Job], do: Callable[[Job], bool]) -> bool:
-        """What fails holds up its own job only; it is tried again in the next turn. True when there is more to do."""
+        """What fails holds up its own job only; it is tried again soon. True when there is more to do."""
         away: CutfleetError | None = None
         more = False
         for job in jobs:
@@ -190,16 +192,22 @@ class Dispatcher:
     def _attend(self, epoch: int, job: Job) -> bool:
         """What a job needs beside being fed. True when there is more to do at once."""
         more = self._cancel_rest(epoch, job) if job.cancelled else self._look_at_failures(epoch, job)
-        self._tend_live(epoch, job)
-        self._close_if_final(epoch, job)
+        if not self._waits(job):
+            self._tend_live(epoch, job)
+            self._close_if_final(epoch, job)
         return more
+
+    def _waits(self, job: Job) -> bool:
+        return self._held_up.get(job.id, ("", 0.0))[1] > time.monotonic()
 
     def _look_at_failures(self, epoch: int, job: Job) -> bool:
         if job.paused is None and fails_too_much(job, self._failed_share):
             reason = f"too_many_failures: `cutfleet dead {job.id}` says why, `cutfleet unpause {job.id}` goes on"
             log.error("paused: %s", reason, extra={"action": "feed", "job": job.id, "failed": job.failed})
             self._ledger.hold(epoch, job.id, reason)
-        return job.failed > MAX_HELD and spill(epoch, job, ledger=self._ledger, store=self._store)
+        return (
+            job.failed > MAX_HELD and not self._waits(job) and spill(epoch, job, ledger=self._ledger, store=self._store)
+        )
 
     def _cancel_rest(self, epoch: int, job: Job) -> bool:
         """Of a cancelled job, what no worker holds is final: millions in a turn. True when there is more to do. What
@@ -218,9 +226,10 @@ class Dispatcher:
     def _hold_up(self, job: Job, why: Exception) -> None:
         """Says it once for each cause."""
         code = why.code if isinstance(why, CutfleetError) else type(why).__name__
-        if self._held_up.get(job.id) == code:
+        known, _ = self._held_up.get(job.id, ("", 0.0))
+        self._held_up[job.id] = code, time.monotonic() + HELD_UP_S
+        if known == code:
             return
-        self._held_up[job.id] = code
         facts = {"action": "close", "job": job.id, "code": code}
         if not isinstance(why, CutfleetError):
             log.error("a bug, or a fault nobody thought of", exc_info=why, extra=facts)

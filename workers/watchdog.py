@@ -37,7 +37,8 @@ STALL_S = 300.0
 GIVE_BACK_S = 10.0
 """For pictures that are being published when the process must end."""
 HARD_SHARE = 1.25
-_LOOK_S = 0.05
+_LOOK_S = 0.5
+_MEMORY_LOOK_S = 0.05
 """A thread fills one or two gigabytes a second: looking less often, the kernel would be first, and say no name."""
 
 Blame = Callable[[Fatal], object]
@@ -86,12 +87,15 @@ class Watchdog:
         self._computing[claim.token] = time.monotonic(), blame
 
     def watch(self) -> None:
+        next_look = 0.0
         while True:
-            self._last_word.expect_progress(self._stall_s)
-            if self._predictor.lost.wait(_LOOK_S):
+            if time.monotonic() >= next_look:
+                self._last_word.expect_progress(self._stall_s)
+                self._look_at_progress()
+                next_look = time.monotonic() + _LOOK_S
+            if self._predictor.lost.wait(_MEMORY_LOOK_S):
                 log.error("the device is lost: this process ends, its supervisor starts another", extra=_ACTION)
                 self._end(EXIT_DEVICE_LOST, within_s=GIVE_BACK_S)
-            self._look_at_progress()
             self._look_at_memory()
 
     def _look_at_progress(self) -> None:
@@ -128,7 +132,7 @@ class Watchdog:
         os.kill(os.getpid(), signal.SIGTERM)  # Celery takes nothing off the queues any more
         deadline = time.monotonic() + within_s
         while self._leases.in_flight() > stuck and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
+            time.sleep(_MEMORY_LOOK_S)
         threading.Timer(GIVE_BACK_S, os._exit, args=(code,)).start()  # Redis may be away too
         self._leases.release_all()
         logging.shutdown()

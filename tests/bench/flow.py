@@ -14,6 +14,7 @@ from pathlib import Path
 
 import boto3
 
+from jobs.ledger import Ledger
 from jobs.recipe import Recipe
 from jobs.store import Location
 from producer import submit as submission
@@ -91,13 +92,16 @@ class Fleet:
                 samples.append((time.monotonic(), job.done, _cpu_s(pids), _resident_mb(pids["worker"])))
                 if job.done == job.total:
                     if target is None:
-                        self._drop(to)
+                        self._drop(job.id, to, ledger)
                     return _flow(samples, slots, began=began)
                 assert time.monotonic() < deadline, f"{job.done} of {job.total} after {DEADLINE_S} s"
                 time.sleep(_LOOK_S)
 
-    def _drop(self, bucket: str) -> None:
-        """SeaweedFS takes a bucket with all that is in it, its files too: rounds do not fill the disk."""
+    def _drop(self, job: str, bucket: str, ledger: Ledger) -> None:
+        """SeaweedFS takes a bucket with all that is in it, its files too: rounds do not fill the disk. Once the job
+        is closed: its report would be tried again and again."""
+        while ledger.job(job).closed is None:
+            time.sleep(_LOOK_S)
         environment = self.stack.environment
         client = boto3.client(
             "s3",

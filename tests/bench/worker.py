@@ -87,7 +87,7 @@ def _one_size(
     bare: list[tuple[float, float]] = []
     flows: dict[str, list[Flow]] = {}
     for turn in range(rounds):
-        bare.append(run_bare(path, threads=SLOTS, pictures=PICTURES[size]))
+        bare.append(run_bare(path, threads=slots, pictures=PICTURES[size]))
         for name, (worker, model) in workers.items():
             bucket = f"{size.lower()}-few" if name == MODEL else size.lower()
             held = SLOTS_PER_BATCHED * BATCH if name == slow_name(size) else slots
@@ -95,7 +95,7 @@ def _one_size(
             flows.setdefault(name, []).append(flow)
         told = ", ".join(f"{name} {measured[-1].rate:.1f}" for name, measured in flows.items())
         progress(f"{size}, round {turn + 1}: bare {bare[-1][0]:.1f}, {told} pictures/s")
-    yield from _rows(size, bare, flows)
+    yield from _rows(size, bare, flows, slots=slots)
 
 
 def run_bare(photo: Path, *, threads: int, pictures: int) -> tuple[float, float]:
@@ -107,10 +107,10 @@ def run_bare(photo: Path, *, threads: int, pictures: int) -> tuple[float, float]
     return rate, cpu_ms
 
 
-def _rows(size: str, bare: list[tuple[float, float]], flows: dict[str, list[Flow]]) -> Iterator[Row]:
+def _rows(size: str, bare: list[tuple[float, float]], flows: dict[str, list[Flow]], *, slots: int) -> Iterator[Row]:
     rates, costs = [rate for rate, _ in bare], [cpu_ms for _, cpu_ms in bare]
     path = "bare picture path"
-    yield row(f"{size}: {path}, {SLOTS} threads", rates, "pictures/s", better="more")
+    yield row(f"{size}: {path}, {slots} threads", rates, "pictures/s", better="more")
     for name, measured in flows.items():
         reached = [flow.rate for flow in measured]
         yield _against(f"{size}: worker, {name}", reached, "pictures/s", path, rates if name != MODEL else [])

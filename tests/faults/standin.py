@@ -205,7 +205,7 @@ def _shorten() -> None:
     jobs.broker.VISIBILITY_S = VISIBILITY_S
     workers.consumer.VisibilityLease.every_s = VISIBILITY_S / 4
     producer.dispatcher.LOCK_S = LOCK_S
-    producer.dispatcher.PAUSE_S = TURN_S
+    producer.dispatcher.PAUSE_S = producer.dispatcher.HELD_UP_S = TURN_S
     workers.tasks.MAX_HOLD_PAUSE_S = 1.0
     botocore.config.Config = _Impatient  # type: ignore[misc]
     real_app, real_url = jobs.broker.make_app, redis.Redis.from_url

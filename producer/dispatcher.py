@@ -283,7 +283,12 @@ class Dispatcher:
 
         while (job := self._ledger.job(job.id)).unrecorded:
             check()
-            record_live(job, epoch=epoch, store=self._store, ledger=self._ledger)
+            recorded = record_live(job, epoch=epoch, store=self._store, ledger=self._ledger)
+            if not recorded and self._ledger.job(job.id).parts == job.parts:
+                raise OutputError(
+                    f"Rows of job {job.id} do not fit its manifest: `cutfleet audit {job.id}` says more.",
+                    code="manifest_damaged",
+                )
         write_report(job, self._settings, ledger=self._ledger, store=self._store, check=check)
 
 

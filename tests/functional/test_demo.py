@@ -29,6 +29,7 @@ def demo(*args: str, out: Path) -> Iterator[subprocess.Popen[str]]:
         cwd=ROOT,
         env=inherited_environment() | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where these tests run in background
     ) as process:
         try:
             yield process

@@ -98,9 +98,11 @@ class Fleet:
                 time.sleep(_LOOK_S)
 
     def _drop(self, job: str, bucket: str, ledger: Ledger) -> None:
-        """SeaweedFS takes a bucket with all that is in it, its files too: rounds do not fill the disk. Once the job
-        is closed: its report would be tried again and again."""
+        """SeaweedFS takes a bucket with all that is in it, its files too: rounds do not fill the disk. Waits for
+        the job's end first: its report would be tried again and again."""
+        deadline = time.monotonic() + DEADLINE_S
         while ledger.job(job).closed is None:
+            assert time.monotonic() < deadline, f"job {job} is not closed; see {self.stack.folder}"
             time.sleep(_LOOK_S)
         environment = self.stack.environment
         client = boto3.client(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -42,6 +43,8 @@ T = TypeVar("T")
 RECORDS = "_cutfleet"
 PAGE_KEYS = 1000
 """S3's most."""
+ASK_FIRST_BYTES = 2 << 20
+"""A larger body is not sent in vain where the answer is no. As AWS's own SDK for Go has it."""
 _ARCHIVED = {"GLACIER", "DEEP_ARCHIVE"}
 _NO_ETAG = "0" * 32
 """Of no object of ours."""
@@ -471,8 +474,12 @@ def _delivery_arguments(delivery: Delivery) -> dict[str, str]:
 
 
 def _send_at_once(params: dict[str, Any], **_: Any) -> None:
-    """Without `Expect: 100-continue`: a body of ours is small, and asking first costs each put a round trip."""
-    params["headers"].pop("Expect", None)
+    """A body as the bytes it is, up to `ASK_FIRST_BYTES`: botocore wraps it in a file, sends that in pieces of 16 kB,
+    and only after it asked the store whether to (`Expect: 100-continue`), a round trip for each put. Its handler that
+    asks runs after this one and leaves bytes alone."""
+    body = params["body"]
+    if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= ASK_FIRST_BYTES:
+        params["body"] = body.getvalue()
 
 
 def map_s3_error(exc: Exception, account: Account, location: Location, *, role: Role) -> CutfleetError:

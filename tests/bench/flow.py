@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import boto3
 
@@ -29,12 +30,21 @@ DEADLINE_S = 300.0
 class Flow:
     """`rate`: pictures a second while it flows. `whole_rate`: of the whole job, from before it is submitted until the
     last picture is done. `cpu_ms`: processor time a picture, by process. `peak_mb`: resident memory of all workers
-    together, the most that was seen."""
+    together, the most that was seen. `idle`: share of this machine's cores that did nothing, 0 to 1."""
 
     rate: float
     whole_rate: float
     cpu_ms: Mapping[str, float]
     peak_mb: float
+    idle: float
+
+
+class _Sample(NamedTuple):
+    at: float
+    done: int
+    cpu_s: Mapping[str, float]
+    resident_mb: float
+    idle_s: float
 
 
 class Fleet:
@@ -89,7 +99,9 @@ class Fleet:
             while True:
                 job = ledger.job(job.id)
                 assert not job.failed, f"pictures failed in job {job.id}; see {self.stack.folder}"
-                samples.append((time.monotonic(), job.done, _cpu_s(pids), _resident_mb(pids["worker"])))
+                samples.append(
+                    _Sample(time.monotonic(), job.done, _cpu_s(pids), _resident_mb(pids["worker"]), _idle_s())
+                )
                 if job.done == job.total:
                     if target is None:
                         self._drop(job.id, to, ledger)
@@ -150,20 +162,26 @@ def _cpu_s(pids: Mapping[str, Sequence[int]]) -> dict[str, float]:
     return {name: sum(cpu_s(pid) for pid in group) for name, group in pids.items()}
 
 
+def _idle_s() -> float:
+    """Of all cores together, since the machine started."""
+    return int(Path("/proc/stat").read_text().split(maxsplit=5)[4]) * _TICK_S
+
+
 def _resident_mb(pids: Sequence[int]) -> float:
     return sum(resident_mb(pid) for pid in pids)
 
 
-def _flow(samples: Sequence[tuple[float, int, dict[str, float], float]], slots: int, *, began: float) -> Flow:
-    total = samples[-1][1]
-    flowing = [sample for sample in samples if slots <= sample[1] <= total - slots]
-    (start, first, before, _), (end, last, after, _) = flowing[0], flowing[-1]
-    count = last - first
+def _flow(samples: Sequence[_Sample], slots: int, *, began: float) -> Flow:
+    total = samples[-1].done
+    flowing = [sample for sample in samples if slots <= sample.done <= total - slots]
+    first, last = flowing[0], flowing[-1]
+    count, seconds = last.done - first.done, last.at - first.at
     assert count, "too few pictures for this many slots"
 
     return Flow(
-        rate=count / (end - start),
-        whole_rate=total / (samples[-1][0] - began),
-        cpu_ms={name: (after[name] - before[name]) / count * 1000 for name in after},
-        peak_mb=max(sample[3] for sample in samples),
+        rate=count / seconds,
+        whole_rate=total / (samples[-1].at - began),
+        cpu_ms={name: (last.cpu_s[name] - first.cpu_s[name]) / count * 1000 for name in last.cpu_s},
+        peak_mb=max(sample.resident_mb for sample in samples),
+        idle=(last.idle_s - first.idle_s) / seconds / len(os.sched_getaffinity(0)),
     )

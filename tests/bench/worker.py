@@ -125,6 +125,7 @@ def _rows(size: str, bare: list[tuple[float, float]], flows: dict[str, list[Flow
     for what, names in (("the worker's", PROCESSES[:1]), ("all processes'", PROCESSES)):
         shares = [100 * bare_ms / sum(flow.cpu_ms[name] for name in names) for flow in free]
         yield row(f"{size}: the picture path's share of {what} processor time", shares, "%", better="more")
+    yield row(f"{size}: cores idle, {FREE}", [100 * flow.idle for flow in free], "%")
     left = [100 * flow.rate / (rate * (1 - _taken(flow))) for flow, rate in zip(free, rates, strict=True)]
     yield row(f"{size}: worker, {FREE}, of the {path} on what the other processes leave", left, "%", better="more")
     for name, ms in ((BUSY, DEVICE_MS), (slow_name(size), SUFFICES_MS[size])):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from factories import Places
@@ -10,7 +12,15 @@ from moto.server import ThreadedMotoServer
 
 from jobs.errors import ImageError, OutputError, ServiceUnavailable, SettingsError, SourceError
 from jobs.recipe import Delivery, Recipe
-from jobs.store import Location, PreconditionFailed, Store, image_names, record_location, rendition_names
+from jobs.store import (
+    ASK_FIRST_BYTES,
+    Location,
+    PreconditionFailed,
+    Store,
+    image_names,
+    record_location,
+    rendition_names,
+)
 from producer.local import LocalStack
 
 
@@ -61,6 +71,43 @@ def test_a_conditional_write_does_not_overwrite_what_came_meanwhile(store: Store
 
     assert store.get(place, role="output", max_bytes=9) == (b"2", second)
     assert store.honours_conditions(record_location(places.to, "j", "job.json"), b"{}")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_only_a_large_body_is_asked_for_first(more: int) -> None:
+    asked: list[str | None] = []
+    came: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_PUT(self) -> None:
+            asked.append(self.headers["Expect"])
+            came.append(len(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.send_header("ETag", '"e"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request).start()
+        store = Store(f"http://127.0.0.1:{server.server_port}", connections=1, credentials=("a", "b", "us-east-1"))
+        with store:
+            store.put(Location("bucket", "a"), bytes(ASK_FIRST_BYTES + more), content_type="text/plain")
+
+    assert (asked, came) == ([None, "100-continue"][more : more + 1], [ASK_FIRST_BYTES + more])
+
+
+@pytest.mark.parametrize("size", [1, ASK_FIRST_BYTES, 4 * ASK_FIRST_BYTES])
+def test_a_refused_write_is_told_as_such_however_large(store: Store, places: Places, size: int) -> None:
+    place = places.cutout("a.jpg")
+    store.put(place, bytes(size), content_type="text/plain", conditional=True)
+
+    with pytest.raises(PreconditionFailed):
+        store.put(place, bytes(size), content_type="text/plain", conditional=True)
 
 
 def test_a_source_that_was_replaced_is_named_as_such(store: Store, places: Places) -> None:

@@ -33,8 +33,9 @@
 -- cf:watch:WATCH          hash    swept: when its last complete listing began                      30 days unused
 -- cf:watch:WATCH:seen     hash    digest of a key -> ETag of the version that a job got            a day, and while unswept
 -- cf:watch:WATCH:when     zset    digest of a key -> when a job got it                             as :seen
--- cf:outbox               zset    event (JOB or JOB:INDEX) -> when its webhook is sent next          until sent or given up
--- cf:outbox:tries         hash    event -> deliveries that failed                                  as in cf:outbox
+-- cf:outbox               zset    receiver (SHA-1 of its URL) -> when it is told next               while it has events
+-- cf:outbox:RECEIVER      zset    event (JOB or JOB:INDEX) -> when its webhook is sent next        until sent or given up
+-- cf:outbox:tries         hash    event -> deliveries that failed                                  as its event
 -- cf:api:once:DIGEST      string  digest of the body and job of an Idempotency-Key                 a day
 -- cf:api:calls:KEY:MINUTE string  calls of an API key in a minute                                  two minutes
 -- cf:api:lists:JOB        string  which API process lists it                                       its lease
@@ -48,7 +49,7 @@
 
 local STATE = {open = 0, done = 1, failed = 2, skipped = 3, cancelled = 4, review = 5}
 local MAX_REMARKS = 10000
-local OUTBOX_LIMIT = 100000  -- events that wait, some 10 MB: a receiver that is away must not fill Redis
+local OUTBOX_LIMIT = 20000  -- events that wait for a receiver, some 2 MB: one that is away must not fill Redis
 local SUSPECT_AFTER = 2
 local PRUNED = 10
 local WATCH_DAYS = 30  -- of one that is never run again; then what is there is looked at once more, and skipped
@@ -142,15 +143,31 @@ local function settle(job, index, state)
   return true
 end
 
+local function receiver_of(job) return redis.sha1hex(call('HGET', 'cf:job:' .. job, 'webhook') or '') end
+
+local function is_full(receiver) return call('ZCARD', 'cf:outbox:' .. receiver) >= OUTBOX_LIMIT end
+
 -- An event for the job's webhook, if it has one. Beyond the limit a picture's is only counted; replay makes it again.
 local function tell(job, event, flag)
   local key = 'cf:job:' .. job
   if call('HEXISTS', key, flag) == 0 then return end
-  if event ~= job and call('ZCARD', 'cf:outbox') >= OUTBOX_LIMIT then
+  local receiver = receiver_of(job)
+  if event ~= job and is_full(receiver) then
     call('HINCRBY', key, 'untold', 1)
   else
-    call('ZADD', 'cf:outbox', at(now), event)
+    call('ZADD', 'cf:outbox:' .. receiver, at(now), event)
+    call('ZADD', 'cf:outbox', 'LT', at(now), receiver)
     call('HDEL', 'cf:outbox:tries', event)
+  end
+end
+
+-- When a receiver is told next: behind all that are due now, if it is due itself.
+local function await_turn(receiver)
+  local due = call('ZRANGE', 'cf:outbox:' .. receiver, 0, 0, 'WITHSCORES')[2]
+  if due then
+    call('ZADD', 'cf:outbox', at(math.max(tonumber(due), now)), receiver)
+  else
+    call('ZREM', 'cf:outbox', receiver)
   end
 end
 
@@ -574,28 +591,35 @@ function move.survey(...)
   return found
 end
 
--- Events that are due, each with the deliveries that failed and the time until which it is the caller's: event, tries,
--- until ...
-function move.take_events(limit, lease)
-  local taken, ends = {}, at(now + lease)
-  for _, event in ipairs(call('ZRANGEBYSCORE', 'cf:outbox', '-inf', at(now), 'LIMIT', 0, limit)) do
-    call('ZADD', 'cf:outbox', ends, event)
+-- Receivers that have events which are due, the one that waits longest first.
+function move.receivers_due(limit) return call('ZRANGEBYSCORE', 'cf:outbox', '-inf', at(now), 'LIMIT', 0, limit) end
+
+-- A receiver's events that are due, each with the deliveries that failed and the time until which it is the caller's:
+-- event, tries, until ...
+function move.take_events(receiver, limit, lease)
+  local outbox, taken, ends = 'cf:outbox:' .. receiver, {}, at(now + lease)
+  for _, event in ipairs(call('ZRANGEBYSCORE', outbox, '-inf', at(now), 'LIMIT', 0, limit)) do
+    call('ZADD', outbox, ends, event)
     for _, fact in ipairs({event, call('HGET', 'cf:outbox:tries', event) or '0', ends}) do taken[#taken + 1] = fact end
   end
+  await_turn(receiver)
   return taken
 end
 
 -- What became of a delivery: sent, later (after `pause` seconds) or given_up. Nothing changes when the event is not the
 -- caller's any more, or happened again meanwhile.
-function move.delivered(event, ends, outcome, pause)
-  if tonumber(call('ZSCORE', 'cf:outbox', event) or 0) ~= tonumber(ends) then return 0 end
+function move.delivered(receiver, event, ends, outcome, pause)
+  local outbox = 'cf:outbox:' .. receiver
+  if tonumber(call('ZSCORE', outbox, event) or 0) ~= tonumber(ends) then return 0 end
   if outcome == 'later' then
-    call('ZADD', 'cf:outbox', at(now + pause), event)
+    call('ZADD', outbox, at(now + pause), event)
     call('HINCRBY', 'cf:outbox:tries', event, 1)
+    await_turn(receiver)
     return 1
   end
-  call('ZREM', 'cf:outbox', event)
+  call('ZREM', outbox, event)
   call('HDEL', 'cf:outbox:tries', event)
+  await_turn(receiver)
   local key = 'cf:job:' .. (split(event) or event)
   if outcome == 'given_up' and call('EXISTS', key) == 1 then call('HINCRBY', key, 'untold', 1) end
   return 1
@@ -603,7 +627,7 @@ end
 
 -- The events of images [from, to) that are final are due again. Answers how many, or false when the outbox is full.
 function move.retell(job, from, to)
-  if call('ZCARD', 'cf:outbox') >= OUTBOX_LIMIT then return false end
+  if is_full(receiver_of(job)) then return false end
   local count = 0
   for index = from, to - 1 do
     if state_of(job, string.format('%d', index)) ~= STATE.open then

@@ -86,8 +86,10 @@ class Survey:
 @dataclasses.dataclass(frozen=True)
 class Event:
     """Something to tell a webhook: a job was closed (`id` is the job's) or an image is final (`id` is the image's).
-    `tries`: deliveries that failed. `lease_ends`, as the ledger wrote it, shows that it is ours."""
+    `receiver`: all jobs with the same URL have the same. `tries`: deliveries that failed. `lease_ends`, as the ledger
+    wrote it, shows that it is ours."""
 
+    receiver: str
     id: str
     tries: int
     lease_ends: str
@@ -409,17 +411,21 @@ class Ledger:
 
     # Webhooks
 
-    def take_events(self, *, limit: int, lease_s: float) -> list[Event]:
-        """Events that are due; nobody else gets them before the lease ends."""
-        flat = iter(self._move("take_events", limit, lease_s))
-        return [Event(event, int(tries), ends) for event, tries, ends in zip(flat, flat, flat, strict=True)]
+    def receivers_due(self, *, limit: int) -> list[str]:
+        """Receivers that have events which are due, the one that waits longest first."""
+        return list(self._move("receivers_due", limit))
+
+    def take_events(self, receiver: str, *, limit: int, lease_s: float) -> list[Event]:
+        """Events of a receiver that are due; nobody else gets them before the lease ends."""
+        flat = iter(self._move("take_events", receiver, limit, lease_s))
+        return [Event(receiver, event, int(tries), ends) for event, tries, ends in zip(flat, flat, flat, strict=True)]
 
     def finish_event(self, event: Event, *, told: bool) -> None:
         """Delivered, or given up. Nothing changes when the event is not ours any more or happened again meanwhile."""
-        self._move("delivered", event.id, event.lease_ends, "sent" if told else "given_up", 0)
+        self._move("delivered", event.receiver, event.id, event.lease_ends, "sent" if told else "given_up", 0)
 
     def defer_event(self, event: Event, *, pause_s: float) -> None:
-        self._move("delivered", event.id, event.lease_ends, "later", round(pause_s, 3))
+        self._move("delivered", event.receiver, event.id, event.lease_ends, "later", round(pause_s, 3))
 
     def retell(self, job: str, first: int, end: int) -> int | None:
         """Makes the events of the final images in [first, end) due again; how many, or None while too many wait."""

@@ -34,7 +34,10 @@ from producer.outgoing import TargetRefused, check_target, post
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 8
+PAUSE_S = 1.0
+AT_ONCE = 16
+EACH = 8
+"""Most deliveries under way to one receiver; to one that did not take the last, one."""
 LEASE_S = 60
 """Four times what one delivery may take; after it, another process delivers what this one took."""
 MAX_TRIES = 10
@@ -102,9 +105,12 @@ def delivering(ledger: Ledger, store: Store, settings: Settings, stop: threading
 
 
 class Deliverer:
-    """`run` until `stop` is set; `step` once."""
+    """`run` until `stop` is set; `step` starts what is due. A receiver has its next turn when its last is over, so that
+    one that is slow or away keeps no other waiting."""
 
     def __init__(self, ledger: Ledger, store: Store, settings: Settings) -> None:
+        self._under_way: dict[concurrent.futures.Future[None], str] = {}
+        self._away: set[str] = set()
         self._ledger = ledger
         self._store = store
         self._settings = settings
@@ -114,22 +120,29 @@ class Deliverer:
         with concurrent.futures.ThreadPoolExecutor(AT_ONCE, "webhook") as pool:
             while not stop.is_set():
                 try:
-                    busy = self.step(pool)
+                    self.step(pool)
                 except ServiceUnavailable as exc:
                     log.warning("webhooks wait: %s", exc, extra={"action": "webhook", "code": exc.code})
-                    busy = False
+                    stop.wait(PAUSE_S)
                 except Exception:  # a bug: the event comes again when its lease ends, and the others go on
                     log.exception("webhooks wait", extra={"action": "webhook"})
-                    busy = False
-                stop.wait(0 if busy else 1)
+                    stop.wait(PAUSE_S)
+                if not self._under_way:
+                    stop.wait(PAUSE_S)
+                concurrent.futures.wait(self._under_way, PAUSE_S, concurrent.futures.FIRST_COMPLETED)
 
-    def step(self, pool: concurrent.futures.Executor) -> bool:
-        """Delivers what is due now. True when there may be more. Taken are only as many as can be under way at once, so
-        that none waits here while its lease runs."""
-        events = self._ledger.take_events(limit=AT_ONCE, lease_s=LEASE_S)
-        for _ in pool.map(self._deliver, events):
-            pass
-        return len(events) == AT_ONCE
+    def step(self, pool: concurrent.futures.Executor) -> None:
+        """Taken are only as many as can be under way at once, so that none waits here while its lease runs. Raises what
+        a delivery did that is over."""
+        for delivery in [delivery for delivery in self._under_way if delivery.done()]:
+            del self._under_way[delivery]
+            delivery.result()
+        busy = set(self._under_way.values())
+        for receiver in self._ledger.receivers_due(limit=AT_ONCE + len(busy)):
+            room = min(AT_ONCE - len(self._under_way), 1 if receiver in self._away else EACH)
+            if room and receiver not in busy:
+                for event in self._ledger.take_events(receiver, limit=room, lease_s=LEASE_S):
+                    self._under_way[pool.submit(self._deliver, event)] = receiver
 
     def _deliver(self, event: Event) -> None:
         facts: dict[str, Any] = {"action": "webhook", "event": event.id, "attempt": event.tries + 1}
@@ -142,9 +155,12 @@ class Deliverer:
             return
         status, reason = self._try(event, job)
         if 200 <= status < 300:
+            self._away.discard(event.receiver)
             self._ledger.finish_event(event, told=True)
             log.info("told", extra=facts)
-        elif status == GONE or event.tries + 1 >= MAX_TRIES:
+            return
+        self._away.add(event.receiver)
+        if status == GONE or event.tries + 1 >= MAX_TRIES:
             self._ledger.finish_event(event, told=False)
             log.error("given up: %s; `cutfleet webhooks replay %s` sends it again", reason, job.id, extra=facts)
         else:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import hashlib
 import logging
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
+import redis
 from conftest import Run
 from factories import WEBHOOK_SECRET, Places, Receiver, wait_until
 from standardwebhooks import Webhook, WebhookVerificationError
@@ -23,7 +27,7 @@ from jobs.store import Store
 from producer import submit as submission
 from producer.dispatcher import Dispatcher
 from producer.local import LocalStack
-from producer.webhooks import Deliverer, check_webhook, signed_headers
+from producer.webhooks import Deliverer, check_webhook, delivering, signed_headers
 
 SECRET = WEBHOOK_SECRET
 OLD_SECRET = "whsec_YWJjZGVmZ2hpamFiY2RlZmdoaWphYmNkZWZnaGlqYWI="  # noqa: S105
@@ -43,11 +47,15 @@ def quiet(quiet_url: str) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def deliver(quiet: Ledger, store: Store) -> Iterator[Callable[[], None]]:
-    """One turn of deliveries."""
+def deliver(quiet: Ledger, store: Store) -> Callable[[], None]:
+    """One turn of deliveries, until the last has ended."""
     deliverer = Deliverer(quiet, store, SETTINGS)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        yield lambda: void(deliverer.step(pool))
+
+    def turn() -> None:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            deliverer.step(pool)
+
+    return turn
 
 
 def void(_: object) -> None: ...
@@ -194,15 +202,54 @@ def test_an_event_that_happens_again_during_its_delivery_is_told_again(
 ) -> None:
     job = submitted(places, store, quiet, "http://127.0.0.1:9/", pictures=True)
     finish(job, 0, quiet)
-    (event,) = quiet.take_events(limit=10, lease_s=60)
-    assert quiet.take_events(limit=10, lease_s=60) == [], "nobody else gets it"
+    (receiver,) = quiet.receivers_due(limit=10)
+    (event,) = quiet.take_events(receiver, limit=10, lease_s=60)
+    assert quiet.take_events(receiver, limit=10, lease_s=60) == quiet.receivers_due(limit=10) == [], "nobody gets it"
 
     quiet.retell(job.id, 0, 1)
     quiet.finish_event(event, told=True)
 
-    (again,) = quiet.take_events(limit=10, lease_s=60)
+    (again,) = quiet.take_events(receiver, limit=10, lease_s=60)
     quiet.finish_event(again, told=True)
     assert again.id == event.id == f"{job.id}:0"
+
+
+def test_a_receiver_that_never_answers_keeps_no_other_waiting(
+    places: Places, store: Store, quiet: Ledger, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.outgoing.TIMEOUT_S", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent, delivering(quiet, store, SETTINGS, threading.Event()):
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        for _ in range(2):  # jobs of one receiver share its turn
+            slow = submitted(places, store, quiet, url, pictures=True, count=40)
+            for index in range(slow.total):
+                finish(slow, index, quiet)
+        asked, _ = silent.accept()
+        job = submitted(places, store, quiet, receiver.url, pictures=True, count=40)
+        started = time.monotonic()
+        for index in range(job.total):
+            finish(job, index, quiet)
+        wait_until(lambda: len(receiver.got) == job.total, what="the other is told all")
+        seconds = time.monotonic() - started
+        asked.close()
+
+    assert seconds < 10, "eight at a time, the 80 before it take twenty seconds and more"
+
+
+def test_a_receiver_that_is_away_does_not_fill_redis(
+    places: Places, store: Store, quiet: Ledger, quiet_url: str, receiver: Receiver, deliver: Callable[[], None]
+) -> None:
+    job = submitted(places, store, quiet, receiver.url, pictures=True, count=2)
+    outbox = f"cf:outbox:{hashlib.sha1(receiver.url.encode(), usedforsecurity=False).hexdigest()}"
+    with redis.Redis.from_url(quiet_url) as server:
+        server.zadd(outbox, {f"gone:{number}": time.time() + 60 for number in range(20_000)})
+        finish(job, 0, quiet)
+        assert quiet.job(job.id).untold == 1
+        server.delete(outbox)
+    finish(job, 1, quiet)
+    deliver()
+
+    assert [event["data"]["index"] for event in receiver.events()] == [1]
 
 
 def test_two_secrets_both_sign_while_they_are_changed() -> None:

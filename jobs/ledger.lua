@@ -427,12 +427,12 @@ function move.append(job, watch, lease, total, count, ...)
     if (call('HGET', seen .. ':seen', args[i]) or '') ~= args[i + 1] then return 'moved' end
   end
   create(job, unpack(args, 1 + 6 * count))
-  keep_watch(watch)
   for i = 1, 6 * count, 6 do
     call('HSET', seen .. ':seen', args[i], args[i + 2])
     call('ZADD', seen .. ':when', at(now), args[i])
     for j = 3, 5 do rows[#rows + 1] = args[i + j] end
   end
+  keep_watch(watch)
   enter_live(job, lease, tonumber(total), rows)
   return 'ok'
 end

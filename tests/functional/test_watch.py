@@ -177,6 +177,18 @@ def test_one_version_is_taken_once_and_each_new_one_again(store: Store, ledger: 
     assert watcher.take([Arrival(bucket, "folder/", "A", 0), Arrival("elsewhere", "a.jpg", "A", 5)]) == 0
 
 
+def test_what_a_watch_remembers_is_forgotten_when_it_is_never_run_again(
+    store: Store, ledger: Ledger, places: Places
+) -> None:
+    watcher = watcher_of(places, store, ledger)
+    watcher.sweep(threading.Event())
+    watcher.take([Arrival(Location.parse(places.source).bucket, "a.jpg", "A", 5)])
+
+    left_s = [ledger._call("ttl", f"cf:watch:{watcher.id}{suffix}") for suffix in ("", ":seen", ":when")]
+
+    assert all(86_400 < seconds <= 30 * 86_400 for seconds in left_s), left_s
+
+
 def test_two_watchers_take_a_burst_once(stack: LocalStack, store: Store, places: Places) -> None:
     bucket = Location.parse(places.source).bucket
     arrivals = [Arrival(bucket, f"{n}.jpg", "e", 5) for n in range(300)]

@@ -1,0 +1,129 @@
+"""A job's end: its report, and what comes in between while it is written."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from factories import Places, wait_until
+
+import producer.dispatcher
+from jobs.job import ImageState, Job, ManifestPart
+from jobs.ledger import Ledger
+from jobs.recipe import Recipe
+from jobs.server import Fenced
+from jobs.settings import Settings
+from jobs.store import Store, record_location
+from producer import submit as submission
+from producer.dispatcher import Dispatcher
+from producer.local import LocalStack
+from producer.manifest import PART_ROWS, read_part
+from producer.report import write_report
+
+
+@pytest.fixture
+def alone(stack: LocalStack) -> Iterator[Ledger]:
+    """A ledger that no dispatcher of the other tests works on."""
+    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/4"), name="alone") as ledger:
+        ledger._call("flushdb")
+        yield ledger
+
+
+def make(places: Places, ledger: Ledger, store: Store, *, count: int, lane: str = "backfill") -> Job:
+    request = submission.Request(
+        source=places.source,
+        destination=places.to,
+        recipe=Recipe(),
+        lane=lane,  # type: ignore[arg-type]  # a test's shorthand
+        name="",
+        keys=tuple(f"k{index:05d}.jpg" for index in range(count)),
+    )
+    return submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
+
+
+def finish_all(job: Job, ledger: Ledger) -> None:
+    for index in range(job.total):
+        claim = ledger.claim(f"{job.id}:{index}", token=uuid.uuid4().hex, output=f"{job.id}/{index}", lease_s=60)
+        assert ledger.finish(claim, ImageState.DONE) == "ok"
+
+
+def is_closed(job: Job, ledger: Ledger) -> bool:
+    return ledger.job(job.id).closed is not None
+
+
+def test_a_dispatcher_that_lost_its_lock_writes_no_further_part_of_a_report(
+    alone: Ledger, store: Store, places: Places
+) -> None:
+    job = make(places, alone, store, count=PART_ROWS + 1)
+    epoch = alone.lead("first", ttl_s=60)
+    assert epoch is not None
+    looks = 0
+
+    def check() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            alone.resign("first")
+            assert alone.lead("second", ttl_s=60) == epoch + 1
+        alone.check_leads(epoch)
+
+    with pytest.raises(Fenced):
+        write_report(alone.job(job.id), Settings(), ledger=alone, store=store, check=check)
+
+    assert written(job, store) == {"succeeded-000000.csv", "failed-000000.csv"}
+
+
+def written(job: Job, store: Store) -> set[str]:
+    folder = record_location(job.destination, job.id, "report/")
+    return {found.key.removeprefix(folder.key) for found in store.list_source(folder)}
+
+
+def test_a_small_report_does_not_wait_for_a_large_one(
+    alone: Ledger, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(producer.dispatcher, "SMALL_JOB", 2)
+    goes_on, small, large = threading.Event(), *(make(places, alone, store, count=count) for count in (2, 3))
+
+    def slowly(job: Job, *args: Any, **options: Any) -> None:
+        assert job.id == small.id or goes_on.wait(60)
+        write_report(job, *args, **options)
+
+    monkeypatch.setattr(producer.dispatcher, "write_report", slowly)
+    dispatcher = Dispatcher(alone, store, Settings())
+    wait_until(lambda: dispatcher.step() or all(alone.job(job.id).cursor for job in (small, large)), what="all is fed")
+    finish_all(large, alone)
+    dispatcher.step()  # begins with the large one's
+    finish_all(small, alone)
+    try:
+        wait_until(lambda: dispatcher.step() or is_closed(small, alone), what="the small one is closed")
+        assert not is_closed(large, alone)
+    finally:
+        goes_on.set()
+    wait_until(lambda: dispatcher.step() or is_closed(large, alone), what="the large one is closed")
+    dispatcher.close()
+
+
+def test_rows_of_a_live_job_are_recorded_once_though_the_answer_was_lost(
+    alone: Ledger, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make(places, alone, store, count=3, lane="live")
+    finish_all(job, alone)
+    record = alone.record_part
+
+    def twice(epoch: int, job: str, part: ManifestPart) -> bool:
+        """What a client does whose connection broke behind its request."""
+        assert record(epoch, job, part)
+        return record(epoch, job, part)
+
+    monkeypatch.setattr(alone, "record_part", twice)
+    dispatcher = Dispatcher(alone, store, Settings())
+    wait_until(lambda: dispatcher.step() or is_closed(job, alone), what="the job is closed")
+    dispatcher.close()
+
+    job = alone.job(job.id)
+    assert (job.parts, job.unrecorded, job.total, job.done) == (1, 0, 3, 3)
+    assert [task.key for task in read_part(store, job, 0)] == [f"k{index:05d}.jpg" for index in range(3)]
+    assert "summary.json" in written(job, store)

@@ -88,7 +88,7 @@ def write_report(
 
 def _summary(job: Job, recipe: Recipe, settings: Settings, tally: Tally) -> dict[str, Any]:
     """Counts, rates, cost, and in `tally` what there is to say of all pictures together: figures of their masks,
-    reasons for review, verdicts of each rendition's rules."""
+    reasons for review, verdicts of each rendition's rules. One that was made again counts there each time."""
     closed = time.time()
     seconds = max(1e-3, closed - job.created)
     cost = bill(recipe, settings, done=job.done, skipped=job.skipped, worker_s=tally.worker_s)

@@ -104,6 +104,11 @@ def dead_line(failure: Failure) -> str:
     return "\t".join((failure.key, failure.code, str(failure.tries), when, failure.worker, failure.message))
 
 
+def some(count: int, what: str) -> str:
+    """`1 picture`, `2,000 pictures`."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
 def in_words(seconds: float) -> str:
     """A time, as one would say it."""
     minutes = round(seconds / 60)

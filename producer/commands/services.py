@@ -35,12 +35,13 @@ def webhooks() -> None:
 @click.argument("job")
 def replay(job: str) -> None:
     """Send a job's webhooks again: that it is closed, and of its pictures if it was submitted so."""
+    from producer.show import some
     from producer.webhooks import replay as send_again
 
     with open_ledger() as (settings, ledger):
         found = ledger.job(job)
         check_webhook(found.webhook, found.webhook_pictures, settings)
-        click.echo(f"{send_again(found, ledger=ledger)} webhooks of job {job} are due", err=True)
+        click.echo(f"Due again: {some(send_again(found, ledger=ledger), 'webhook')} of job {job}.", err=True)
 
 
 @click.command()

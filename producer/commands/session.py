@@ -74,13 +74,13 @@ def check_webhook(url: str, pictures: bool, settings: Settings) -> None:
 
 def wait_until_closed(job_id: str, ledger: Ledger, *, timeout_s: float | None) -> int:
     """The exit code."""
-    from producer.show import wait_for
+    from producer.show import some, wait_for
 
     wait_for(job_id, ledger, timeout_s=timeout_s)
     job, tally, workers = ledger.look(job_id)
     show_job(job, tally, workers, err=True)
     if job.closed is None:
-        click.echo(f"cutfleet: still {job.open} pictures open after {timeout_s:g} s [deadline]", err=True)
+        click.echo(f"cutfleet: still {some(job.open, 'picture')} open after {timeout_s:g} s [deadline]", err=True)
         return DEADLINE
     return SOME_FAILED if job.failed else ALL_DONE
 

@@ -34,10 +34,11 @@ def tune(job: str, weight: int | None, rate: float | None, lane: Lane | None) ->
 def retry(job: str, code: str | None) -> None:
     """Try a job's failed pictures again, from what their sources are now. A closed job is open again."""
     from producer import dead as letters
+    from producer.show import some
 
     with open_services() as (_, ledger, store):
         count = letters.retry(ledger.job(job), code, ledger=ledger, store=store)
-    click.echo(f"{count} pictures of {job} are tried again.", err=True)
+    click.echo(f"To be tried again: {some(count, 'picture')} of {job}.", err=True)
 
 
 @click.command()

@@ -206,7 +206,9 @@ def _tell(text: str) -> None:
 
 
 def _tell_submitted(job: Job, ledger: Ledger) -> None:
-    click.echo(f"{job.total} pictures from {job.source} to {job.destination}, model {job.model}", err=True)
+    from producer.show import some
+
+    click.echo(f"{some(job.total, 'picture')} from {job.source} to {job.destination}, model {job.model}", err=True)
     tell_unserved(job, ledger)
 
 

@@ -272,4 +272,4 @@ def test_waiting_has_a_deadline(fleet: LocalStack, cutfleet: Run, store: Store, 
     assert ran.returncode == 0
     assert "No running worker serves model 'birefnet'" in ran.stderr
     assert waited.returncode == 3
-    assert "still 1 pictures open" in waited.stderr
+    assert "still 1 picture open" in waited.stderr

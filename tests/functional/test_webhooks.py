@@ -166,7 +166,7 @@ def test_replay_tells_all_again_under_the_same_ids(
     ran = cutfleet("webhooks", "replay", job.id, env=env)
     deliver()
 
-    assert (ran.returncode, ran.stderr) == (0, f"3 webhooks of job {job.id} are due\n")
+    assert (ran.returncode, ran.stderr) == (0, f"Due again: 3 webhooks of job {job.id}.\n")
     ids = collections.Counter(headers["webhook-id"] for headers, _ in receiver.got)
     assert (len(ids), set(ids.values())) == (3, {2})
 

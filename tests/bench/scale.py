@@ -52,6 +52,9 @@ CELERY_SLOTS = 24
 SAMPLE_S = 0.5
 QUIET_LOOKS = 1000
 NICE = 10
+NOTED_US = 2_000
+NOTED = 10_000
+"""Of Redis's steps, those that take longer, and the last so many of them."""
 
 
 @dataclasses.dataclass
@@ -62,6 +65,7 @@ class Samples:
     quiet_ms: list[float] = dataclasses.field(default_factory=list)
     memory_mb: float = 0.0
     resident_mb: float = 0.0
+    step_ms: float = 0.0
 
 
 def main() -> None:
@@ -115,6 +119,8 @@ def _watch(
     """Until the job is closed: how long a status takes, and what Redis holds."""
     listed_s, next_line = 0.0, started
     with redis.Redis.from_url(url) as client:
+        client.config_set("slowlog-log-slower-than", NOTED_US)
+        client.config_set("slowlog-max-len", NOTED)
         while True:
             job, ms = _status(ledger, job_id)
             samples.status_ms.append(ms)
@@ -124,6 +130,8 @@ def _watch(
             if job.listed and not listed_s:
                 listed_s = time.monotonic() - started
             if job.closed is not None:
+                slow: Any = client.slowlog_get(NOTED)
+                samples.step_ms = max((entry["duration"] / 1000 for entry in slow), default=NOTED_US / 1000)
                 return job, listed_s
             if any(process.exitcode not in (None, 0) for process in processes):
                 raise RuntimeError("a process of the simulation has died")
@@ -170,6 +178,7 @@ def _rows(
     yield fact("Redis, greatest memory", samples.memory_mb, "MB")
     yield fact("Redis, greatest resident size", samples.resident_mb, "MB")
     yield fact("Redis, a picture", samples.memory_mb * 1e6 / count, "bytes")
+    yield fact("Redis, longest step", samples.step_ms, "ms")
     yield fact("status, median", statistics.median(samples.status_ms), "ms")
     yield fact("status, 99th percentile", statistics.quantiles(samples.status_ms, n=100, method="inclusive")[98], "ms")
     yield fact(f"status, slowest of {len(samples.status_ms):,}", max(samples.status_ms), "ms")

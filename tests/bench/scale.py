@@ -46,15 +46,14 @@ from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, FolderSt
 DUPLICATES = 0.05
 SLOTS = 500
 """Of a bare consumer: the dispatcher's window follows."""
-HANDFUL = 50
-"""Messages a bare consumer takes at once: more would keep Redis from everybody else for longer."""
+HANDFUL = 20
+"""Messages a bare consumer takes at once: more would keep Redis from everybody else for longer, as no worker does."""
 CELERY_SLOTS = 24
 SAMPLE_S = 0.5
 QUIET_LOOKS = 1000
 NICE = 10
-NOTED_US = 2_000
-NOTED = 10_000
-"""Of Redis's steps, those that take longer, and the last so many of them."""
+NOTED_US, NOTED = 5_000, 128
+"""Of Redis's steps, those that take longer, and the last so many: each takes some 4 kB of what is measured here."""
 
 
 @dataclasses.dataclass

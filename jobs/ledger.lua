@@ -36,6 +36,7 @@
 -- cf:outbox               zset    receiver (SHA-1 of its URL) -> when it is told next               while it has events
 -- cf:outbox:RECEIVER      zset    event (JOB or JOB:INDEX) -> when its webhook is sent next        until sent or given up
 -- cf:outbox:tries         hash    event -> deliveries that failed                                  as its event
+-- cf:outbox:size          string  how many events there are                                        for ever
 -- cf:api:once:DIGEST      string  digest of the body and job of an Idempotency-Key                 a day
 -- cf:api:calls:KEY:MINUTE string  calls of an API key in a minute                                  two minutes
 -- cf:api:lists:JOB        string  which API process lists it                                       its lease
@@ -49,7 +50,7 @@
 
 local STATE = {open = 0, done = 1, failed = 2, skipped = 3, cancelled = 4, review = 5}
 local MAX_REMARKS = 10000
-local OUTBOX_LIMIT = 20000  -- events that wait for a receiver, some 2 MB: one that is away must not fill Redis
+local RECEIVER_LIMIT, OUTBOX_LIMIT = 20000, 100000  -- events that wait for one (some 2 MB), and for all: none may fill Redis
 local SUSPECT_AFTER = 2
 local PRUNED = 10
 local WATCH_DAYS = 30  -- of one that is never run again; then what is there is looked at once more, and skipped
@@ -145,7 +146,10 @@ end
 
 local function receiver_of(job) return redis.sha1hex(call('HGET', 'cf:job:' .. job, 'webhook') or '') end
 
-local function is_full(receiver) return call('ZCARD', 'cf:outbox:' .. receiver) >= OUTBOX_LIMIT end
+local function is_full(receiver)
+  if call('ZCARD', 'cf:outbox:' .. receiver) >= RECEIVER_LIMIT then return true end
+  return tonumber(call('GET', 'cf:outbox:size') or 0) >= OUTBOX_LIMIT
+end
 
 -- An event for the job's webhook, if it has one. Beyond the limit a picture's is only counted; replay makes it again.
 local function tell(job, event, flag)
@@ -155,7 +159,7 @@ local function tell(job, event, flag)
   if event ~= job and is_full(receiver) then
     call('HINCRBY', key, 'untold', 1)
   else
-    call('ZADD', 'cf:outbox:' .. receiver, at(now), event)
+    call('INCRBY', 'cf:outbox:size', call('ZADD', 'cf:outbox:' .. receiver, at(now), event))
     call('ZADD', 'cf:outbox', 'LT', at(now), receiver)
     call('HDEL', 'cf:outbox:tries', event)
   end
@@ -363,7 +367,8 @@ function move.restore(job, ...)
 end
 
 -- Counts a job's images by their states, looks for what final images have left in the window, and puts both right
--- (repair: 1). Answers what was counted (COUNTED), what was kept instead, and the images. Less than 0.02 s for each million.
+-- (repair: 1). Answers what was counted (COUNTED), what was kept instead, and the images. 0.003 s for each million where
+-- most states are alike, 0.07 s at worst.
 function move.check(job, repair)
   local COUNTED = {'done', 'failed', 'skipped', 'cancelled', 'review', 'window'}
   local key, total = 'cf:job:' .. job, tonumber(call('HGET', 'cf:job:' .. job, 'total'))
@@ -619,7 +624,7 @@ function move.delivered(receiver, event, ends, outcome, pause)
     await_turn(receiver)
     return 1
   end
-  call('ZREM', outbox, event)
+  call('DECRBY', 'cf:outbox:size', call('ZREM', outbox, event))
   call('HDEL', 'cf:outbox:tries', event)
   await_turn(receiver)
   local key = 'cf:job:' .. (split(event) or event)

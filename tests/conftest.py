@@ -78,6 +78,14 @@ def store(stack: LocalStack) -> Iterator[Store]:
 
 
 @pytest.fixture
+def alone(stack: LocalStack) -> Iterator[Ledger]:
+    """A ledger that no dispatcher of the other tests works on, empty."""
+    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/2"), name="alone") as ledger:
+        ledger._call("flushdb")
+        yield ledger
+
+
+@pytest.fixture
 def places(store: Store) -> Places:
     """A source and a destination bucket of this test's own."""
     number = next(_numbers)

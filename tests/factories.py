@@ -16,7 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from standardwebhooks import Webhook
 
+from jobs.job import Job
+from jobs.ledger import Ledger
+from jobs.recipe import Recipe
 from jobs.store import Location, Store
+from producer.submit import Request, submit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +136,15 @@ def free_port() -> int:
     with contextlib.closing(socket.socket()) as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def make(places: Places, ledger: Ledger, store: Store, *, count: int = 500, **more: Any) -> Job:
+    """A backfill of `count` keys, unless `more` says otherwise."""
+    keys = tuple(f"k{index:05d}.jpg" for index in range(count))
+    fields = {"source": places.source, "destination": places.to, "recipe": Recipe(), "lane": "backfill", "name": ""}
+    return submit(
+        Request(**fields | {"keys": keys} | more), store=store, ledger=ledger, lease_s=60, listed=lambda _: None
+    )
 
 
 def wait_until(is_so: Callable[[], bool], *, within_s: float = 60, what: str = "the condition") -> None:

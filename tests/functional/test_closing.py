@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from factories import Places, wait_until
+from factories import Places, make, wait_until
 
 import producer.dispatcher
 from jobs.job import ImageState, Job, ManifestPart
 from jobs.ledger import Ledger
-from jobs.recipe import Recipe
 from jobs.server import Fenced
 from jobs.settings import Settings
 from jobs.store import Store, record_location
-from producer import submit as submission
 from producer.dispatcher import Dispatcher
-from producer.local import LocalStack
 from producer.manifest import PART_ROWS, read_part
 from producer.report import write_report
-
-
-@pytest.fixture
-def alone(stack: LocalStack) -> Iterator[Ledger]:
-    """A ledger that no dispatcher of the other tests works on."""
-    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/4"), name="alone") as ledger:
-        ledger._call("flushdb")
-        yield ledger
-
-
-def make(places: Places, ledger: Ledger, store: Store, *, count: int, lane: str = "backfill") -> Job:
-    request = submission.Request(
-        source=places.source,
-        destination=places.to,
-        recipe=Recipe(),
-        lane=lane,  # type: ignore[arg-type]  # a test's shorthand
-        name="",
-        keys=tuple(f"k{index:05d}.jpg" for index in range(count)),
-    )
-    return submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
 
 
 def finish_all(job: Job, ledger: Ledger) -> None:

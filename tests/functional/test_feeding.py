@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 from conftest import Run
-from factories import Places
+from factories import Places, make
 
 from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
-from jobs.recipe import Recipe
 from jobs.store import Store
 from producer.feeding import MIN_WINDOW, Allowance, Feeder, Shares
 from producer.local import LocalStack
 from producer.manifest import read_part
-from producer.submit import Request, submit
-
-
-@pytest.fixture
-def alone(stack: LocalStack) -> Iterator[Ledger]:
-    """A ledger that no dispatcher of the other tests works on."""
-    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/2"), name="alone") as ledger:
-        ledger._call("flushdb")
-        yield ledger
-
-
-def make(places: Places, ledger: Ledger, store: Store, *, count: int = 500, **pace: float) -> Job:
-    keys = tuple(f"k{index:05d}.jpg" for index in range(count))
-    request = Request(
-        source=places.source,
-        destination=places.to,
-        recipe=Recipe(),
-        lane="backfill",
-        name="",
-        keys=keys,
-        **pace,  # type: ignore[arg-type]  # a test's shorthand
-    )
-    return submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
 
 
 class Hand:

@@ -239,17 +239,23 @@ def test_a_receiver_that_never_answers_keeps_no_other_waiting(
 def test_a_receiver_that_is_away_does_not_fill_redis(
     places: Places, store: Store, quiet: Ledger, quiet_url: str, receiver: Receiver, deliver: Callable[[], None]
 ) -> None:
-    job = submitted(places, store, quiet, receiver.url, pictures=True, count=2)
+    quiet._call("flushdb")
+    job = submitted(places, store, quiet, receiver.url, pictures=True, count=3)
     outbox = f"cf:outbox:{hashlib.sha1(receiver.url.encode(), usedforsecurity=False).hexdigest()}"
-    with redis.Redis.from_url(quiet_url) as server:
+    with redis.Redis.from_url(quiet_url, decode_responses=True) as server:
         server.zadd(outbox, {f"gone:{number}": time.time() + 60 for number in range(20_000)})
         finish(job, 0, quiet)
-        assert quiet.job(job.id).untold == 1
         server.delete(outbox)
-    finish(job, 1, quiet)
-    deliver()
+        server.set("cf:outbox:size", 100_000)
+        finish(job, 1, quiet)
+        assert quiet.job(job.id).untold == 2
+        server.set("cf:outbox:size", 0)
+        finish(job, 2, quiet)
+        assert server.get("cf:outbox:size") == "1"
+        deliver()
+        assert server.get("cf:outbox:size") == "0"
 
-    assert [event["data"]["index"] for event in receiver.events()] == [1]
+    assert [event["data"]["index"] for event in receiver.events()] == [2]
 
 
 def test_two_secrets_both_sign_while_they_are_changed() -> None:

@@ -11,10 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import IO, Self
 
 from jobs.errors import CutfleetError, ServiceUnavailable, SettingsError
@@ -90,7 +91,7 @@ class LocalStack:
         self._weed_ports = [free_port() for _ in range(3)]
         self.valkey: Process | None = None
         self.s3: Process | None = None
-        self._others: list[Process] = []
+        self._children: list[Process] = []
 
     @property
     def environment(self) -> dict[str, str]:
@@ -189,23 +190,46 @@ class LocalStack:
         """Workers and dispatcher first; they end without loss. The servers' data is not needed any more. Interrupted,
         it leaves no process either."""
         try:
-            for process in reversed(self._others):
-                if process.poll() is None:
+            for process in reversed(self._children):
+                if process not in (self.s3, self.valkey) and process.poll() is None:
                     process.stop()
         finally:
-            for left in (*self._others, self.s3, self.valkey):
-                if left is not None and left.poll() is None:
+            for left in self._children:
+                if left.poll() is None:
                     left.kill()
-            self._others.clear()
+            self._children.clear()
 
     def _start(self, name: str, command: list[str], settings: Mapping[str, str]) -> Process:
-        process = self._spawn(name, command, {f"CUTFLEET_{key.upper()}": value for key, value in settings.items()})
-        self._others.append(process)
-        return process
+        return self._spawn(name, command, {f"CUTFLEET_{key.upper()}": value for key, value in settings.items()})
 
     def _spawn(self, name: str, command: list[str], more: Mapping[str, str] | None = None) -> Process:
         env = inherited_environment() | self.environment | dict(more or {})
-        return Process(command, log=self.folder / "logs" / f"{name}.log", env=env)
+        with _told_afterwards():
+            process = Process(command, log=self.folder / "logs" / f"{name}.log", env=env)
+            self._children.append(process)
+        return process
+
+
+@contextlib.contextmanager
+def _told_afterwards() -> Iterator[None]:
+    """Handlers of SIGINT and SIGTERM run when the block has ended: one that raises within it would leave a child that
+    nobody knows of."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in no other
+        yield
+        return
+    told: list[tuple[int, FrameType | None]] = []
+    handlers = {
+        number: found for number in (signal.SIGINT, signal.SIGTERM) if callable(found := signal.getsignal(number))
+    }
+    try:
+        for number in handlers:
+            signal.signal(number, lambda *args: told.append(args))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for came, frame in told:
+        handlers[signal.Signals(came)](came, frame)
 
 
 def inherited_environment() -> dict[str, str]:

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from factories import decode, picture, wait_until
 
-from producer.local import inherited_environment
+from producer.local import LocalStack, inherited_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,3 +95,30 @@ def test_stopped_half_way_it_leaves_no_process_behind(tmp_path: Path, number: si
 
     assert process.returncode != 0
     assert not processes_of(out)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4], ids=["broker", "store", "dispatcher", "worker"])
+def test_told_to_go_while_a_process_starts_it_ends_that_one_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The signal comes when the child exists and whoever asked for it has not been told."""
+    started = []
+
+    class Told(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self.pid)
+            if len(started) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Told)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit), LocalStack(tmp_path) as stack:
+            stack.start_dispatcher()
+            stack.start_worker(device="cpu")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert len(started) == at
+    assert not processes_of(tmp_path)

@@ -66,7 +66,7 @@ class PictureError(ImageError):
 
 
 class SourceError(ImageError):
-    """Codes: source_missing, source_denied, source_not_allowed, source_changed, source_archived."""
+    """Codes: source_missing, source_denied, source_not_allowed, source_changed, source_archived, name_too_long."""
 
     code = "source_missing"
 

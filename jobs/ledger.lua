@@ -16,6 +16,8 @@
 -- cf:job:JOB:rows         list    images of a live job that are in no manifest part yet: {key, etag, size}   as the job
 -- cf:job:JOB:failures     hash    index -> {key, code, message, tries, at, worker}; many: S3       as the job
 -- cf:job:JOB:again        bits    one bit an image: to be fed once more                            as the job
+-- cf:job:JOB:reopened     bits    eight bits an image: how often it was opened again               as the job
+--                                 only where the webhook is told of pictures
 -- cf:job:JOB:remarks      hash    index -> {key, review, figures, rules}: the first MAX_REMARKS    as the job
 -- cf:job:JOB:tally        hash    of done and skipped images: word -> count (see Remark and Tally)  as the job
 -- cf:waiting              zset    image on a queue, unclaimed -> when to look whether it still is  window only
@@ -53,8 +55,8 @@ local MAX_REMARKS = 10000
 local RECEIVER_LIMIT, OUTBOX_LIMIT = 20000, 100000  -- events that wait for one (some 2 MB), and for all: none may fill Redis
 local SUSPECT_AFTER = 2
 local PRUNED = 10
-local WATCH_DAYS = 30  -- of one that is never run again; then what is there is looked at once more, and skipped
-local KEYS_OF_JOB = {'', ':bits', ':unsure', ':parts', ':rows', ':failures', ':again', ':remarks', ':tally'}
+local WATCH_DAYS = 30  -- of one that is not run; later it begins anew, and says so (`Watcher.begin`)
+local KEYS_OF_JOB = {'', ':bits', ':unsure', ':parts', ':rows', ':failures', ':again', ':reopened', ':remarks', ':tally'}
 local call = redis.call
 local clock = call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
@@ -151,18 +153,21 @@ local function is_full(receiver)
   return tonumber(call('GET', 'cf:outbox:size') or 0) >= OUTBOX_LIMIT
 end
 
--- An event for the job's webhook, if it has one. Beyond the limit a picture's is only counted; replay makes it again.
+-- The event is due now. False: a picture's, beyond the limit; nothing changed.
+local function make_due(receiver, event)
+  local outbox = 'cf:outbox:' .. receiver
+  if split(event) and is_full(receiver) and not call('ZSCORE', outbox, event) then return false end
+  call('INCRBY', 'cf:outbox:size', call('ZADD', outbox, at(now), event))
+  call('ZADD', 'cf:outbox', 'LT', at(now), receiver)
+  call('HDEL', 'cf:outbox:tries', event)
+  return true
+end
+
+-- An event for the job's webhook, if it has one. Beyond the limit it is only counted; replay makes it again.
 local function tell(job, event, flag)
   local key = 'cf:job:' .. job
   if call('HEXISTS', key, flag) == 0 then return end
-  local receiver = receiver_of(job)
-  if event ~= job and is_full(receiver) then
-    call('HINCRBY', key, 'untold', 1)
-  else
-    call('INCRBY', 'cf:outbox:size', call('ZADD', 'cf:outbox:' .. receiver, at(now), event))
-    call('ZADD', 'cf:outbox', 'LT', at(now), receiver)
-    call('HDEL', 'cf:outbox:tries', event)
-  end
+  if not make_due(receiver_of(job), event) then call('HINCRBY', key, 'untold', 1) end
 end
 
 -- When a receiver is told next: behind all that are due now, if it is due itself.
@@ -316,6 +321,7 @@ function move.reopen(job, states, ...)
   local key, args, changed = 'cf:job:' .. job, {...}, 0
   if call('EXISTS', key) == 0 then return 0 end
   if call('HEXISTS', key, 'cancelled_at') == 1 then return -1 end
+  local is_told = call('HEXISTS', key, 'webhook_pictures') == 1
   for i = 1, #args do
     local state = state_of(job, args[i])
     if state ~= STATE.open and string.find(states, tostring(state), 1, true) then
@@ -330,6 +336,7 @@ function move.reopen(job, states, ...)
       call('HDEL', key .. ':failures', args[i])
       call('SETBIT', key .. ':again', args[i], 1)
       call('SETBIT', key .. ':unsure', args[i], 1)
+      if is_told then call('BITFIELD', key .. ':reopened', 'INCRBY', 'u8', '#' .. args[i], 1) end
       call('HINCRBY', key, 'again', 1)
       changed = changed + 1
     end
@@ -632,17 +639,26 @@ function move.delivered(receiver, event, ends, outcome, pause)
   return 1
 end
 
--- The events of images [from, to) that are final are due again. Answers how many, or false when the outbox is full.
+-- What there is to tell of an image, all of one moment: its state, how often it was opened again, its failure or ''.
+function move.outcome(job, index)
+  local key = 'cf:job:' .. job
+  local reopened = call('BITFIELD', key .. ':reopened', 'GET', 'u8', '#' .. index)[1]
+  return {state_of(job, index), reopened, call('HGET', key .. ':failures', index) or ''}
+end
+
+-- The events of images [from, to) that are final are due again, up to the first that does not fit. Answers how many, and
+-- where to go on.
 function move.retell(job, from, to)
-  if is_full(receiver_of(job)) then return false end
-  local count = 0
+  if call('HEXISTS', 'cf:job:' .. job, 'webhook_pictures') == 0 then return {0, tonumber(to)} end
+  local receiver, count = receiver_of(job), 0
   for index = from, to - 1 do
-    if state_of(job, string.format('%d', index)) ~= STATE.open then
-      tell(job, job .. ':' .. string.format('%d', index), 'webhook_pictures')
+    local number = string.format('%d', index)
+    if state_of(job, number) ~= STATE.open then
+      if not make_due(receiver, job .. ':' .. number) then return {count, index} end
       count = count + 1
     end
   end
-  return count
+  return {count, tonumber(to)}
 end
 
 -- The event of a closed job is due again, and what was not told is no longer counted.
@@ -844,8 +860,8 @@ function fenced.spilled(job, number, ...)
   return call('HINCRBY', key, 'spills', 1)
 end
 
--- A job whose images are all final is closed and forgotten after `keep` seconds; with each, some that are forgotten by
--- now leave the list of jobs.
+-- A job whose images are all final is closed and forgotten after `keep` seconds; with each, of some jobs those that are
+-- forgotten by now leave the list. Which some, is left to chance: the oldest may be there for ever.
 function fenced.close(job, keep)
   local key = 'cf:job:' .. job
   if call('HEXISTS', key, 'closed') == 1 then return 0 end
@@ -858,7 +874,7 @@ function fenced.close(job, keep)
   call('SREM', 'cf:open', job)
   tell(job, job, 'webhook')
   for _, suffix in ipairs(KEYS_OF_JOB) do call('EXPIRE', key .. suffix, keep) end
-  for _, old in ipairs(call('ZRANGE', 'cf:jobs', 0, PRUNED - 1)) do
+  for _, old in ipairs(call('ZRANDMEMBER', 'cf:jobs', PRUNED)) do
     if call('EXISTS', 'cf:job:' .. old) == 0 then call('ZREM', 'cf:jobs', old) end
   end
   return 1

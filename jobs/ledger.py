@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import json
 import re
 import uuid
@@ -28,6 +29,8 @@ FEED_ROWS = 100
 """Rows of one `feed`, at 26 us each: nobody waits for longer than 3 ms because of it."""
 CANCEL_ROWS = 16_384
 """Images of one `cancel_rest`: 10 us where none was fed, 2 ms where each has a neighbour of another state. Even."""
+JOBS_AT_ONCE, MESSAGES_AT_ONCE = 200, 2000
+"""Per round trip: a millisecond or two of Redis."""
 MAX_LIVE = 1000
 """Most images of a live job that is published at once, without a manifest."""
 
@@ -35,6 +38,7 @@ MAX_LIVE = 1000
 _ALLOW_OOM = "#!lua flags=allow-oom\n"
 _NEVER_REFUSED = {"claim", "renew", "finish", "defer", "release", "vanish", "computing", "heartbeat", "delivered"}
 _NEVER_REFUSED |= {
+    "outcome",
     "lead",
     "still",
     "hold",
@@ -93,6 +97,16 @@ class Event:
     id: str
     tries: int
     lease_ends: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What there is to tell of an image. `reopened`: how often it was opened again, modulo 256; counted where the job's
+    webhook is told of pictures. `failure`: only while the ledger holds it."""
+
+    state: ImageState
+    reopened: int
+    failure: Failure | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,18 +277,21 @@ class Ledger:
 
     def jobs(self, *, limit: int = 100) -> list[Job]:
         """Newest first."""
-        names = self._call("zrevrange", "cf:jobs", 0, limit - 1)
-        found = []
-        for name in names:
-            fields = self._call("hgetall", f"cf:job:{name}")
-            if fields:
-                found.append(job_from_fields(name, fields))
-        return found
+        return list(itertools.islice(self.all_jobs(), limit))
+
+    def all_jobs(self) -> Iterator[Job]:
+        """Newest first. One that comes meanwhile may have another told twice."""
+        for first in itertools.count(0, JOBS_AT_ONCE):
+            names = self._call("zrevrange", "cf:jobs", first, first + JOBS_AT_ONCE - 1)
+            if not names:
+                return
+            yield from self._find_jobs(names)
 
     def open_jobs(self) -> list[Job]:
         """Oldest first."""
         names = sorted(self._call("smembers", "cf:open"))
-        return [job for job in (self.find_job(name) for name in names) if job is not None]
+        pages = (names[first : first + JOBS_AT_ONCE] for first in range(0, len(names), JOBS_AT_ONCE))
+        return [job for page in pages for job in self._find_jobs(page)]
 
     def parts(self, job: str) -> list[ManifestPart]:
         raw = self._call("hgetall", f"cf:job:{job}:parts")
@@ -427,10 +444,15 @@ class Ledger:
     def defer_event(self, event: Event, *, pause_s: float) -> None:
         self._move("delivered", event.receiver, event.id, event.lease_ends, "later", round(pause_s, 3))
 
-    def retell(self, job: str, first: int, end: int) -> int | None:
-        """Makes the events of the final images in [first, end) due again; how many, or None while too many wait."""
-        count = self._move("retell", job, first, end)
-        return None if count is None else int(count)
+    def outcome(self, job: str, index: int) -> Outcome:
+        state, reopened, failure = self._move("outcome", job, index)
+        return Outcome(ImageState(state), reopened, Failure.of(json.loads(failure)) if failure else None)
+
+    def retell(self, job: str, first: int, end: int) -> tuple[int, int]:
+        """Makes the events of the final images in [first, end) due again, up to the first that does not fit. Returns
+        how many, and the index to go on from once fewer wait."""
+        count, reached = self._move("retell", job, first, end)
+        return int(count), int(reached)
 
     def retell_job(self, job: str) -> bool:
         """Makes the event of a closed job due again; False when it is not closed."""
@@ -536,9 +558,17 @@ class Ledger:
 
     def images_with_message(self, queues: Iterable[str]) -> set[str]:
         """Ids of the images that have a message on one of `queues` or in a worker's hands."""
-        messages = [text for queue in queues for text in self._call("lrange", queue, 0, -1)]
-        messages += self._call("hvals", _UNACKED)
+        messages = [text for queue in queues for text in self._messages(queue)]
+        messages += self._call("hvals", _UNACKED)  # behind them: this is where they go
         return {found.group(1) for text in messages if (found := _CORRELATION.search(text))}
+
+    def _messages(self, queue: str) -> Iterator[str]:
+        """In steps that hold nobody up, from the end at which messages come in: what moves meanwhile moves on."""
+        for first in itertools.count(0, MESSAGES_AT_ONCE):
+            found = self._call("lrange", queue, first, first + MESSAGES_AT_ONCE - 1)
+            yield from found
+            if len(found) < MESSAGES_AT_ONCE:
+                return
 
     def survey(self, queues: Sequence[str]) -> Survey:
         """In constant time for each queue, whatever its length."""
@@ -565,6 +595,14 @@ class Ledger:
 
     def ping(self) -> None:
         self._call("ping")
+
+    def _find_jobs(self, names: Sequence[str]) -> Iterator[Job]:
+        """In one round trip; without those that are forgotten."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hgetall(f"cf:job:{name}")
+            found = self._guard(pipe.execute)
+        yield from (job_from_fields(name, fields) for name, fields in zip(names, found, strict=True) if fields)
 
     def _unknown(self, job: str) -> JobError:
         return JobError(

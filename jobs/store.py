@@ -272,6 +272,11 @@ class Store:
             source = Account("" if endpoint == "aws" else endpoint, profile=settings.source_profile, settings=said)
         return cls(settings.s3_endpoint, connections=connections, source=source, bounds=settings.bounds)
 
+    @property
+    def is_one(self) -> bool:
+        """Whether sources and results are in one store, of one account."""
+        return self._accounts["source"] is self._accounts["output"]
+
     def check(self, place: Location, role: Role) -> None:
         """Raises `SourceError` or `OutputError` for a place outside the bounds. Every request asks this first; who has
         work to do before the first one asks it himself."""
@@ -345,11 +350,16 @@ class Store:
         arguments |= _delivery_arguments(delivery or Delivery())
         if conditional:
             arguments |= {"IfMatch": f'"{replaces}"'} if replaces else {"IfNoneMatch": "*"}
-        answer: Any = self._guard(
-            lambda: self._s3.put_object(ContentType=content_type, Metadata=dict(metadata or {}), **arguments),
-            location,
-            "output",
-        )
+        try:
+            answer: Any = self._guard(
+                lambda: self._s3.put_object(ContentType=content_type, Metadata=dict(metadata or {}), **arguments),
+                location,
+                "output",
+            )
+        except OutputError as exc:
+            if "IfMatch" in arguments and exc.code == "output_missing":  # AWS's answer; others say 412
+                raise PreconditionFailed(f"{location} is there no more.") from exc
+            raise
         return str(answer["ETag"]).strip('"')
 
     def answers(self, prefix: Location, *, role: Role) -> bool:
@@ -537,6 +547,10 @@ def _map_answer(answer: Any, account: Account, location: Location, role: Role) -
             "s3:GetObject and s3:ListBucket" if role == "source" else "s3:GetObject, s3:PutObject and s3:ListBucket"
         )
         return owner(f"S3 refuses {location} ({text}): our credentials need {rights} there.", code=f"{role}_denied")
+    if code == "KeyTooLongError":
+        return owner(
+            f"{location} is longer than S3's {MAX_KEY_BYTES} bytes: choose a shorter prefix.", code="name_too_long"
+        )
     if code in ("InvalidObjectState", "ObjectArchived"):
         return SourceError(f"{location} is archived: restore it first, then submit it again.", code="source_archived")
     if code in _BAD_KEYS:

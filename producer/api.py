@@ -21,6 +21,7 @@ from producer.access import Caller, Callers
 from producer.lister import Lister
 from producer.report import PictureStatus, picture_status
 from producer.submit import Request as Submission
+from producer.submit import check_length
 from producer.webhooks import check_webhook
 
 try:
@@ -214,6 +215,7 @@ def cancel(request_id: JobId, by: By, using: Using) -> Status:
 def picture(source: Annotated[S3Uri, Query()], by: By, using: Using) -> PictureStatus:
     """What became of one source picture, by whichever job; `unknown` when none has it."""
     by.check(source=source)
+    check_length(Location.parse(source))
     found = picture_status(Location.parse(source), ledger=using.ledger, store=using.store)
     if found.job is not None:
         by.check(destination=using.ledger.job(found.job).destination)

@@ -15,6 +15,8 @@ from jobs.job import Failure, ImageState, Job
 from jobs.ledger import MAX_ROWS, Ledger
 from jobs.store import Location, Store, record_location
 from producer.manifest import damage_named, pack, unpack
+from producer.record import write_reopened
+from producer.writes import put_if_ours
 
 MAX_HELD = 10_000
 """Failures of one job that stay in Redis: some 4 MB."""
@@ -42,17 +44,33 @@ def failures_of(job: Job, *, ledger: Ledger, store: Store) -> Iterator[tuple[int
 
 
 def spill(epoch: int, job: Job, *, ledger: Ledger, store: Store) -> bool:
-    """Moves `SPILL_ROWS` failures to S3 when the ledger holds more than `MAX_HELD`. Killed in between: done again."""
+    """Moves `SPILL_ROWS` failures to S3 when the ledger holds more than `MAX_HELD`. Killed in between: done again.
+    Raises `Fenced`."""
     if ledger.failures_held(job.id) <= MAX_HELD:
         return False
     rows = dict(itertools.islice(ledger.failures(job.id), SPILL_ROWS))
-    write_spill(job, job.spills, rows, store)
+
+    def is_next() -> bool:
+        ledger.check_leads(epoch)
+        return ledger.job(job.id).spills == job.spills
+
+    if not write_spill(job, job.spills, rows, store, is_next=is_next):
+        return False
     return ledger.drop_spilled(epoch, job.id, job.spills, rows)
 
 
-def write_spill(job: Job, number: int, rows: Mapping[int, Failure], store: Store) -> None:
-    body = pack(json_row(index, failure) for index, failure in rows.items())
-    store.put(_location(job, number), body, content_type="application/gzip")
+def write_spill(
+    job: Job, number: int, rows: Mapping[int, Failure], store: Store, *, is_next: Callable[[], bool]
+) -> bool:
+    """One that counts is never replaced: its rows stand nowhere else. `is_next`: see `write_part`."""
+    return put_if_ours(
+        store,
+        _location(job, number),
+        pack(json_row(index, failure) for index, failure in rows.items()),
+        content_type="application/gzip",
+        conditional=job.conditional,
+        is_ours=is_next,
+    )
 
 
 @contextmanager
@@ -81,6 +99,8 @@ def retry(job: Job, code: str | None, *, ledger: Ledger, store: Store) -> int:
     chosen = (i for i, failure in failures_of(job, ledger=ledger, store=store) if code in (None, failure.code))
     changed = 0
     while rows := list(itertools.islice(chosen, MAX_ROWS)):
+        if not changed:
+            write_reopened(job, store)
         changed += ledger.reopen(job.id, rows, states=[ImageState.FAILED])
     return changed
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from jobs.alive import AliveFile
 from jobs.broker import lane_queue
-from jobs.errors import CutfleetError, JobError, OutputError, ServiceUnavailable, SettingsError
+from jobs.errors import CutfleetError, OutputError, ServiceUnavailable, TransientError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.message import LANES
@@ -26,6 +26,7 @@ from jobs.settings import Settings
 from jobs.store import Store, destination_prefix
 from producer.dead import MAX_HELD, spill
 from producer.feeding import Feeder
+from producer.heldup import HeldUp
 from producer.manifest import PART_ROWS, record_live
 from producer.metrics import DispatcherMetrics
 from producer.report import write_report
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 
 LOCK_S = 10
 PAUSE_S = 1.0
-HELD_UP_S = 5.0
-"""Before what holds up a job's end is tried again: many such jobs must not be all that the dispatcher does."""
 JUDGED_FROM = 100
 """Pictures of a job that must be final before their failures say anything about the rest."""
 CANCELS_A_TURN = 128
@@ -61,9 +60,9 @@ class Dispatcher:
         self._failed_share = settings.max_failed_share
         self._keep_s = settings.keep_days * 86_400
         self._me = uuid.uuid4().hex
-        self._feeder = Feeder(ledger, store, lease_s=settings.lease_s)
+        self._held_up = HeldUp()
+        self._feeder = Feeder(ledger, store, lease_s=settings.lease_s, held_up=self._held_up)
         self._reports: dict[str, _Report] = {}
-        self._held_up: dict[str, tuple[str, float]] = {}  # code of the cause, and until when it is not tried again
         self._writer = concurrent.futures.ThreadPoolExecutor(SMALL_REPORTS, "report")
         self._writer_of_large = concurrent.futures.ThreadPoolExecutor(1, "large-report")
         self._closing = threading.Event()
@@ -181,10 +180,10 @@ class Dispatcher:
                 if exc.code.startswith("redis_"):
                     away = exc
                 else:
-                    self._hold_up(job, exc)
+                    self._held_up.note(job, exc, undone="closed")
             except Exception as exc:
-                self._hold_up(job, exc)
-        self._held_up = {job.id: self._held_up[job.id] for job in jobs if job.id in self._held_up}
+                self._held_up.note(job, exc, undone="closed")
+        self._held_up.keep(jobs)
         if away is not None:
             raise away
         return more
@@ -192,13 +191,10 @@ class Dispatcher:
     def _attend(self, epoch: int, job: Job) -> bool:
         """What a job needs beside being fed. True when there is more to do at once."""
         more = self._cancel_rest(epoch, job) if job.cancelled else self._look_at_failures(epoch, job)
-        if not self._waits(job):
+        if not self._held_up.waits(job):
             self._tend_live(epoch, job)
             self._close_if_final(epoch, job)
         return more
-
-    def _waits(self, job: Job) -> bool:
-        return self._held_up.get(job.id, ("", 0.0))[1] > time.monotonic()
 
     def _look_at_failures(self, epoch: int, job: Job) -> bool:
         if job.paused is None and fails_too_much(job, self._failed_share):
@@ -206,7 +202,9 @@ class Dispatcher:
             log.error("paused: %s", reason, extra={"action": "feed", "job": job.id, "failed": job.failed})
             self._ledger.hold(epoch, job.id, reason)
         return (
-            job.failed > MAX_HELD and not self._waits(job) and spill(epoch, job, ledger=self._ledger, store=self._store)
+            job.failed > MAX_HELD
+            and not self._held_up.waits(job)
+            and spill(epoch, job, ledger=self._ledger, store=self._store)
         )
 
     def _cancel_rest(self, epoch: int, job: Job) -> bool:
@@ -222,21 +220,6 @@ class Dispatcher:
                 return False
             cursor = came
         return True
-
-    def _hold_up(self, job: Job, why: Exception) -> None:
-        """Says it once for each cause."""
-        code = why.code if isinstance(why, CutfleetError) else type(why).__name__
-        known, _ = self._held_up.get(job.id, ("", 0.0))
-        self._held_up[job.id] = code, time.monotonic() + HELD_UP_S
-        if known == code:
-            return
-        facts = {"action": "close", "job": job.id, "code": code}
-        if not isinstance(why, CutfleetError):
-            log.error("a bug, or a fault nobody thought of", exc_info=why, extra=facts)
-        elif isinstance(why, SettingsError) and not isinstance(why, JobError):
-            log.warning("left for a newer dispatcher: %s", why, extra=facts)
-        else:
-            log.error("not closed yet: %s", why, extra=facts)
 
     def _tend_live(self, epoch: int, job: Job) -> None:
         """Ends the job of a watch with its day, and takes a live job's full parts out of the ledger."""
@@ -280,6 +263,8 @@ class Dispatcher:
             if self._closing.is_set():
                 raise Fenced("This dispatcher is going down.")
             self._ledger.check_leads(epoch)
+            if self._ledger.job(job.id).open:
+                raise TransientError(f"Job {job.id} was opened again.", code="job_reopened")
 
         while (job := self._ledger.job(job.id)).unrecorded:
             check()

@@ -18,6 +18,7 @@ from jobs.errors import CutfleetError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.presets import PRESETS, RENDER
+from jobs.recipe import Recipe
 from jobs.settings import load_settings
 from jobs.store import Location, S3Object, Store, destination_prefix, record_location
 from producer.findings import REMEDIES, Finding, caught, error, failed, ok, timed_ms, tried, warning
@@ -182,7 +183,7 @@ def _s3(store: Store, source: str | None, destination: str | None) -> Iterator[F
                 f"Say {name} s3://BUCKET/PREFIX.",
             )
     if source is not None and destination is not None:
-        yield from caught("s3", lambda: check_places(source, destination))
+        yield from caught("s3", lambda: check_places(source, destination, recipe=Recipe(), store=store))
     if source is not None:
         yield from _source(store, source)
     if destination is not None:

@@ -44,9 +44,9 @@ def arrivals_of(body: str | bytes) -> list[Arrival]:
     try:
         found = list(_arrivals(json.loads(body)))
         for arrival in found:
-            f"{arrival.bucket}{arrival.key}".encode()  # text that S3 could hold
+            f"{arrival.bucket}{arrival.key}{arrival.etag}".encode()  # text that S3 could hold
         return found
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise BadEvent(f"Not an event notification of S3, EventBridge, MinIO or SeaweedFS: {exc!r}.") from exc
 
 

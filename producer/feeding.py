@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jobs.broker import lane_queue
-from jobs.errors import ImageError, OutputError
+from jobs.errors import CutfleetError, ImageError, OutputError
 from jobs.job import Failure, ImageState, Job
 from jobs.ledger import FEED_ROWS, MAX_ROWS, Ledger
 from jobs.message import ImageTask
 from jobs.presets import RENDER
+from jobs.server import Fenced
 from jobs.store import Store
+from producer.heldup import HeldUp
 from producer.manifest import PART_ROWS, read_part, read_unrecorded
 from producer.submit import message_row
 
@@ -96,11 +98,18 @@ class Feeder:
     """Belongs to one dispatcher; not safe for threads."""
 
     def __init__(
-        self, ledger: Ledger, store: Store, *, lease_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        ledger: Ledger,
+        store: Store,
+        *,
+        lease_s: float,
+        held_up: HeldUp,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
         self._store = store
         self._lease_s = lease_s
+        self._held_up = held_up
         self._clock = clock
         self._parts: dict[str, _Part] = {}
         self._again: dict[str, _Part] = {}
@@ -149,7 +158,12 @@ class Feeder:
         return fed
 
     def _may_be_fed(self, epoch: int, job: Job) -> bool:
-        if job.paused is not None or job.cancelled or (job.cursor >= job.total and not job.again):
+        if (
+            job.paused is not None
+            or job.cancelled
+            or self._held_up.waits(job)
+            or (job.cursor >= job.total and not job.again)
+        ):
             return False
         if job.cursor < _end(job) or job.again:
             return True
@@ -165,13 +179,20 @@ class Feeder:
         return slots
 
     def _feed_or_pause(self, epoch: int, job: Job, count: int) -> int:
-        """A manifest that can't be read is its own job's trouble; the others go on."""
+        """A manifest that can't be read is its own job's trouble; the others go on. It pauses the job where a person
+        must see to it, and is tried again where the store may come back."""
         try:
             return self._feed(epoch, job, count)
         except ImageError as exc:
             log.error("paused: %s", exc, extra={"action": "feed", "job": job.id, "code": exc.code})
             self._ledger.hold(epoch, job.id, f"{exc.code}: {exc}")
-            return 0
+        except Fenced:
+            raise
+        except Exception as exc:
+            if isinstance(exc, CutfleetError) and exc.code.startswith("redis_"):
+                raise
+            self._held_up.note(job, exc, undone="fed")
+        return 0
 
     def _feed(self, epoch: int, job: Job, count: int) -> int:
         fed = self._feed_again(epoch, job, min(count, MAX_ROWS)) if job.again else 0

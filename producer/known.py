@@ -8,8 +8,8 @@ job there tell already:
 
 Nothing can be told where no running worker, or several that differ, say which model they serve, or where the last job,
 or one that worked on the same names meanwhile, made its pictures by another recipe, or may have: of a job that Redis
-lost nobody knows. Listing and report are kept in a temporary file. The store's clock and the dispatcher's must agree to
-a second.
+lost, or whose record can't be read, nobody knows. Listing and report are kept in a temporary file. The store's clock
+and the dispatcher's must agree to a second.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import logging
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from jobs.errors import OutputError
+from jobs.errors import CutfleetError, ImageError, OutputError, SettingsError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.message import Hint
@@ -40,7 +42,9 @@ from jobs.store import (
     rendition_names,
 )
 from producer.listing import LISTERS, list_side_by_side
-from producer.manifest import damage_named, unpack
+from producer.manifest import unpack
+
+log = logging.getLogger(__name__)
 
 MAX_JOBS = 500
 """Jobs that a destination may remember; with more, their records are not read."""
@@ -49,14 +53,46 @@ WORTH = 50
 _CLOCK_S = 2.0
 """A listing's times are cut to seconds, and clocks may be one apart."""
 _MAX_BYTES = 64_000_000
+_NOT_OURS = (
+    *(ImageError, SettingsError, ValueError, KeyError, TypeError, AttributeError),
+    *(OverflowError, RecursionError, zlib.error),
+)
+"""What reading a record raises that somebody else wrote, or half of which is lost."""
+
+
+class _Unreadable(CutfleetError):
+    """What a job left of itself is not what we wrote."""
+
+    code = "record_unreadable"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Last:
-    """The last job that worked on the same names."""
+class _Record:
+    """What a job left of itself. `closed` None: it has no summary yet. `made`: the fingerprints it made pictures by."""
 
     job: str
-    closed: float
+    source: str
+    destination: str
+    lane: str
+    created: float
+    closed: float | None
+    review_of: str
+    made: tuple[str, ...]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> _Record:
+        """Of summary.json or job.json."""
+        closed = fields.get("closed")
+        return cls(
+            job=str(fields["job"]),
+            source=str(Location.parse(fields["source"])),
+            destination=str(fields["destination"]),
+            lane=str(fields["lane"]),
+            created=float(fields["created"]),
+            closed=None if closed is None else float(closed),
+            review_of=str(fields.get("review_of", "")),
+            made=tuple(fields.get("tally", {}).get("made", {})),
+        )
 
 
 class Known:
@@ -114,12 +150,10 @@ def look_up(job: Job, store: Store, ledger: Ledger, *, at_least: int, whole: boo
             return
         tells_nothing = job.webhook_pictures or _is_empty(table)
         fingerprint = "" if tells_nothing else served_fingerprint(recipe, ledger)
-        last = _last_job(job, fingerprint, store, ledger) if fingerprint else None
-        if last is None or not _list_outputs(_beside(job, recipe), table, store, limit):
-            yield Known(job, recipe, table, closed=0, fingerprint="")
-            return
-        _read_made(job, last, table, store)
-        yield Known(job, recipe, table, closed=last.closed, fingerprint=fingerprint)
+        closed = None
+        if fingerprint:
+            closed = _read_last(job, table, fingerprint=fingerprint, store=store, ledger=ledger, limit=limit)
+        yield Known(job, recipe, table, closed=closed or 0, fingerprint=fingerprint if closed else "")
 
 
 def served_fingerprint(recipe: Recipe, ledger: Ledger) -> str:
@@ -149,9 +183,9 @@ def _folder(job: Job, name: str) -> Location:
     return Location(to.bucket, f"{to.key}{name}/{source.key.rpartition('/')[2]}")
 
 
-def _beside(job: Job, recipe: Recipe) -> list[Location]:
+def _beside(job: Job) -> list[Location]:
     """Where masks and renditions stand."""
-    to = destination_prefix(job.destination)
+    to, recipe = destination_prefix(job.destination), Recipe.from_json(job.recipe)
     renditions = {Location(to.bucket, to.key + recipe.rendition_folder(rendition)) for rendition in recipe.renditions}
     return [_folder(job, "masks"), *renditions]
 
@@ -176,9 +210,25 @@ def _is_empty(table: sqlite3.Connection) -> bool:
     return table.execute("select 1 from outputs limit 1").fetchone() is None
 
 
-def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Last | None:
+def _read_last(
+    job: Job, table: sqlite3.Connection, *, fingerprint: str, store: Store, ledger: Ledger, limit: int | None
+) -> float | None:
+    """Puts into `table` what the last job made. Returns when that one was closed; None where nothing can be told."""
+    try:
+        last = _last_job(job, fingerprint, store, ledger)
+        if last is None or not _list_outputs(_beside(job), table, store, limit):
+            return None
+        _read_made(job, last, table, store)
+        return last.closed
+    except _Unreadable as exc:
+        log.warning("looked at picture by picture: %s", exc, extra={"action": "list", "job": job.id, "code": exc.code})
+        return None
+
+
+def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Record | None:
     """The newest closed job on the same names, if it and all that worked on them meanwhile, or do now, made their
-    pictures by this fingerprint. Who is open is asked first: a job that closes then is one that has a summary."""
+    pictures by this fingerprint. Who is open is asked first: a job that closes then is one that has a summary. Raises
+    `_Unreadable`."""
     working = {other.id: other for other in ledger.open_jobs()}
     to = destination_prefix(job.destination)
     folders = [
@@ -191,68 +241,84 @@ def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Last
         return None
     with concurrent.futures.ThreadPoolExecutor(LISTERS) as pool:
         records = list(pool.map(lambda other: _record(job, other, store), others))
-    alike = [record for record in records if record is not None and _same_names(job, record) and _makes(record)]
-    closed = [record for record in alike if record.get("closed") is not None]
+    alike = [
+        record
+        for record in records
+        if record is not None and not record.review_of and _same_names(job, record.source, record.destination)
+    ]
+    closed = [(record.closed, record) for record in alike if record.closed is not None]
     if not closed:
         return None
-    last = max(closed, key=lambda record: float(record["created"]))
-    meanwhile = [record for record in closed if float(record["closed"]) >= float(last["created"])]
-    if any(list(record.get("tally", {}).get("made", {})) != [fingerprint] for record in meanwhile):
+    closed_at, last = max(closed, key=lambda found: found[1].created)
+    if any(at >= last.created and record.made != (fingerprint,) for at, record in closed):
         return None
-    lost = [record for record in alike if record.get("closed") is None and str(record["job"]) not in working]
-    if any(float(record["created"]) < float(last["closed"]) and _began(record, job, store) for record in lost):
+    lost = [record for record in alike if record.closed is None and record.job not in working]
+    if any(record.created < closed_at and _began(record, job, store) for record in lost):
         return None
     if not all(_makes_by(fingerprint, other, job, ledger) for other in working.values()):
         return None
-    return _Last(str(last["job"]), float(last["closed"]))
+    return last
 
 
 def _makes_by(fingerprint: str, other: Job, job: Job, ledger: Ledger) -> bool:
     """Whether an open job has made, and will make, nothing else under the names of `job`."""
-    place = {"source": other.source, "destination": other.destination}
-    if other.id == job.id or other.review_of or not _same_names(job, place):
+    if other.id == job.id or other.review_of or not _same_names(job, other.source, other.destination):
         return True
     made = {*ledger.tally(other.id).made, served_fingerprint(Recipe.from_json(other.recipe), ledger)}
     return made == {fingerprint}
 
 
-def _began(record: Mapping[str, Any], job: Job, store: Store) -> bool:
+def _began(record: _Record, job: Job, store: Store) -> bool:
     """Whether an unknown job may have made pictures: what was never listed was never fed."""
-    if record["lane"] == "live":
+    if record.lane == "live":
         return True
-    manifest = record_location(job.destination, str(record["job"]), "manifest/")
+    manifest = record_location(job.destination, record.job, "manifest/")
     return any(found for found, _ in store.list_pages(manifest, role="output"))
 
 
-def _record(job: Job, other: str, store: Store) -> Mapping[str, Any] | None:
-    """Its summary once it is closed, else what it was submitted with; None when there is neither."""
+def _record(job: Job, other: str, store: Store) -> _Record | None:
+    """Its summary once it is closed, else what it was submitted with; None when there is neither. Raises
+    `_Unreadable`."""
     for name in ("report/summary.json", "job.json"):
         place = record_location(job.destination, other, name)
-        with contextlib.suppress(OutputError):
-            body, _ = store.get(place, role="output", max_bytes=_MAX_BYTES)
-            return dict(json.loads(body))
+        with _reading(place):
+            try:
+                body, _ = store.get(place, role="output", max_bytes=_MAX_BYTES)
+            except OutputError as exc:
+                if exc.code != "output_missing":
+                    raise
+            else:
+                return _Record.of(json.loads(body))
     return None
 
 
-def _makes(record: Mapping[str, Any]) -> bool:
-    """A review writes no output."""
-    return not record.get("review_of")
+@contextmanager
+def _reading(place: Location) -> Iterator[None]:
+    """Raises `_Unreadable` when what stands there can't be read, or is not what we wrote."""
+    try:
+        yield
+    except _NOT_OURS as exc:
+        raise _Unreadable(
+            f"{place} can't be read ({type(exc).__name__}: {exc}): restore it, or delete the folder of its job."
+        ) from exc
 
 
-def _same_names(job: Job, record: Mapping[str, Any]) -> bool:
+def _same_names(job: Job, source: str, destination: str) -> bool:
     """Whether both give outputs the same names: the same destination, and below the same folder."""
-    ours, theirs = Location.parse(job.source), Location.parse(record["source"])
+    ours, theirs = Location.parse(job.source), Location.parse(source)
     same_folder = ours.key.rpartition("/")[0] == theirs.key.rpartition("/")[0]
-    return job.destination == record["destination"] and ours.bucket == theirs.bucket and same_folder
+    return job.destination == destination and ours.bucket == theirs.bucket and same_folder
 
 
-def _read_made(job: Job, last: _Last, table: sqlite3.Connection, store: Store) -> None:
+def _read_made(job: Job, last: _Record, table: sqlite3.Connection, store: Store) -> None:
+    """Raises `_Unreadable`."""
     report = record_location(job.destination, last.job, "report/made-")
     table.execute("begin")
     for found in (found for page, _ in store.list_pages(report, role="output") for found in page):
-        body, _ = store.get(Location(report.bucket, found.key), role="output", max_bytes=_MAX_BYTES)
-        with damage_named(f"{found.key} of job {last.job}"):
+        place = Location(report.bucket, found.key)
+        with _reading(place):
+            body, _ = store.get(place, role="output", max_bytes=_MAX_BYTES)
             rows = [json.loads(line) for line in unpack(body)]
-            made = [(row["key"], row["etag"]) for row in rows]
-        table.executemany("insert or replace into made values (?, ?)", made)
+            made = [(str(row["key"]), str(row["etag"])) for row in rows]
+            table.executemany("insert or replace into made values (?, ?)", made)
     table.execute("commit")

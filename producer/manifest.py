@@ -15,18 +15,18 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from jobs.errors import OutputError, TransientError
+from jobs.errors import OutputError
 from jobs.job import Job, ManifestPart
 from jobs.ledger import Ledger
 from jobs.message import ImageTask
-from jobs.store import Location, PreconditionFailed, S3Object, Store, record_location
+from jobs.store import Location, S3Object, Store, record_location
+from producer.writes import put_if_ours
 
 PART_ROWS = 10_000
 MAX_PART_BYTES = 64_000_000
 """Far above what PART_ROWS keys of 1,024 bytes compress to."""
 MAX_UNPACKED_BYTES = 256_000_000
 """Far above what PART_ROWS keys of 1,024 bytes take as JSON."""
-_PUTS = 5
 
 
 def in_parts(rows: Iterable[S3Object], *, first_number: int) -> Iterator[tuple[ManifestPart, list[S3Object]]]:
@@ -136,25 +136,14 @@ def _task(job: Job, line: str | bytes) -> ImageTask:
 
 
 def _put_lines(store: Store, job: Job, number: int, lines: list[str], is_next: Callable[[], bool]) -> bool:
-    """What somebody has left there who was killed before it counted is replaced; what counts never is, by one who was
-    frozen. (Without conditional writes, unless he was frozen just here.)"""
-    body, replaces = pack(lines), None
-    for _ in range(_PUTS):
-        if not is_next():
-            return False
-        try:
-            store.put(
-                _location(job, number),
-                body,
-                content_type="application/gzip",
-                replaces=replaces,
-                conditional=job.conditional,
-            )
-            return True
-        except PreconditionFailed:
-            found = store.head(_location(job, number), role="output")
-            replaces = found.etag if found else None
-    raise TransientError(f"Part {number} of the manifest of job {job.id} is written by others.", code="output_conflict")
+    return put_if_ours(
+        store,
+        _location(job, number),
+        pack(lines),
+        content_type="application/gzip",
+        conditional=job.conditional,
+        is_ours=is_next,
+    )
 
 
 def _location(job: Job, number: int) -> Location:

@@ -57,7 +57,8 @@ def listening(watcher: Watcher, host: str, port: int, *, token: str) -> Iterator
 
 def _app(watcher: Watcher, token: str) -> Starlette:
     async def events(request: Request) -> Response:
-        if not hmac.compare_digest(request.headers.get("authorization", ""), f"Bearer {token}"):
+        shown = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
+        if not hmac.compare_digest(shown, f"Bearer {token}".encode()):
             return _answer(401, "unauthorized", "Send the token of CUTFLEET_WATCH_TOKEN: Authorization: Bearer TOKEN.")
         body = bytearray()
         async for chunk in request.stream():

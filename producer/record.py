@@ -3,6 +3,7 @@
 job.json            source, destination, recipe, pace; `rows` of a live job that was submitted at once, as in a part
 manifest/           numbered parts (`producer/manifest.py`); end.json once there is no more to come: total
 report/             summary.json and the rest, written before the job closes (`producer/report.py`)
+                    reopened.json: ETag of the summary that is no longer the last word
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_RECORD_BYTES = 16_000_000
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
     """`job` as it was submitted. `body`: job.json as it stands. `rows`: of a live job, where it has no manifest yet.
-    `total`: how many images, once no more can come. `closed`: its report is complete."""
+    `total`: how many images, once no more can come. `closed`: its report is complete, and nothing was opened since."""
 
     job: Job
     body: bytes
@@ -51,22 +52,32 @@ def write_end(job: Job, total: int, store: Store) -> None:
     store.put(record_location(job.destination, job.id, "manifest/end.json"), body, content_type="application/json")
 
 
+def write_reopened(job: Job, store: Store) -> None:
+    """Before pictures of a job that may be closed are open again: what Redis loses then is not what its report says."""
+    summary = store.head(record_location(job.destination, job.id, "report/summary.json"), role="output")
+    if summary is not None:
+        place = record_location(job.destination, job.id, "report/reopened.json")
+        store.put(place, json.dumps({"summary": summary.etag}).encode(), content_type="application/json")
+
+
 def read_record(place: Location, store: Store) -> Record:
     """`place`: s3://BUCKET/TO/_cutfleet/JOB/. Raises `JobError` when there is none."""
     to, job_id = split_place(place)
-    body = _read(store, Location(place.bucket, f"{to}{RECORDS}/{job_id}/job.json"))
-    if body is None:
+    body, _ = _read(store, Location(place.bucket, f"{to}{RECORDS}/{job_id}/job.json"))
+    if not body:
         raise JobError(f"There is no job.json under {place}: name the folder of one job.", code="record_missing")
     fields = json.loads(body)
     rows = tuple(S3Object(r["key"], r["etag"], r["size"], hint=r.get("hint", "")) for r in fields.pop("rows", ()))
     recipe = Recipe.from_json(json.dumps(fields["recipe"])).to_json()
     job = job_from_fields(job_id, fields | {"recipe": recipe, "created": str(fields["created"])})
-    report = _read(store, record_location(job.destination, job_id, "report/summary.json"))
-    end = _read(store, record_location(job.destination, job_id, "manifest/end.json"))
+    report, etag = _read(store, record_location(job.destination, job_id, "report/summary.json"))
+    reopened, _ = _read(store, record_location(job.destination, job_id, "report/reopened.json"))
+    end, _ = _read(store, record_location(job.destination, job_id, "manifest/end.json"))
     total: int | None = len(rows) or None
     for known in (end, report):
         total = json.loads(known)["total"] if known else total
-    return Record(job=job, body=body, rows=rows, total=total, closed=report is not None)
+    closed = bool(report) and not (reopened and json.loads(reopened)["summary"] == etag)
+    return Record(job=job, body=body, rows=rows, total=total, closed=closed)
 
 
 def part_numbers(job: Job, store: Store) -> list[int]:
@@ -84,10 +95,11 @@ def split_place(place: Location) -> tuple[str, str]:
     return to, job_id
 
 
-def _read(store: Store, location: Location) -> bytes | None:
+def _read(store: Store, location: Location) -> tuple[bytes, str]:
+    """Body and ETag; both empty when there is none."""
     try:
-        return store.get(location, role="output", max_bytes=MAX_RECORD_BYTES)[0]
+        return store.get(location, role="output", max_bytes=MAX_RECORD_BYTES)
     except OutputError as exc:
         if exc.code != "output_missing":
             raise
-        return None
+        return b"", ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
+import functools
 import io
 import json
 import time
@@ -26,11 +27,12 @@ from jobs.message import BadMessage, ImageTask
 from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import Settings
-from jobs.store import Location, Store, image_names, record_location, source_digest
+from jobs.store import Location, S3Object, Store, image_names, record_location, source_digest
 from producer.costs import bill
 from producer.dead import failures_of, failures_on_disk, json_row
 from producer.known import made_line
 from producer.manifest import MAX_PART_BYTES, PART_ROWS, pack, read_part
+from producer.writes import put_if_ours
 
 _SUCCEEDED = {ImageState.DONE: "done", ImageState.REVIEW: "done, to be reviewed", ImageState.SKIPPED: "skipped"}
 
@@ -55,13 +57,13 @@ def write_report(
     job: Job, settings: Settings, *, ledger: Ledger, store: Store, check: Callable[[], None] = lambda: None
 ) -> None:
     """Safe to repeat; one part of the manifest in memory at a time. Raises `SettingsError`, with nothing written, when
-    a later version wrote the recipe. `check`, before each part: raises when it is no longer ours to write."""
+    a later version wrote the recipe. `check`, before each file: raises when it is no longer ours to write."""
     recipe = Recipe.from_json(job.recipe)
+    report = _Report(job, store, check)
     tally = ledger.tally(job.id)
     tells_made = job.model != RENDER and len(tally.made) == 1
     with failures_on_disk(job, ledger=ledger, store=store) as failures_between:
         for number in range(job.parts):
-            check()
             tasks = read_part(store, job, number)
             first = number * PART_ROWS
             failures = failures_between(first, len(tasks))
@@ -72,18 +74,17 @@ def write_report(
                 for task, state in pairs
                 if state not in _SUCCEEDED
             ]
-            _put_csv(store, job, f"report/succeeded-{number:06d}.csv", succeeded)
-            _put_csv(store, job, f"report/failed-{number:06d}.csv", failed)
-            _put_dead(store, job, number, failures)
+            report.put_csv(f"succeeded-{number:06d}.csv", succeeded)
+            report.put_csv(f"failed-{number:06d}.csv", failed)
+            report.put_dead(f"dead-{number:06d}.jsonl", failures)
             if tells_made:
-                _put_made(store, job, number, pairs, ledger.unsure(job.id, first, len(tasks)))
+                report.put_made(f"made-{number:06d}.jsonl.gz", pairs, ledger.unsure(job.id, first, len(tasks)))
     remarks = ledger.remarks(job.id).values()
     if remarks:
         lines = "".join(f"{remark.to_json()}\n" for remark in remarks)
-        store.put(_location(job, "report/remarks.jsonl"), lines.encode(), content_type="application/jsonl")
-    check()
+        report.put("remarks.jsonl", lines.encode(), content_type="application/jsonl")
     body = json.dumps(_summary(job, recipe, settings, tally), indent=1, ensure_ascii=False).encode()
-    store.put(_location(job, "report/summary.json"), body, content_type="application/json")
+    report.put("summary.json", body, content_type="application/json")
 
 
 def _summary(job: Job, recipe: Recipe, settings: Settings, tally: Tally) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def read_report(job: Job, tasks: Sequence[ImageTask], *, store: Store) -> tuple[
     for row in _read_csv(store, job, f"report/failed-{number:06d}.csv"):
         known[row[1]].add(ImageState.CANCELLED if row[4] == "cancelled" else ImageState.FAILED)
     failures = {}
-    for line in _read(store, job, f"report/dead-{number:06d}.jsonl").splitlines():
+    for line in _read(store, job, f"report/dead-{number:06d}.jsonl").split("\n")[:-1]:
         row = json.loads(line)
         failures[int(row["index"])] = Failure.of(row)
     states = [next(iter(found)) if len(found := known[task.key]) == 1 else ImageState.OPEN for task in tasks]
@@ -121,14 +122,16 @@ def read_report(job: Job, tasks: Sequence[ImageTask], *, store: Store) -> tuple[
 
 def picture_status(source: Location, *, ledger: Ledger, store: Store) -> PictureStatus:
     """The jobs whose source covers the key, newest first: in flight from the ledger, done from the output, failed from
-    the dead letters. A job without failures costs one request at most, whatever its size, unless it is open."""
+    the dead letters. A destination costs one request, whatever the size of its jobs, unless they are open or have
+    failures."""
     in_flight = _in_flight(source, ledger)
-    for job in ledger.jobs(limit=1000):
+    head = functools.cache(lambda place: store.head(place, role="output"))
+    for job in ledger.all_jobs():
         prefix = Location.parse(job.source)
         if job.review_of:
             continue
         if prefix.bucket == source.bucket and source.key.startswith(prefix.key):
-            status = _status_in(job, source, in_flight.get(job.id), ledger, store)
+            status = _status_in(job, source, in_flight.get(job.id), ledger, store, head)
             if status is not None:
                 return status
     return PictureStatus(source=str(source), state="unknown")
@@ -147,7 +150,14 @@ def _key_of(message: str) -> str:
         return ""
 
 
-def _status_in(job: Job, source: Location, image: str | None, ledger: Ledger, store: Store) -> PictureStatus | None:
+def _status_in(
+    job: Job,
+    source: Location,
+    image: str | None,
+    ledger: Ledger,
+    store: Store,
+    head: Callable[[Location], S3Object | None],
+) -> PictureStatus | None:
     names = image_names(job.source, job.destination, source.key)
 
     def status(state: str, **more: str) -> PictureStatus:
@@ -155,7 +165,7 @@ def _status_in(job: Job, source: Location, image: str | None, ledger: Ledger, st
 
     if image is not None:
         return status(ledger.place(image) or "open")
-    output = store.head(names.cutout, role="output")
+    output = head(names.cutout)
     made_by = ""
     if output is not None and output.metadata.get("cf-source") == source_digest(source):
         made_by = output.metadata.get("cf-job", "")
@@ -179,25 +189,53 @@ def _failed_row(key: str, failure: Failure | None, state: ImageState) -> tuple[s
     return key, "failed", failure.code, failure.message
 
 
-def _put_csv(store: Store, job: Job, name: str, rows: Iterable[tuple[str, str, str, str]]) -> None:
-    bucket = Location.parse(job.source).bucket
-    text = io.StringIO()
-    writer = csv.writer(text)
-    for key, status, code, message in rows:
-        writer.writerow([bucket, key, "", status, code, "", message])
-    store.put(_location(job, name), text.getvalue().encode(), content_type="text/csv")
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    """Its files, each written only while it is ours to write."""
 
+    job: Job
+    store: Store
+    check: Callable[[], None]
 
-def _put_made(
-    store: Store, job: Job, number: int, pairs: Sequence[tuple[ImageTask, ImageState]], unsure: Sequence[bool]
-) -> None:
-    """What the next submission need not look at again (`producer/known.py`)."""
-    lines = [
-        made_line(task.key, task.etag)
-        for (task, state), is_unsure in zip(pairs, unsure, strict=True)
-        if state in _SUCCEEDED and task.etag and not is_unsure
-    ]
-    store.put(_location(job, f"report/made-{number:06d}.jsonl.gz"), pack(lines), content_type="application/gzip")
+    def put(self, name: str, body: bytes, *, content_type: str) -> None:
+        def is_ours() -> bool:
+            self.check()
+            return True
+
+        put_if_ours(
+            self.store,
+            self._place(name),
+            body,
+            content_type=content_type,
+            conditional=self.job.conditional,
+            is_ours=is_ours,
+        )
+
+    def put_csv(self, name: str, rows: Iterable[tuple[str, str, str, str]]) -> None:
+        bucket = Location.parse(self.job.source).bucket
+        text = io.StringIO()
+        writer = csv.writer(text)
+        for key, status, code, message in rows:
+            writer.writerow([bucket, key, "", status, code, "", message])
+        self.put(name, text.getvalue().encode(), content_type="text/csv")
+
+    def put_dead(self, name: str, failures: Mapping[int, Failure]) -> None:
+        """Empty, where the job was closed before with failures that are done by now."""
+        if failures or self.store.head(self._place(name), role="output") is not None:
+            body = "".join(f"{json_row(index, failure)}\n" for index, failure in failures.items())
+            self.put(name, body.encode(), content_type="application/jsonl")
+
+    def put_made(self, name: str, pairs: Sequence[tuple[ImageTask, ImageState]], unsure: Sequence[bool]) -> None:
+        """What the next submission need not look at again (`producer/known.py`)."""
+        lines = [
+            made_line(task.key, task.etag)
+            for (task, state), is_unsure in zip(pairs, unsure, strict=True)
+            if state in _SUCCEEDED and task.etag and not is_unsure
+        ]
+        self.put(name, pack(lines), content_type="application/gzip")
+
+    def _place(self, name: str) -> Location:
+        return _location(self.job, f"report/{name}")
 
 
 def _read_csv(store: Store, job: Job, name: str) -> Iterator[list[str]]:
@@ -212,12 +250,6 @@ def _read(store: Store, job: Job, name: str) -> str:
         if exc.code != "output_missing":
             raise
         return ""
-
-
-def _put_dead(store: Store, job: Job, number: int, failures: Mapping[int, Failure]) -> None:
-    if failures:
-        body = "".join(f"{json_row(index, failure)}\n" for index, failure in failures.items())
-        store.put(_location(job, f"report/dead-{number:06d}.jsonl"), body.encode(), content_type="application/jsonl")
 
 
 def _location(job: Job, name: str) -> Location:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from jobs.errors import CutfleetError, JobError, SettingsError
+from jobs.errors import CutfleetError, JobError, OutputError, SettingsError
 from jobs.job import ImageState, Job
 from jobs.ledger import MAX_LIVE, Ledger
 from jobs.message import ImageTask
@@ -119,6 +119,7 @@ def results(job: Job, *, first: int, limit: int, store: Store, ledger: Ledger) -
 
 
 def _tasks(job: Job, first: int, limit: int, store: Store, ledger: Ledger) -> list[ImageTask]:
+    """Raises `OutputError` `manifest_damaged` when the rows stand neither in S3 nor in the ledger."""
     while first < job.total:
         recorded = job.total - job.unrecorded
         if first < recorded:
@@ -126,7 +127,12 @@ def _tasks(job: Job, first: int, limit: int, store: Store, ledger: Ledger) -> li
         found = read_unrecorded(job, first=first - recorded, count=limit, ledger=ledger)
         if found and found[0].index == first:
             return found
-        job = ledger.job(job.id)  # a part was recorded meanwhile
+        job = ledger.job(job.id)
+        if job.total - job.unrecorded == recorded:  # and no part was recorded meanwhile
+            raise OutputError(
+                f"Rows of job {job.id} do not fit its manifest: `cutfleet audit {job.id}` says more.",
+                code="manifest_damaged",
+            )
     return []
 
 

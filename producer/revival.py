@@ -164,9 +164,8 @@ class Books:
     def _revive(self) -> None:
         """A job that was closed and forgotten, from its report. Its failures stand in S3 as before."""
         for tasks in self.tasks():
-            write_spill(
-                self.job, tasks[0].index // PART_ROWS, read_report(self.job, tasks, store=self._store)[1], self._store
-            )
+            failures = read_report(self.job, tasks, store=self._store)[1]
+            write_spill(self.job, tasks[0].index // PART_ROWS, failures, self._store, is_next=lambda: True)
         self.rebuild(spills=self.job.parts)
         for tasks in self.tasks():
             states, _ = read_report(self.job, tasks, store=self._store)

@@ -24,10 +24,10 @@ from jobs.broker import lane_queue, render
 from jobs.errors import JobError, ServiceUnavailable, SettingsError
 from jobs.job import Job
 from jobs.ledger import MAX_LIVE, Ledger
-from jobs.message import ImageTask, Lane
+from jobs.message import MAX_KEY_BYTES, ImageTask, Lane
 from jobs.presets import PRESETS, RENDER
-from jobs.recipe import Recipe
-from jobs.store import Location, S3Object, Store, destination_prefix
+from jobs.recipe import OWN_FOLDERS, Recipe
+from jobs.store import RECORDS, Location, S3Object, Store, destination_prefix
 from producer.known import Known, look_up
 from producer.manifest import PART_ROWS, in_parts, keys_listed, last_listed, manifest_line, write_part
 from producer.record import write_end, write_record
@@ -42,6 +42,8 @@ Waiting = Callable[[str], None] | None
 ROOM_S = 1.0
 """How often a full Redis is tried again."""
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_RECORD_BYTES = len(f"{RECORDS}/{'j' * 64}/review/{'d' * 64}.json")
+"""Of the longest name that a job's own files have below its destination: a preview's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,9 +186,10 @@ def _asked(request: Request) -> str:
 
 
 def check_request(request: Request, ledger: Ledger, store: Store) -> None:
-    """Raises `SettingsError` for a destination under its source and for a model that nobody knows, `SourceError` or
-    `OutputError` for places that the store is not to touch."""
-    check_places(request.source, request.destination)
+    """Raises `SettingsError` for a destination under its source, places whose names are too long and a model that
+    nobody knows, `SourceError` or `OutputError` for places that the store is not to touch."""
+    check_places(request.source, request.destination, recipe=request.recipe, store=store)
+    check_lengths(request.source, request.destination)
     check_bounds(request.source, request.destination, store)
     check_model(request.recipe.model, ledger)
 
@@ -220,14 +223,44 @@ def message_row(task: ImageTask, job: Job) -> tuple[str, str]:
     return lane_queue(job.lane, job.model), render(task, source_uri=str(source))
 
 
-def check_places(source_uri: str, destination: str) -> None:
-    """Raises `SettingsError` when a job would read what it writes."""
+def check_places(source_uri: str, destination: str, *, recipe: Recipe, store: Store) -> None:
+    """Raises `SettingsError` when a job by this recipe would read what it writes. Where sources have a store or an
+    account of their own, a bucket of the same name may be another one: then only a destination under it is refused."""
     source, to = Location.parse(source_uri), destination_prefix(destination)
-    if source.bucket == to.bucket and to.key.startswith(source.key):
+    written = [to.key] if to.key.startswith(source.key) else []
+    if store.is_one:
+        folders = (*OWN_FOLDERS, *map(recipe.rendition_folder, recipe.renditions))
+        written += [to.key + folder for folder in folders if _meets(source.key, to.key, folder)]
+    if source.bucket == to.bucket and written:
         raise SettingsError(
-            f"The destination {to} lies under its own source {source}: the next run would cut out its own results. "
-            "Choose a destination elsewhere, or a longer source prefix.",
+            f"Results would stand in {Location(to.bucket, written[0])}, and so under their own source {source}: the "
+            "next run would cut them out again. Choose a destination elsewhere, or another source prefix.",
             code="destination_under_source",
+        )
+
+
+def _meets(source: str, to: str, folder: str) -> bool:
+    """Whether results in `folder` may stand under `source`. A rendition without a folder may have any name below `to`,
+    but has that of its source where this is relative to `to` as well."""
+    below = source[: source.rfind("/") + 1]
+    return (to + folder).startswith(source) or (below.startswith(to + folder) if folder else below == to)
+
+
+def check_lengths(source: str, destination: str) -> None:
+    """Raises `SettingsError` for a prefix that no object can have, or that leaves no room for a job's records."""
+    check_length(Location.parse(source))
+    check_length(destination_prefix(destination), below_bytes=_RECORD_BYTES)
+
+
+def check_length(place: Location, *, below_bytes: int = 0) -> None:
+    """Raises `SettingsError`. `below_bytes`: what names below it need."""
+    size, most = len(place.key.encode(errors="surrogatepass")), MAX_KEY_BYTES - below_bytes
+    if size > most:
+        room = f", of which {below_bytes} are for what a job writes there" if below_bytes else ""
+        raise SettingsError(
+            f"What begins with {str(place)[:80]!r} has {size:,} bytes behind its bucket, and {most:,} is the most: S3 "
+            f"holds names of {MAX_KEY_BYTES:,}{room}. Choose a shorter one.",
+            code="name_too_long",
         )
 
 

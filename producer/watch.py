@@ -83,11 +83,21 @@ class Watcher:
         return taken
 
     def begin(self, *, existing: bool) -> None:
-        """The first time, only what comes from now on is watched; with `existing`, all that is there. Raises what the
-        store raises when the source can't be listed."""
+        """A watch goes on from its last listing. One that remembers none (the first time, after 30 days without a run,
+        after Redis was lost) begins with all that is there if `existing`, else now, and says what it leaves out. Raises
+        what the store raises when the source can't be listed."""
         next(self._store.list_source(self._source), None)
-        if self._ledger.swept(self.id) is None:
-            self._ledger.finish_sweep(self.id, began=0.0 if existing else time.time(), keep_s=KEEP_S)
+        if self._ledger.swept(self.id) is not None:
+            return
+        if not existing:
+            request = self._request
+            log.warning(
+                "begins now, since it remembers no listing: what was put earlier is not taken. To have it too: "
+                "cutfleet submit %s --to %s --model %s --lane live --since DATE",
+                *(request.source, request.destination, request.recipe.model),
+                extra={"action": "watch"},
+            )
+        self._ledger.finish_sweep(self.id, began=0.0 if existing else time.time(), keep_s=KEEP_S)
 
     def sweep(self, stop: threading.Event) -> int:
         """Takes what was put since the last complete listing; waits while there is too much. Returns how many were

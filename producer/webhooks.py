@@ -1,9 +1,10 @@
 """Webhooks: tells a job's receiver that the job is closed and, if asked for, what became of each picture.
 
-As Standard Webhooks has it: `webhook-id` (the same for each delivery of one event: what a receiver has seen it can
-drop), `webhook-timestamp`, `webhook-signature` (`v1,` and the HMAC-SHA256 of "id.timestamp.body" in base64). At least
-once: an event waits in the ledger until the receiver answered 2xx, said 410, or failed for some two days; then the job
-counts it as untold, and `cutfleet webhooks replay JOB` makes it due again. Bodies say what is true at the delivery.
+As Standard Webhooks has it: `webhook-id` (the same for each delivery and replay of one event, another when it happens
+once more: what a receiver has seen it can drop), `webhook-timestamp`, `webhook-signature` (`v1,` and the HMAC-SHA256 of
+"id.timestamp.body" in base64). At least once: an event waits in the ledger until the receiver answered 2xx, said 410,
+or failed for some two days; then the job counts it as untold, and `cutfleet webhooks replay JOB` makes it due again.
+Bodies say what is true at the delivery.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 from jobs.errors import CutfleetError, ServiceUnavailable, SettingsError
 from jobs.job import ImageState, Job
-from jobs.ledger import MAX_ROWS, Event, Ledger
+from jobs.ledger import MAX_ROWS, Event, Ledger, Outcome
 from jobs.message import ImageTask
 from jobs.settings import Settings
 from jobs.store import Location, Store, image_names, record_location
@@ -83,12 +84,11 @@ def replay(job: Job, *, ledger: Ledger) -> int:
     count = int(ledger.retell_job(job.id))
     first = 0
     while job.webhook_pictures and first < job.total:
-        told = ledger.retell(job.id, first, min(first + MAX_ROWS, job.total))
-        if told is None:
-            time.sleep(1)
-            continue
+        told, reached = ledger.retell(job.id, first, min(first + MAX_ROWS, job.total))
+        if reached == first:
+            time.sleep(PAUSE_S)
         count += told
-        first += MAX_ROWS
+        first = reached
     return count
 
 
@@ -146,14 +146,17 @@ class Deliverer:
 
     def _deliver(self, event: Event) -> None:
         facts: dict[str, Any] = {"action": "webhook", "event": event.id, "attempt": event.tries + 1}
-        job = self._ledger.find_job(event.id.partition(":")[0])
+        job_id, _, index = event.id.partition(":")
+        job = self._ledger.find_job(job_id)
         if job is None:
             self._ledger.finish_event(event, told=False)
             return
-        if event.id == job.id and job.closed is None:  # it was opened again: told when it is closed once more
+        outcome = self._ledger.outcome(job_id, int(index)) if index else None
+        is_open = outcome.state is ImageState.OPEN if outcome else job.closed is None
+        if is_open:  # once more: its next end makes an event of its own
             self._ledger.finish_event(event, told=True)
             return
-        status, reason = self._try(event, job)
+        status, reason = self._try(event, job, outcome)
         if 200 <= status < 300:
             self._away.discard(event.receiver)
             self._ledger.finish_event(event, told=True)
@@ -168,12 +171,12 @@ class Deliverer:
             self._ledger.defer_event(event, pause_s=pause_s)
             log.warning("told later: %s", reason, extra=facts | {"seconds": round(pause_s, 1)})
 
-    def _try(self, event: Event, job: Job) -> tuple[int, str]:
+    def _try(self, event: Event, job: Job, outcome: Outcome | None) -> tuple[int, str]:
         """Status, 0 without an answer, and what to say of it: never the URL, which may hold a secret."""
         if not self._settings.webhook_secret:
             return 0, "CUTFLEET_WEBHOOK_SECRET is not set"
         try:
-            event_id, body = self._message(event, job)
+            event_id, body = self._message(event, job, outcome)
         except CutfleetError as exc:
             return 0, f"{type(exc).__name__}: {exc}"
         except Exception as exc:  # it uses up a try, and keeps no other event waiting
@@ -186,21 +189,23 @@ class Deliverer:
             return 0, f"{type(exc).__name__}: {exc}"
         return status, f"the receiver answered {status}"
 
-    def _message(self, event: Event, job: Job) -> tuple[str, bytes]:
-        """The event's id for its receiver, and its body."""
+    def _message(self, event: Event, job: Job, outcome: Outcome | None) -> tuple[str, bytes]:
+        """The event's id for its receiver, and its body. `outcome`: of a picture."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        if event.id == job.id:
-            kind, event_id = "job.closed", f"{job.id}-closed-{int(job.closed or 0)}"
+        if outcome is None:
+            kind, event_id = "job.closed", f"{job.id}-closed-{round(1000 * (job.closed or 0))}"
             data = job.summary() | {"report": str(record_location(job.destination, job.id, "report/"))}
         else:
             index = int(event.id.rpartition(":")[2])
-            data = self._picture(job, index)
+            data = self._picture(job, index, outcome)
             kind, event_id = f"picture.{data['state']}", f"{job.id}-{index}-{data['state']}"
+            if outcome.reopened:
+                event_id += f"-{outcome.reopened}"
         body = json.dumps({"type": kind, "timestamp": now, "data": data}, ensure_ascii=False)
         return event_id, body.encode()
 
-    def _picture(self, job: Job, index: int) -> dict[str, Any]:
-        (state,) = self._ledger.states(job.id, index, 1)
+    def _picture(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
+        state, failure = outcome.state, outcome.failure
         task = self._row(job, index)
         names = image_names(job.source, job.destination, task.key)
         data: dict[str, Any] = {
@@ -212,7 +217,6 @@ class Deliverer:
         }
         if state in (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED):
             return data | {"cutout": str(names.cutout), "mask": str(names.mask)}
-        failure = self._ledger.failure(job.id, index)
         return data | ({"code": failure.code, "message": failure.message} if failure else {})
 
     def _row(self, job: Job, index: int) -> ImageTask:

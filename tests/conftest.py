@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from factories import Places, Receiver, program
+from moto.server import ThreadedMotoServer
 
 from jobs.ledger import Ledger
 from jobs.store import Location, Store
@@ -63,6 +64,17 @@ def browser() -> Iterator[Browser]:
         found = play.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
         yield found
         found.close()
+
+
+@pytest.fixture
+def aws() -> Iterator[Store]:
+    """A server of AWS's behaviour, for what the embedded one does otherwise or not at all."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with Store(f"http://{host}:{port}", connections=20, credentials=("a", "b", "us-east-1")) as store:
+        yield store
+    server.stop()
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def replay(job: str) -> None:
 @click.option("--listen", metavar="HOST:PORT", help="Take event notifications by POST /events (CUTFLEET_WATCH_TOKEN).")
 @click.option("--webhook", metavar="URL", default="", help="Told, signed, when a day's job is closed.")
 @click.option("--webhook-pictures", is_flag=True, help="Told of every picture, too.")
-@click.option("--existing", is_flag=True, help="The first time, also take what is there already.")
+@click.option("--existing", is_flag=True, help="Where it remembers no listing, take what is there too.")
 @click.option(
     "--sweep-every",
     "sweep_every_s",

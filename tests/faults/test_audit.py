@@ -297,3 +297,27 @@ def test_a_folder_that_is_no_jobs_and_a_job_that_redis_does_not_know_are_told_ap
     assert (unknown.exit_code, nowhere.exit_code) == (2, 2)
     assert "s3://BUCKET/TO/_cutfleet/20260101-000000-aaaaaa/ --repair" in unknown.stderr
     assert "[record_missing]" in nowhere.stderr
+
+
+def test_a_closed_job_whose_retries_redis_lost_is_tried_again(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    names = put_pictures(fleet.store, places, 3)
+    fleet.store.put(places.key(names[1]), b"<html>", content_type="image/jpeg")
+    fleet.workers.start()
+    with fleet.dispatcher():
+        job = submit()
+        assert finish(fleet, job, places, names, reference)["failed"] == 1
+        fleet.store.put(places.key(names[1]), picture(seed=1), content_type="image/jpeg")
+        fleet.workers.dismiss()
+        assert fleet.run("retry", job).returncode == 0
+        flush(fleet)
+
+        assert "job_lost" in audit(fleet, folder(places, job), "--repair", code=0)
+        fleet.workers.start()
+        finish(fleet, job, places, names, {})
+        [(_, failure)] = fleet.ledger.failures(job)
+        assert failure.code == "source_changed", "its manifest names the version that was no picture"
+        flush(fleet)
+        assert_healthy(fleet, folder(places, job))
+    fleet.workers.dismiss()

@@ -218,3 +218,25 @@ def test_a_bucket_that_disappears_fails_its_own_job_which_can_be_repeated_and_no
 
     assert truth.counts["done"] == 8
     assert fleet.workers.dismiss() == [0]
+
+
+@pytest.mark.usefixtures("asleep")
+def test_a_store_that_is_busy_for_one_job_holds_up_no_other(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
+) -> None:
+    names = put_pictures(fleet.store, places, 4)
+    others = Places(places.source, f"s3://{Location.parse(places.to).bucket}-others/")
+    fleet.store.create_bucket(Location.parse(others.to).bucket)
+    fleet.workers.start()
+    stuck = submit()
+    busy = Fault("answer", (f"/{Location.parse(places.to).bucket}/_cutfleet/",), status=503, code="SlowDown")
+    with fleet.dispatcher(s3_endpoint=s3.url):
+        with s3.fault(busy):
+            wait_until(lambda: f"not fed yet: S3 at {s3.url} is busy" in fleet.dispatchers.text())
+            other = fleet.run("submit", places.source, "--to", others.to, "--model", "stand-in").stdout.strip()
+            prove(fleet, other, others, names=names, reference=reference, alone=False)
+            assert fleet.ledger.job(stuck).cursor == 0
+        truth = prove(fleet, stuck, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == 4
+    assert fleet.workers.dismiss() == [0]

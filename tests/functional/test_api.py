@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import listed
 import pytest
@@ -162,7 +163,7 @@ def test_a_key_without_a_right_gets_403_and_nothing_else(
 
     assert [(status, body) for status, body, _ in answers] == [(403, nothing)] * len(answers)
     assert ledger.job(made["request_id"]).cancelled is before.cancelled is False
-    assert api.call("GET", made["status_url"], key="nobody's")[0] == 401
+    assert [api.call("GET", made["status_url"], key=key)[0] for key in ("nobody's", "é")] == [401, 401]
 
 
 def test_bad_requests_are_refused_with_a_code(stack: LocalStack, api: Api, places: Places) -> None:
@@ -170,6 +171,9 @@ def test_bad_requests_are_refused_with_a_code(stack: LocalStack, api: Api, place
         "source_empty": api.call("POST", "/v1/requests", asked(places)),
         "recipe_unknown": api.call("POST", "/v1/requests", asked(places, keys=["a"], recipe="/etc/x.toml")),
         "invalid": api.call("POST", "/v1/requests", b'{"source": "\\ud800"'),
+        "unreadable": api.call("POST", "/v1/requests", b"[" * 100_000),
+        "destination": api.call("POST", "/v1/requests", asked(places) | {"destination": places.to + "é" * 450}),
+        "source": api.call("GET", f"/v1/pictures?source={places.source}{quote('é' * 520)}"),
         "body_too_large": api.call("POST", "/v1/requests", b" " * 2_000_001),
         "job_unknown": api.call("GET", "/v1/requests/none/status"),
         "not_found": api.call("GET", "/nowhere"),
@@ -179,6 +183,9 @@ def test_bad_requests_are_refused_with_a_code(stack: LocalStack, api: Api, place
         "source_empty": (422, "source_empty"),
         "recipe_unknown": (422, "recipe_unknown"),
         "invalid": (422, "invalid"),
+        "unreadable": (400, "unreadable"),
+        "destination": (422, "name_too_long"),
+        "source": (422, "name_too_long"),
         "body_too_large": (413, "body_too_large"),
         "job_unknown": (404, "job_unknown"),
         "not_found": (404, "not_found"),
@@ -216,6 +223,17 @@ def test_a_request_is_cancelled_once_and_its_webhook_told(
     (event,) = receiver.events()
     assert (event["type"], event["data"]["job"]) == ("job.closed", made["request_id"])
     assert event["data"]["cancelled"] == 2
+
+
+def test_a_request_whose_rows_redis_lost_is_told_to_be_damaged(alone: tuple[LocalStack, Api, Places]) -> None:
+    stack, api, places = alone
+    made = api.call("POST", "/v1/requests", asked(places, keys=["e.jpg", "f.jpg"]))[1]
+    with stack.ledger() as ledger:
+        ledger._redis.delete(f"cf:job:{made['request_id']}:rows")
+
+    status, problem, _ = api.call("GET", made["response_url"])
+
+    assert (status, problem["code"]) == (422, "manifest_damaged")
 
 
 def test_a_webhook_that_could_not_be_told_is_refused(

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from factories import Places, make, wait_until
 
 import producer.dispatcher
-from jobs.job import ImageState, Job, ManifestPart
+from jobs.broker import task_of
+from jobs.job import Failure, ImageState, Job, ManifestPart
 from jobs.ledger import Ledger
 from jobs.server import Fenced
 from jobs.settings import Settings
-from jobs.store import Store, record_location
+from jobs.store import Location, Store, record_location
+from producer import dead
 from producer.dispatcher import Dispatcher
-from producer.manifest import PART_ROWS, read_part
-from producer.report import write_report
+from producer.manifest import read_part
+from producer.report import read_report, write_report
 
 
 def finish_all(job: Job, ledger: Ledger) -> None:
@@ -30,10 +33,10 @@ def is_closed(job: Job, ledger: Ledger) -> bool:
     return ledger.job(job.id).closed is not None
 
 
-def test_a_dispatcher_that_lost_its_lock_writes_no_further_part_of_a_report(
+def test_a_dispatcher_that_lost_its_lock_writes_no_further_file_of_a_report(
     alone: Ledger, store: Store, places: Places
 ) -> None:
-    job = make(places, alone, store, count=PART_ROWS + 1)
+    job = make(places, alone, store, count=1)
     epoch = alone.lead("first", ttl_s=60)
     assert epoch is not None
     looks = 0
@@ -49,7 +52,7 @@ def test_a_dispatcher_that_lost_its_lock_writes_no_further_part_of_a_report(
     with pytest.raises(Fenced):
         write_report(alone.job(job.id), Settings(), ledger=alone, store=store, check=check)
 
-    assert written(job, store) == {"succeeded-000000.csv", "failed-000000.csv"}
+    assert written(job, store) == {"succeeded-000000.csv"}
 
 
 def written(job: Job, store: Store) -> set[str]:
@@ -103,3 +106,97 @@ def test_rows_of_a_live_job_are_recorded_once_though_the_answer_was_lost(
     assert (job.parts, job.unrecorded, job.total, job.done) == (1, 0, 3, 3)
     assert [task.key for task in read_part(store, job, 0)] == [f"k{index:05d}.jpg" for index in range(3)]
     assert "summary.json" in written(job, store)
+
+
+class Asleep(Store):
+    """Sleeps before its next put, while something else goes on."""
+
+    def __init__(self, store: Store, meanwhile: Callable[[], object]) -> None:
+        self.__dict__.update(store.__dict__)
+        self.meanwhile: Callable[[], object] | None = meanwhile
+
+    def put(self, location: Location, body: bytes, **more: Any) -> str:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return super().put(location, body, **more)
+
+
+def fail_all(job: Job, ledger: Ledger) -> None:
+    tasks = [task_of(message) for _, message in ledger.entries()]
+    keys = {task.index: task.key for task in tasks}
+    for index in range(job.total):
+        claim = ledger.claim(f"{job.id}:{index}", token=uuid.uuid4().hex, output=f"{job.id}/{index}", lease_s=60)
+        assert ledger.finish(claim, ImageState.FAILED, Failure(keys[index], "damaged", "why", 1, 1.0, "w")) == "ok"
+
+
+def next_epoch(ledger: Ledger, before: str, me: str) -> int:
+    ledger.resign(before)
+    epoch = ledger.lead(me, ttl_s=60)
+    assert epoch is not None
+    return epoch
+
+
+def test_a_dispatcher_that_slept_over_its_lock_replaces_no_failures_of_the_next(
+    alone: Ledger, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead, "MAX_HELD", 4)
+    monkeypatch.setattr(dead, "SPILL_ROWS", 3)
+    job = make(places, alone, store, count=12)
+    dispatcher = Dispatcher(alone, store, Settings())
+    wait_until(lambda: dispatcher.step() or alone.job(job.id).cursor == 12, what="all is fed")
+    dispatcher.close()
+    fail_all(job, alone)
+    epoch = next_epoch(alone, "", "first")
+
+    def go_on() -> None:
+        second = next_epoch(alone, "first", "second")
+        monkeypatch.setattr(dead, "SPILL_ROWS", 5)
+        assert dead.spill(second, alone.job(job.id), ledger=alone, store=store)
+
+    with pytest.raises(Fenced):
+        dead.spill(epoch, alone.job(job.id), ledger=alone, store=Asleep(store, go_on))
+
+    known = dict(dead.failures_of(alone.job(job.id), ledger=alone, store=store))
+    assert sorted(known) == list(range(12))
+
+
+def test_a_dispatcher_that_slept_over_its_lock_replaces_no_report_of_the_next(
+    alone: Ledger, store: Store, places: Places
+) -> None:
+    job = make(places, alone, store, count=2)
+    epoch = next_epoch(alone, "", "first")
+
+    def go_on() -> None:
+        second = next_epoch(alone, "first", "second")
+        alone.cancel(job.id)
+        alone.cancel_rest(second, job.id, 0, ())
+        write_report(alone.job(job.id), Settings(), ledger=alone, store=store)
+
+    with pytest.raises(Fenced):
+        asleep = Asleep(store, go_on)
+        write_report(alone.job(job.id), Settings(), ledger=alone, store=asleep, check=lambda: alone.check_leads(epoch))
+
+    states, _ = read_report(alone.job(job.id), read_part(store, job, 0), store=store)
+    assert states == [ImageState.CANCELLED] * 2
+
+
+def test_what_failed_once_and_is_done_is_done_in_the_last_report(alone: Ledger, store: Store, places: Places) -> None:
+    """Keys that some would call two lines."""
+    keys = ("a\u2028b.jpg", "c\x85d.jpg")
+    job = make(places, alone, store, keys=keys)
+    dispatcher = Dispatcher(alone, store, Settings())
+    wait_until(lambda: dispatcher.step() or alone.job(job.id).cursor == 2, what="all is fed")
+    fail_all(job, alone)
+    wait_until(lambda: dispatcher.step() or is_closed(job, alone), what="it is closed")
+    tasks = read_part(store, job, 0)
+    states, failures = read_report(job, tasks, store=store)
+    assert (states, sorted(failures)) == ([ImageState.FAILED] * 2, [0, 1])
+
+    assert dead.retry(alone.job(job.id), None, ledger=alone, store=store) == 2
+    wait_until(lambda: dispatcher.step() or alone.job(job.id).window == 2, what="they are fed again")
+    finish_all(job, alone)
+    wait_until(lambda: dispatcher.step() or is_closed(job, alone), what="it is closed")
+
+    assert read_report(job, tasks, store=store) == ([ImageState.DONE] * 2, {})
+    dispatcher.close()

@@ -9,6 +9,7 @@ from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
 from jobs.store import Store
 from producer.feeding import MIN_WINDOW, Allowance, Feeder, Shares
+from producer.heldup import HeldUp
 from producer.local import LocalStack
 from producer.manifest import read_part
 
@@ -19,7 +20,7 @@ class Hand:
     def __init__(self, ledger: Ledger, store: Store) -> None:
         self.ledger = ledger
         self.now = 0.0
-        self.feeder = Feeder(ledger, store, lease_s=60, clock=lambda: self.now)
+        self.feeder = Feeder(ledger, store, lease_s=60, held_up=HeldUp(), clock=lambda: self.now)
         epoch = ledger.lead("test", ttl_s=60)
         assert epoch is not None
         self.epoch = epoch

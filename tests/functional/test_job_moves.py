@@ -4,6 +4,7 @@ The test claims and finishes images itself, through the ledger; dispatcher, ledg
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from conftest import Run
 from factories import Places, fetch, put_pictures, wait_until
 from rich.console import Console
 
-from jobs.broker import task_of, worker_queues
+from jobs.broker import lane_queue, task_of, worker_queues
 from jobs.errors import JobError
 from jobs.job import Failure, ImageState, Job, ManifestPart
 from jobs.ledger import Ledger
@@ -390,6 +391,27 @@ def test_a_job_that_is_forgotten_leaves_the_list(ledger: Ledger, dispatcher: Dis
     assert first.id not in ledger._redis.zrange("cf:jobs", 0, -1)
 
 
+def test_old_jobs_that_never_close_keep_no_forgotten_one_in_the_list(
+    ledger: Ledger, store: Store, places: Places
+) -> None:
+    request = submission.Request(
+        source=places.source, destination=places.to, recipe=Recipe(), lane="backfill", name="", keys=None
+    )
+    job = submission.draft(request, job_id="paused", store=store)
+    epoch = ledger.lead("me", ttl_s=60)
+    assert epoch is not None
+    for number in range(20):
+        ledger.create_job(dataclasses.replace(job, id=f"paused-{number}"))
+
+    for number in range(300):
+        ledger.create_job(dataclasses.replace(job, id=f"short-{number}"))
+        ledger.finish_listing(f"short-{number}")
+        assert ledger.close_job(epoch, f"short-{number}", keep_s=0), "forgotten at once"
+
+    assert ledger._redis.zcard("cf:jobs") < 100
+    assert len(ledger.jobs(limit=100)) == 20, "what is not forgotten stays"
+
+
 def test_the_live_screen_shows_rate_time_left_queues_workers_failures_and_review(
     ledger: Ledger, dispatcher: Dispatcher, make_job: MakeJob
 ) -> None:
@@ -436,3 +458,18 @@ def test_the_live_screen_ends_with_its_job(ledger: Ledger, dispatcher: Dispatche
     assert watch_job(job.id, ledger, console=console).done == 3
 
     assert "closed" in console.export_text()
+
+
+def test_what_is_read_in_steps_is_read_whole(
+    ledger: Ledger, dispatcher: Dispatcher, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.ledger.JOBS_AT_ONCE", 2)
+    monkeypatch.setattr("jobs.ledger.MESSAGES_AT_ONCE", 3)
+    jobs = [make_job(2).id for _ in range(5)]
+    wait_until(lambda: dispatcher.step() or all(job.cursor == 2 for job in ledger.open_jobs()), what="all is fed")
+
+    assert [job.id for job in ledger.jobs()] == [job.id for job in ledger.jobs(limit=5)] == jobs[::-1]
+    assert [job.id for job in ledger.jobs(limit=3)] == jobs[:1:-1]
+    assert [job.id for job in ledger.open_jobs()] == sorted(jobs)
+    queue = lane_queue("backfill", Recipe().model)
+    assert ledger.images_with_message([queue]) == {f"{job}:{index}" for job in jobs for index in (0, 1)}

@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from factories import Places
-from moto.server import ThreadedMotoServer
 
 from jobs.errors import SourceError
 from jobs.job import ImageState
@@ -18,6 +17,7 @@ from jobs.recipe import Recipe
 from jobs.store import Location, Role, S3Object, Store
 from producer import listing
 from producer.feeding import Feeder
+from producer.heldup import HeldUp
 from producer.listing import list_side_by_side
 from producer.local import LocalStack
 from producer.submit import Request, submit
@@ -111,17 +111,6 @@ def test_a_listing_that_fails_or_is_left_leaves_no_thread(
     assert not [thread for thread in threading.enumerate() if thread.name == "listing"]
 
 
-@pytest.fixture
-def aws() -> Iterator[Store]:
-    """A server of AWS's behaviour: the embedded one has no archive."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with Store(f"http://{host}:{port}", connections=20, credentials=("a", "b", "us-east-1")) as store:
-        yield store
-    server.stop()
-
-
 def test_what_is_archived_fails_without_a_worker(stack: LocalStack, aws: Store) -> None:
     source, to = Location("pictures", ""), Location("results", "")
     for place in (source, to):
@@ -145,7 +134,7 @@ def test_what_is_archived_fails_without_a_worker(stack: LocalStack, aws: Store) 
         job = submit(request, store=aws, ledger=ledger, lease_s=60, listed=lambda _: None)
         epoch = ledger.lead("test", ttl_s=60)
         assert epoch is not None
-        Feeder(ledger, aws, lease_s=60).feed(epoch, [job])
+        Feeder(ledger, aws, lease_s=60, held_up=HeldUp()).feed(epoch, [job])
 
         failures = {failure.key: failure.code for _, failure in ledger.failures(job.id)}
         after = ledger.job(job.id)

@@ -71,6 +71,17 @@ def test_a_destination_under_its_own_source(cutfleet: Run, store: Store, places:
     refused(cutfleet("submit", places.source, "--to", f"{places.source}out/"), USAGE, "[destination_under_source]")
 
 
+def test_a_destination_whose_records_could_have_no_name(cutfleet: Run, store: Store, places: Places) -> None:
+    put_pictures(store, places, 1)
+
+    refused(cutfleet("submit", places.source, "--to", f"{places.to}{'é' * 450}/"), USAGE, "[name_too_long]")
+
+
+def test_results_that_would_stand_under_their_own_source(cutfleet: Run, places: Places) -> None:
+    refused(cutfleet("submit", f"{places.to}cutouts/", "--to", places.to), USAGE, "[destination_under_source]")
+    refused(cutfleet("watch", f"{places.to}cutouts/", "--to", places.to), USAGE, "[destination_under_source]")
+
+
 def test_a_source_without_pictures(cutfleet: Run, places: Places) -> None:
     refused(cutfleet("submit", f"{places.source}none/", "--to", places.to), USAGE, "[source_empty]")
 

@@ -171,24 +171,7 @@ def test_a_row_of_a_job_that_another_one_overtook_is_not_believed(
             wait_until(lambda: ledger.job(b).closed is not None, what="B is closed")
             return super().open_jobs()
 
-    def hints(kind: type[Ledger]) -> set[str]:
-        request = Request(
-            source=places.source,
-            destination=places.to,
-            recipe=Recipe(model=counted.model),
-            lane="backfill",
-            name="",
-            keys=None,
-        )
-        job = draft(request, job_id="20260101-000000-000000", store=store)
-        with (
-            kind(stack.environment["CUTFLEET_REDIS_URL"], name="here") as one,
-            look_up(job, store, one, at_least=COUNT, whole=True) as known,
-        ):
-            assert known is not None
-            return {known.hint(row) for row in store.list_source(Location.parse(places.source))}
-
-    assert hints(Forgot) == hints(ClosesB) == {""}
+    assert _hints(counted, store, stack, Forgot) == _hints(counted, store, stack, ClosesB) == {""}
 
 
 def test_what_was_tried_again_is_looked_at(counted: Counted, store: Store) -> None:
@@ -209,6 +192,30 @@ def test_what_was_tried_again_is_looked_at(counted: Counted, store: Store) -> No
     assert [(failure.key, failure.code) for _, failure in ledger.failures(second.id)] == [("bad.jpg", "not_an_image")]
 
 
+def test_a_record_that_can_not_be_read_stops_nobody_and_nothing_is_told(
+    stack: LocalStack, counted: Counted, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose it is nobody knows: it may be of a job that overwrote what the last one made."""
+    last = counted.submit_and_close_late()
+    made = _record(counted, last, "report/made-000000.jsonl.gz")
+    other = _record(counted, dataclasses.replace(last, id="20260101-000000-000000"), "job.json")
+    bodies = [b"", b"[" * 100_000, b"[]", b"{}", json.dumps(last.summary() | {"created": "soon"}).encode()]
+    whole = fetch(store, made)
+
+    def look(damaged: Location, body: bytes) -> tuple[set[str], list[bool]]:
+        """What is told of the pictures, and whether each line of the log names the damage."""
+        caplog.clear()
+        store.put(damaged, body, content_type="application/json")
+        return _hints(counted, store, stack, Ledger), [str(damaged) in told for told in caplog.messages]
+
+    assert look(made, whole[:-9]) == ({""}, [True])
+    assert "known" in look(made, whole)[0]
+    assert [look(other, body) for body in bodies] == [({""}, [True])] * len(bodies)
+    job, _ = counted.submit()
+
+    assert job.skipped == COUNT + 1
+
+
 def test_which_model_is_served_must_be_certain(stack: LocalStack) -> None:
     recipe = Recipe(model="of-this-test")
     facts = {"model": "of-this-test", "revision": "r1", "input_size": "320x320", "pipeline": PIPELINE_VERSION}
@@ -227,3 +234,23 @@ def test_which_model_is_served_must_be_certain(stack: LocalStack) -> None:
 def _record(counted: Counted, job: Job, name: str) -> Location:
     to = Location.parse(counted.places.to)
     return Location(to.bucket, f"{to.key}_cutfleet/{job.id}/{name}")
+
+
+def _hints(counted: Counted, store: Store, stack: LocalStack, kind: type[Ledger]) -> set[str]:
+    """What a submission that comes now is told of the pictures."""
+    places = counted.places
+    request = Request(
+        source=places.source,
+        destination=places.to,
+        recipe=Recipe(model=counted.model),
+        lane="backfill",
+        name="",
+        keys=None,
+    )
+    job = draft(request, job_id="20260101-000000-000001", store=store)
+    with (
+        kind(stack.environment["CUTFLEET_REDIS_URL"], name="here") as one,
+        look_up(job, store, one, at_least=COUNT, whole=True) as known,
+    ):
+        assert known is not None
+        return {known.hint(row) for row in store.list_source(Location.parse(places.source))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -189,6 +190,43 @@ def test_what_a_watch_remembers_is_forgotten_when_it_is_never_run_again(
     assert all(86_400 < seconds <= 30 * 86_400 for seconds in left_s), left_s
 
 
+def test_a_watch_that_remembers_no_listing_says_how_to_have_what_came_before(
+    store: Store,
+    ledger: Ledger,
+    places: Places,
+    cutfleet: Run,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    put_pictures(store, places, 3)
+    watcher = watcher_of(places, store, ledger)
+
+    def told() -> list[str]:
+        caplog.clear()
+        watcher.begin(existing=False)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    first, again = told(), told()
+    ledger._redis.delete(f"cf:watch:{watcher.id}")  # as after 30 days without a run
+    forgotten = told()
+
+    assert again == []
+    assert first == forgotten
+    (command,) = re.findall("cutfleet (.*) --since DATE", first[0])
+    ran = cutfleet(*command.split(), "--since", "2000-01-01")
+    assert ledger.job(ran.stdout.strip()).total == 3
+
+
+def test_a_watch_told_to_take_what_is_there_leaves_nothing_out(
+    store: Store, ledger: Ledger, places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    watcher = watcher_of(places, store, ledger)
+
+    watcher.begin(existing=True)
+
+    assert ledger.swept(watcher.id) == 0
+    assert caplog.records == []
+
+
 def test_two_watchers_take_a_burst_once(stack: LocalStack, store: Store, places: Places) -> None:
     bucket = Location.parse(places.source).bucket
     arrivals = [Arrival(bucket, f"{n}.jpg", "e", 5) for n in range(300)]
@@ -367,8 +405,8 @@ def test_the_webhook_refuses_strangers_and_nonsense(
                 return exc.code
 
     event = put_event(places, "a.jpg", "e").encode()
-    assert post(event, token="wrong") == 401
-    assert post(b"{}") == 400
+    assert post(event, token="wrong") == post(event, token="é") == 401
+    assert post(b"{}") == post(b"[" * 100_000) == post(event.replace(b"1024", b"1e999")) == 400
     assert post(b" " * 4_000_001) == 413
     assert total(ledger, places) == 0
     assert post(event) == 200

@@ -24,10 +24,11 @@ from jobs.ledger import Ledger
 from jobs.recipe import Recipe
 from jobs.settings import Settings
 from jobs.store import Store
+from producer import dead
 from producer import submit as submission
 from producer.dispatcher import Dispatcher
 from producer.local import LocalStack
-from producer.webhooks import Deliverer, check_webhook, delivering, signed_headers
+from producer.webhooks import Deliverer, check_webhook, delivering, replay, signed_headers
 
 SECRET = WEBHOOK_SECRET
 OLD_SECRET = "whsec_YWJjZGVmZ2hpamFiY2RlZmdoaWphYmNkZWZnaGlqYWI="  # noqa: S105
@@ -43,6 +44,7 @@ def quiet_url(stack: LocalStack) -> str:
 @pytest.fixture
 def quiet(quiet_url: str) -> Iterator[Ledger]:
     with Ledger(quiet_url, name="no dispatcher here") as ledger:
+        ledger._call("flushdb")
         yield ledger
 
 
@@ -85,16 +87,29 @@ def finish(job: Job, index: int, ledger: Ledger, state: ImageState = ImageState.
     assert ledger.finish(claim, state, failure) == "ok"
 
 
-def close(job: Job, ledger: Ledger, store: Store) -> Job:
+def dispatch(is_so: Callable[[], bool], ledger: Ledger, store: Store, *, what: str) -> None:
     dispatcher = Dispatcher(ledger, store, SETTINGS)
-
-    def is_closed() -> bool:
-        dispatcher.step()
-        return ledger.job(job.id).closed is not None
-
-    wait_until(is_closed, what="the job is closed")
+    wait_until(lambda: dispatcher.step() or is_so(), what=what)
     dispatcher.close()
+
+
+def close(job: Job, ledger: Ledger, store: Store) -> Job:
+    dispatch(lambda: ledger.job(job.id).closed is not None, ledger, store, what="the job is closed")
     return ledger.job(job.id)
+
+
+def retry(job: Job, ledger: Ledger, store: Store) -> None:
+    """What failed is on its queue again."""
+    assert dead.retry(job, None, ledger=ledger, store=store)
+    dispatch(lambda: not ledger.job(job.id).again, ledger, store, what="it is fed once more")
+
+
+def outbox_of(receiver: Receiver) -> str:
+    return f"cf:outbox:{hashlib.sha1(receiver.url.encode(), usedforsecurity=False).hexdigest()}"
+
+
+def ids(receiver: Receiver) -> list[str]:
+    return [headers["webhook-id"] for headers, _ in receiver.got]
 
 
 def test_a_receiver_that_fails_twice_gets_its_third_delivery_signed(
@@ -167,8 +182,93 @@ def test_replay_tells_all_again_under_the_same_ids(
     deliver()
 
     assert (ran.returncode, ran.stderr) == (0, f"Due again: 3 webhooks of job {job.id}.\n")
-    ids = collections.Counter(headers["webhook-id"] for headers, _ in receiver.got)
-    assert (len(ids), set(ids.values())) == (3, {2})
+    times = collections.Counter(ids(receiver))
+    assert (len(times), set(times.values())) == (3, {2})
+
+
+def test_what_happens_once_more_after_a_retry_has_an_id_of_its_own(
+    places: Places, store: Store, quiet: Ledger, receiver: Receiver, deliver: Callable[[], None]
+) -> None:
+    job = submitted(places, store, quiet, receiver.url, pictures=True, count=2)
+    finish(job, 0, quiet, ImageState.FAILED)
+    finish(job, 1, quiet)
+    close(job, quiet, store)
+    deliver()
+    first = set(ids(receiver))
+    receiver.got.clear()
+
+    retry(job, quiet, store)
+    finish(job, 0, quiet, ImageState.FAILED)
+    close(job, quiet, store)
+    deliver()
+    again = set(ids(receiver))
+    assert sorted(event["type"] for event in receiver.events()) == ["job.closed", "picture.failed"]
+    receiver.got.clear()
+    assert replay(quiet.job(job.id), ledger=quiet) == 3
+    deliver()
+
+    assert len(first) == 3
+    assert len(again) == 2
+    assert not first & again, "a receiver that drops what it has seen hears of both"
+    assert set(ids(receiver)) == again | {f"{job.id}-1-done"}
+    assert f"{job.id}-1-done" in first, "of the other nothing is new"
+
+
+def test_a_picture_that_is_open_again_is_told_when_it_is_final_once_more(
+    places: Places, store: Store, quiet: Ledger, receiver: Receiver, deliver: Callable[[], None]
+) -> None:
+    job = submitted(places, store, quiet, receiver.url, pictures=True)
+    finish(job, 0, quiet, ImageState.FAILED)
+    retry(job, quiet, store)
+
+    deliver()
+    assert (receiver.got, quiet.receivers_due(limit=10)) == ([], []), "nothing is known of it now"
+    finish(job, 0, quiet)
+    deliver()
+
+    assert [event["type"] for event in receiver.events()] == ["picture.done"]
+    assert quiet.job(job.id).untold == 0
+
+
+def test_a_replay_with_little_room_leaves_nothing_out(
+    places: Places, store: Store, quiet: Ledger, quiet_url: str, receiver: Receiver, deliver: Callable[[], None]
+) -> None:
+    job = submitted(places, store, quiet, receiver.url, pictures=True, count=6)
+    for index in range(job.total):
+        finish(job, index, quiet)
+    close(job, quiet, store)
+    deliver()
+    receiver.got.clear()
+
+    def told_again() -> bool:
+        deliver()
+        return len(receiver.got) >= 7
+
+    with redis.Redis.from_url(quiet_url) as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        server.zadd(outbox_of(receiver), {f"gone:{number}": time.time() + 3600 for number in range(20_000 - 4)})
+        replayed = pool.submit(replay, quiet.job(job.id), ledger=quiet)
+        wait_until(told_again, what="all are told again")
+
+    assert replayed.result() == 7
+    assert sorted(event["data"].get("index", -1) for event in receiver.events()) == list(range(-1, 6))
+    assert quiet.job(job.id).untold == 0
+
+
+def test_an_event_that_waits_already_needs_no_room(
+    places: Places, store: Store, quiet: Ledger, quiet_url: str, receiver: Receiver
+) -> None:
+    job = submitted(places, store, quiet, receiver.url, pictures=True, count=2)
+    finish(job, 0, quiet, ImageState.FAILED)
+    with redis.Redis.from_url(quiet_url) as server:
+        server.zadd(outbox_of(receiver), {f"gone:{number}": time.time() + 3600 for number in range(20_000)})
+    retry(job, quiet, store)
+
+    finish(job, 0, quiet, ImageState.FAILED)
+    assert quiet.job(job.id).untold == 0
+    finish(job, 1, quiet)
+
+    assert quiet.job(job.id).untold == 1
+    assert quiet.retell(job.id, 0, 2) == (1, 1), "the second does not fit"
 
 
 @pytest.mark.parametrize("status", [410, 500])
@@ -239,9 +339,8 @@ def test_a_receiver_that_never_answers_keeps_no_other_waiting(
 def test_a_receiver_that_is_away_does_not_fill_redis(
     places: Places, store: Store, quiet: Ledger, quiet_url: str, receiver: Receiver, deliver: Callable[[], None]
 ) -> None:
-    quiet._call("flushdb")
     job = submitted(places, store, quiet, receiver.url, pictures=True, count=3)
-    outbox = f"cf:outbox:{hashlib.sha1(receiver.url.encode(), usedforsecurity=False).hexdigest()}"
+    outbox = outbox_of(receiver)
     with redis.Redis.from_url(quiet_url, decode_responses=True) as server:
         server.zadd(outbox, {f"gone:{number}": time.time() + 60 for number in range(20_000)})
         finish(job, 0, quiet)

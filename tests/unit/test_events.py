@@ -82,7 +82,12 @@ def test_what_tells_of_no_new_object_is_no_arrival(body: Any) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    ["", "[]", "{}", '"text"', '{"Records": [{}]}', '{"Records": 1}', json.dumps(s3_event("%ff.jpg")), "\x00"],
+    [
+        *["", "[]", "{}", '"text"', '{"Records": [{}]}', '{"Records": 1}', json.dumps(s3_event("%ff.jpg")), "\x00"],
+        pytest.param(json.dumps(s3_event("a.jpg")).replace("1024", "1e999"), id="a size without end"),
+        pytest.param(json.dumps(s3_event("a.jpg", etag="\ud800")), id="an ETag that is no text"),
+        pytest.param("[" * 100_000, id="deeper than Python goes"),
+    ],
 )
 def test_what_is_no_notification_is_refused(body: str) -> None:
     with pytest.raises(BadEvent):

@@ -146,3 +146,22 @@ def test_two_renditions_of_one_picture_with_one_name_are_refused() -> None:
     with pytest.raises(OutputError, match="taken"):
         rendition_names(recipe, "s3://in/", "s3://out/", "shoe.png")
     assert len(rendition_names(recipe, "s3://in/", "s3://out/", "shoe7.png")) == 2
+
+
+@pytest.mark.parametrize("gone", ["mask", "cutout"])
+def test_what_was_deleted_beside_the_rest_is_made_again_or_tried_again(aws: Store, gone: str) -> None:
+    """AWS answers a write over what is gone with 404, not with 412."""
+    places = Places("s3://in/", "s3://out/")
+    aws.create_bucket("out")
+    to = target(places)
+    put(aws, to, outputs(b"1"))
+    existing = find_existing(to, aws)
+    aws._s3.delete_object(Bucket="out", Key=getattr(to.names, gone).key)
+
+    if gone == "cutout":  # since the claim; the next try finds nothing there
+        with pytest.raises(TransientError, match="somebody else") as caught:
+            put(aws, to, outputs(b"2"), existing=existing)
+        assert caught.value.code == "output_conflict"
+    put(aws, to, outputs(b"2"))
+
+    assert is_complete(find_existing(to, aws), provenance(to.names), to, aws)

@@ -8,7 +8,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from factories import Places
-from moto.server import ThreadedMotoServer
 
 from jobs.errors import ImageError, OutputError, ServiceUnavailable, SettingsError, SourceError
 from jobs.recipe import Delivery, Recipe
@@ -155,6 +154,13 @@ def test_errors_say_whose_fault_they_are(store: Store, places: Places) -> None:
     assert no_source.value.code == no_destination.value.code == "bucket_missing"
 
 
+def test_a_name_that_the_store_finds_too_long_is_no_fault_of_the_store(store: Store, places: Places) -> None:
+    with pytest.raises(OutputError) as refused:
+        store.put(places.cutout("k" * 1020), b"x", content_type="image/png")
+
+    assert refused.value.code == "name_too_long"
+
+
 def test_an_endpoint_that_is_not_there_is_named(stack: LocalStack) -> None:
     with (
         Store("http://127.0.0.1:9", connections=1, credentials=("a", "b", "us-east-1")) as store,
@@ -186,22 +192,14 @@ def test_wrong_credentials_are_named_and_are_no_fault_of_the_object(
     assert caught.value.code == "store_denied"
 
 
-def test_storage_class_cache_header_and_key_reach_the_store() -> None:
-    """A server of AWS's behaviour, since the embedded one keeps no keys."""
+def test_storage_class_cache_header_and_key_reach_the_store(aws: Store) -> None:
     delivery = Delivery(cache_control="max-age=60", storage_class="STANDARD_IA", kms_key="alias/pictures")
     place = Location("kept", "cutouts/a.jpg.png")
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        with Store(f"http://{host}:{port}", connections=2, credentials=("a", "b", "us-east-1")) as store:
-            store.create_bucket(place.bucket)
+    aws.create_bucket(place.bucket)
 
-            store.put(place, b"x", content_type="image/png", delivery=delivery)
+    aws.put(place, b"x", content_type="image/png", delivery=delivery)
 
-            kept = store._s3.head_object(Bucket=place.bucket, Key=place.key)
-    finally:
-        server.stop()
+    kept = aws._s3.head_object(Bucket=place.bucket, Key=place.key)
     assert (kept["ServerSideEncryption"], kept["SSEKMSKeyId"]) == ("aws:kms", "alias/pictures")
     assert (kept["StorageClass"], kept["CacheControl"], kept["ContentType"]) == (
         "STANDARD_IA",

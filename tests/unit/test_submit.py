@@ -1,0 +1,69 @@
+"""Where a job may read and write, as told before anything is submitted."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.errors import SettingsError
+from jobs.recipe import Recipe, Rendition
+from jobs.store import Account, Store
+from producer.submit import check_lengths, check_places
+
+KEYS = ("a", "b", "us-east-1")
+
+
+def check(source: str, to: str, path: str = "", *, elsewhere: bool = False) -> None:
+    """`path`: of a rendition. `elsewhere`: the source is in a store of its own."""
+    account = Account("http://127.0.0.1:7", KEYS) if elsewhere else None
+    recipe = Recipe(renditions=(Rendition(name="web", path=path),) if path else ())
+    with Store("http://127.0.0.1:9", connections=1, credentials=KEYS, source=account) as store:
+        check_places(source, to, recipe=recipe, store=store)
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "path"),
+    [
+        ("s3://b/", "s3://b/out/", ""),
+        ("s3://b/cutouts/", "s3://b/", ""),
+        ("s3://b/cut", "s3://b/", ""),
+        ("s3://b/cutouts/shoes/", "s3://b/", ""),
+        ("s3://b/out/masks/", "s3://b/out", ""),
+        ("s3://b/_cutfleet/", "s3://b/", ""),
+        ("s3://b/web/", "s3://b/", "{rendition}/{path}.jpg"),
+        ("s3://b/shop/web", "s3://b/shop/", "web/small/{path}.jpg"),
+        ("s3://b/shop/p", "s3://b/shop/", "{path}.jpg"),
+    ],
+)
+def test_a_job_that_would_read_what_it_writes_is_refused(source: str, to: str, path: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        check(source, to, path)
+
+    assert refused.value.code == "destination_under_source"
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "path"),
+    [
+        ("s3://b/photos/", "s3://b/", ""),
+        ("s3://b/photos/", "s3://b/", "web/{path}.jpg"),
+        ("s3://b/photos/", "s3://b/", "{path}.jpg"),
+        ("s3://b/web/", "s3://b/", ""),
+        ("s3://b/cutouts/", "s3://b/again/", ""),
+        ("s3://b/cutouts/", "s3://c/", ""),
+    ],
+)
+def test_one_bucket_may_hold_sources_and_results_side_by_side(source: str, to: str, path: str) -> None:
+    check(source, to, path)
+
+
+def test_a_source_in_another_store_is_not_where_results_of_that_name_go() -> None:
+    check("s3://b/cutouts/", "s3://b/", elsewhere=True)
+
+
+def test_a_destination_leaves_room_for_the_names_below_it_counted_in_bytes() -> None:
+    check_lengths("s3://b/" + "k" * 1024, "s3://c/" + "d" * 872)
+
+    for source, to in [("k" * 1025, "d"), ("é" * 513, "d"), ("k", "d" * 873), ("k", "é" * 437)]:
+        with pytest.raises(SettingsError) as refused:
+            check_lengths(f"s3://b/{source}", f"s3://c/{to}")
+        assert refused.value.code == "name_too_long"

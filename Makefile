@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/cutfleet demo $(PHOTOS)
 
 test: $(READY) $(PROMETHEUS) $(CHROMIUM)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # it mostly waits; a file shares its servers; the longest come first
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # it mostly waits; a file shares its servers
 
 check: $(READY)
 	$(BIN)/ruff format --check .

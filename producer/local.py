@@ -87,8 +87,7 @@ class LocalStack:
         """`folder`: data and logs; what an earlier stack left there is removed on enter. `keys`: of its store."""
         self.keys = keys
         self.folder = folder.absolute()
-        self.redis_port, self.s3_port = free_port(), free_port()
-        self._weed_ports = [free_port() for _ in range(3)]
+        self.redis_port, self.s3_port, *self._weed_ports = free_ports(5)
         self.valkey: Process | None = None
         self.s3: Process | None = None
         self._children: list[Process] = []
@@ -253,16 +252,23 @@ def _program(name: str) -> str:
 
 
 def free_port() -> int:
-    """Free now, and so is the port that SeaweedFS derives from it."""
-    while True:
-        with contextlib.closing(socket.socket()) as first, contextlib.closing(socket.socket()) as second:
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Free now, and so are the ports that SeaweedFS derives from them; all of them differ."""
+    ports: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(ports) < count:
+            first, second = (held.enter_context(socket.socket()) for _ in range(2))
             first.bind(("127.0.0.1", 0))
             port = int(first.getsockname()[1])
             if port + _GRPC > 65_535:
                 continue
             with contextlib.suppress(OSError):
                 second.bind(("127.0.0.1", port + _GRPC))
-                return port
+                ports.append(port)
+    return ports
 
 
 def _works(call: Callable[[], None]) -> bool:

@@ -89,10 +89,14 @@ def store(stack: LocalStack) -> Iterator[Store]:
         yield store
 
 
+def alone_url(stack: LocalStack) -> str:
+    return stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/2")
+
+
 @pytest.fixture
 def alone(stack: LocalStack) -> Iterator[Ledger]:
     """A ledger that no dispatcher of the other tests works on, empty."""
-    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/2"), name="alone") as ledger:
+    with Ledger(alone_url(stack), name="alone") as ledger:
         ledger._call("flushdb")
         yield ledger
 

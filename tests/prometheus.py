@@ -105,7 +105,14 @@ class Prometheus:
         return {alert["labels"]["alertname"] for alert in self.ask("alerts")["alerts"] if alert["state"] == "firing"}
 
     def wait_for_alarm(self, *names: str) -> None:
-        wait_until(lambda: set(names) <= self.alarms(), what=f"{names} fire; {self.alarms()} do")
+        """Until each has fired, be it one after the other."""
+        missing = set(names)
+
+        def have_fired() -> bool:
+            missing.difference_update(self.alarms())
+            return not missing
+
+        wait_until(have_fired, what=f"{names} fire; {self.alarms()} do")
 
     def wait_for_calm(self, *names: str) -> None:
         wait_until(lambda: not set(names) & self.alarms(), what=f"{names} are over")

@@ -16,7 +16,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -99,9 +99,17 @@ class ChildDecoder:
         self._leaving = leaving
         self._deadline_s = deadline_s
 
-    def __call__(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> Picture:
-        """Raises `PictureError` as decoding does, and `crashed_decoder`, `stalled`, `memory_exhausted`; `Fatal` when
-        the child was killed; `Draining` when the worker is leaving; `TransientError` when no child can be had."""
+    def __call__(
+        self,
+        data: bytes,
+        *,
+        limits: Limits,
+        animation: Literal["first", "refuse"],
+        begins: Callable[[], object] = lambda: None,
+    ) -> Picture:
+        """`begins` is called when the child is there and has not seen the bytes yet. Raises `PictureError` as decoding
+        does, and `crashed_decoder`, `stalled`, `memory_exhausted`; `Fatal` when the child was killed; `Draining` when
+        the worker is leaving; `TransientError` when no child can be had."""
         ours, theirs = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
         child = spawn.Process(target=_decode_here, args=(theirs, os.getpid(), limits, animation), daemon=True)
@@ -109,7 +117,7 @@ class ChildDecoder:
         theirs.close()
         try:
             with ours:
-                return self._talk(ours, data)
+                return self._talk(ours, data, begins)
         except (EOFError, ConnectionError) as exc:
             child.join()
             raise _verdict(int(child.exitcode or 0)) from exc
@@ -118,13 +126,14 @@ class ChildDecoder:
             child.join()
             child.close()
 
-    def _talk(self, child: Connection, data: bytes) -> Picture:
+    def _talk(self, child: Connection, data: bytes, begins: Callable[[], object]) -> Picture:
         """What the child says is bytes and JSON, never pickle: it has read what strangers wrote."""
         try:
             self._await(child, START_S)
             child.recv_bytes(len(_READY))
         except (EOFError, ConnectionError, TimeoutError) as exc:
             raise TransientError("No process for decoding could be started; see the log.", code="internal") from exc
+        begins()
         child.send_bytes(data)
         try:
             self._await(child, self._deadline_s)

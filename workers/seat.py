@@ -15,8 +15,9 @@ from workers.blame import Accused, Fatal
 from workers.decode import Limits, Picture, count_pixels, decode_picture
 from workers.leases import Draining
 from workers.memory import BYTES_PER_PIXEL, MemoryBudget
-from workers.pipeline import Decoder, Pixels
+from workers.pipeline import Pixels
 from workers.predictor import Predictor
+from workers.quarantine import ChildDecoder
 from workers.watchdog import Watchdog
 
 MOST_DIED = 4
@@ -27,7 +28,7 @@ within a minute convicted a sound picture at two."""
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seat:
     """A `MaskPredictor` and a `Decoder` for this image. `blame` records that it may be why this process ends, `mark`
-    that it is computed alone from now on, or no more."""
+    that it is computed alone from now on, or no more. `child` decodes a suspect."""
 
     accused: Accused
     live: bool
@@ -36,7 +37,7 @@ class Seat:
     memory: MemoryBudget
     watchdog: Watchdog
     predictor: Predictor
-    child: Decoder
+    child: ChildDecoder
     limits: Limits
 
     @contextmanager
@@ -69,7 +70,6 @@ class Seat:
             )
         self._try_device()
         with self.watchdog.computing(self.accused, self.blame):
-            self.mark(True)
             try:
                 yield
             finally:
@@ -84,10 +84,12 @@ class Seat:
             return self.predictor.predict(rgb, live=live)
 
     def decode(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> Picture:
+        """A suspect is marked when its bytes are touched: who dies before, while a process starts for them, did not die
+        of it."""
         if not self.accused.alone:
             return decode_picture(data, limits=limits, animation=animation)
         with self.watchdog.waiting(self.accused.claim):
-            return self.child(data, limits=limits, animation=animation)
+            return self.child(data, limits=limits, animation=animation, begins=lambda: self.mark(True))
 
     def _try_device(self) -> None:
         """A device that fails with a blank picture has failed by itself: the suspect is not to blame."""

@@ -39,11 +39,11 @@ def test_the_same_fault_of_the_device_again_convicts_the_picture_and_no_other_of
     names = put_pictures(fleet.store, places, 10)
     fleet.store.put(places.key(names[4]), grey(level), content_type="image/png")
     known = fleet.workers.ends()
-    fleet.workers.start(supervised=True, slots="6", batch_limit="4", test_stall_s="3", test_device_ms="20")
+    fleet.workers.start(supervised=True, slots="6", batch_limit="4", test_stall_s="8", test_device_ms="20")
 
     with fleet.dispatcher():
         job = submit()
-        truth = prove(fleet, job, places, names=names, reference=reference, within_s=90)
+        truth = prove(fleet, job, places, names=names, reference=reference, within_s=110)
 
     assert {index: state for index, state in truth.states.items() if state != "done"} == {4: "failed"}
     [(_, failure)] = fleet.ledger.failures(job)

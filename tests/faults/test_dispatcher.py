@@ -41,11 +41,11 @@ def test_of_two_dispatchers_one_works_and_one_that_was_frozen_changes_nothing(
     before = fleet.active()
     with fleet.dispatcher() as first:
         wait_until(lambda: fleet.active() > before, what="the first is active, before there is a second")
+        job = submit()
+        wait_until(lambda: fleet.ledger.job(job).done > 2)
+        epoch = fleet.active()
+        os.kill(first, signal.SIGSTOP)
         with fleet.dispatcher():
-            job = submit()
-            wait_until(lambda: fleet.ledger.job(job).done > 2)
-            epoch = fleet.active()
-            os.kill(first, signal.SIGSTOP)
             wait_until(lambda: fleet.active() > epoch)
             os.kill(first, signal.SIGCONT)
 

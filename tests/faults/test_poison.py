@@ -19,7 +19,9 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("asleep")]
 MOST_DEATHS = 3
 CROWD = 60
 EXIT_STALLED, EXIT_LOCKED = 72, 1
-SETTINGS = {"slots": "4", "max_pixels_mp": "10", "memory_mb": "1500", "test_stall_s": "3"}
+SETTINGS = {"slots": "4", "max_pixels_mp": "10", "memory_mb": "1500"}
+STALL_S = {"test_stall_s": "8"}
+"""Of those that hang: shorter, and a machine that stands still for a moment is blamed on them."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,11 +49,11 @@ def test_a_picture_that_takes_workers_down_is_named_and_its_neighbours_are_done(
     names = put_pictures(fleet.store, places, 10)
     fleet.store.put(places.key(names[5]), picture(seed=5) + poison, content_type="image/jpeg")
     known = fleet.workers.ends()
-    fleet.workers.start(supervised=True, **SETTINGS)
+    fleet.workers.start(supervised=True, **SETTINGS, **(STALL_S if code == "stalled" else {}))
 
     with fleet.dispatcher():
         job = submit()
-        truth = prove(fleet, job, places, names=names, reference=reference, within_s=90)
+        truth = prove(fleet, job, places, names=names, reference=reference, within_s=110)
 
     assert {index: state for index, state in truth.states.items() if state != "done"} == {5: "failed"}
     assert [(failure.key, failure.code) for failure in failures(fleet, job)] == [(names[5], code)]

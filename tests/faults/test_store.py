@@ -79,7 +79,7 @@ def test_while_the_whole_store_is_away_workers_hold_and_no_try_is_used_up(
             else:
                 with s3.fault(Fault("hang") if how == "hangs" else Fault("answer")):
                     away_for_a_while(fleet, holding)
-            truth = prove(fleet, job, places, names=names, reference=reference)
+            truth = prove(fleet, job, places, names=names, reference=reference, within_s=100)
 
     assert truth.counts["done"] == SOME
     again = 4 * (1 + int(AWAY_S / GIVEN_BACK_S))
@@ -93,7 +93,7 @@ def away_for_a_while(fleet: Fleet, known: int) -> None:
     """Until some of the four slots have tried in vain more than once."""
     back = time.monotonic() + AWAY_S
     wait_until(
-        lambda: fleet.workers.text().count("holding:") >= known + 6 and time.monotonic() > back, within_s=AWAY_S + 60
+        lambda: fleet.workers.text().count("holding:") >= known + 6 and time.monotonic() > back, within_s=AWAY_S + 110
     )
     assert not tries(fleet)
 

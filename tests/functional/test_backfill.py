@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from factories import wait_until
+from faults.proxy import Wire
 from listed import KEYS, assert_exact, serving_keys
 
 from jobs.job import ImageState, Job
@@ -71,10 +72,12 @@ def test_a_submission_killed_twice_lists_every_key_once_and_ends_exact(tmp_path:
         store.create_bucket("out")
         say_alive(ledger, node="bare", slots=500)
         env = inherited_environment() | own.environment
-        with consuming(own.environment["CUTFLEET_REDIS_URL"]):
-            job = killed_while_listing(submit, env, ledger, parts=3)
+        with consuming(own.environment["CUTFLEET_REDIS_URL"]), Wire(own.s3_port) as slow:
+            slow.delay_s = 0.1  # so that it is killed in time
+            slowly = env | {"CUTFLEET_S3_ENDPOINT": f"http://127.0.0.1:{slow.port}"}
+            job = killed_while_listing(submit, slowly, ledger, parts=3)
             wait_until(lambda: ledger.job(job).done > 0, what="workers work before the listing is complete")
-            assert killed_while_listing([*submit, "--resume", job], env, ledger, parts=6) == job
+            assert killed_while_listing([*submit, "--resume", job], slowly, ledger, parts=6) == job
 
             subprocess.run([*submit, "--resume", job], cwd=ROOT, env=env, check=True, capture_output=True)
             wait_until(lambda: ledger.job(job).closed is not None, within_s=200, what="the job is closed")

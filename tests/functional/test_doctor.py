@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Run
+from conftest import Run, alone_url
 from factories import Places, put_pictures, wait_until
 from faults.proxy import Fault, S3Proxy, Wire
 
@@ -48,12 +48,13 @@ READER = ("doctor-reader", "reads-and-lists-only")
 
 
 @pytest.fixture(autouse=True)
-def environment(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of the healthy stack, for a test to spoil."""
+def environment(stack: LocalStack, alone: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of the healthy stack, where no other test has jobs, for a test to spoil."""
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         monkeypatch.delenv(name)
     for name, value in stack.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUTFLEET_REDIS_URL", alone_url(stack))
 
 
 class Server:

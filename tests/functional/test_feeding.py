@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import Run
+from conftest import Run, alone_url
 from factories import Places, make
 
 from jobs.job import ImageState, Job
@@ -140,7 +140,7 @@ def test_a_sample_that_is_paused_by_hand_before_its_end_stays_one(alone: Ledger,
 def test_tune_changes_a_running_job_and_refuses_a_closed_one(
     stack: LocalStack, cutfleet: Run, alone: Ledger, store: Store, places: Places
 ) -> None:
-    env = {"CUTFLEET_REDIS_URL": stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/2")}
+    env = {"CUTFLEET_REDIS_URL": alone_url(stack)}
     job = make(places, alone, store, count=1)
 
     assert cutfleet("tune", job.id, "--weight", "7", "--rate", "2.5", "--lane", "live", env=env).returncode == 0
@@ -162,7 +162,7 @@ def test_tune_changes_a_running_job_and_refuses_a_closed_one(
 def test_a_submission_takes_what_patterns_sizes_and_dates_say(
     stack: LocalStack, cutfleet: Run, alone: Ledger, store: Store, places: Places
 ) -> None:
-    env = {"CUTFLEET_REDIS_URL": stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/2")}
+    env = {"CUTFLEET_REDIS_URL": alone_url(stack)}
     for name, size in (("a.jpg", 10), ("b.jpg", 20_000), ("c.txt", 10), ("old/d.jpg", 10)):
         store.put(places.key(name), b"x" * size, content_type="image/jpeg")
     limits = ["--include", "*.jpg", "--exclude", "old/*", "--max-mb", "0.01", "--since", "2020-01-01"]

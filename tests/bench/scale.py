@@ -98,6 +98,7 @@ def _measure(stack: LocalStack, ledger: Ledger, folder: Path, options: argparse.
     samples = Samples()
     try:
         while not (found := ledger.jobs()):
+            assert submitter.exitcode in (None, 0), "the submission failed"
             time.sleep(0.05)
         job, listed_s = _watch(ledger, found[0].id, url, started, samples, [dispatcher, *workers])
         seconds = time.monotonic() - started

@@ -29,6 +29,14 @@ class FolderStore(Store):
         self._folder = folder
         self._count = count
 
+    @property
+    def is_one(self) -> bool:
+        return True
+
+    def head(self, location: Location, *, role: Role) -> S3Object | None:
+        path = self._folder / location.key
+        return S3Object(location.key, "etag", path.stat().st_size) if path.exists() else None
+
     def list_pages(
         self, prefix: Location, *, role: Role, delimiter: str = "", after: str = ""
     ) -> Iterator[tuple[list[S3Object], list[str]]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -28,6 +29,8 @@ START_S = 60.0
 STOP_S = 90.0
 _GRPC = 10_000
 """SeaweedFS's own distance between a server's port and its gRPC port."""
+_PORTS = (12_000, 22_000)
+"""These and their gRPC ports lie below Linux's range for outgoing connections."""
 
 
 class Process:
@@ -256,16 +259,15 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Free now, and so are the ports that SeaweedFS derives from them; all of them differ."""
+    """Free now, and so are the ports that SeaweedFS derives from them; all of them differ. None is one that the system
+    gives to whoever connects somewhere: it could be taken before a server has it."""
     ports: list[int] = []
     with contextlib.ExitStack() as held:
         while len(ports) < count:
             first, second = (held.enter_context(socket.socket()) for _ in range(2))
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            if port + _GRPC > 65_535:
-                continue
+            port = random.randrange(*_PORTS)  # noqa: S311  (no secret)
             with contextlib.suppress(OSError):
+                first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + _GRPC))
                 ports.append(port)
     return ports

@@ -27,7 +27,7 @@ from jobs.store import Store, destination_prefix
 from producer.dead import MAX_HELD, spill
 from producer.feeding import Feeder
 from producer.heldup import HeldUp
-from producer.manifest import PART_ROWS, record_live
+from producer.manifest import PART_ROWS, record_live, rows_lost
 from producer.metrics import DispatcherMetrics
 from producer.report import write_report
 
@@ -270,10 +270,7 @@ class Dispatcher:
             check()
             recorded = record_live(job, epoch=epoch, store=self._store, ledger=self._ledger)
             if not recorded and self._ledger.job(job.id).parts == job.parts:
-                raise OutputError(
-                    f"Rows of job {job.id} do not fit its manifest: `cutfleet audit {job.id}` says more.",
-                    code="manifest_damaged",
-                )
+                raise rows_lost(job)
         write_report(job, self._settings, ledger=self._ledger, store=self._store, check=check)
 
 

@@ -113,6 +113,13 @@ def read_unrecorded(job: Job, *, first: int, count: int, ledger: Ledger) -> list
     return [_task(job, line) for line in ledger.rows(job.id, first=first, count=count)]
 
 
+def rows_lost(job: Job) -> OutputError:
+    """Of a live job: its rows stand neither in a part nor in the ledger."""
+    return OutputError(
+        f"Rows of job {job.id} do not fit its manifest: `cutfleet audit {job.id}` says more.", code="manifest_damaged"
+    )
+
+
 def last_listed(store: Store, job: Job) -> str:
     """The last key of what was listed in the order of keys; empty when nothing was."""
     return read_part(store, job, job.parts - 1)[-1].key if job.parts else ""

@@ -18,14 +18,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from jobs.errors import CutfleetError, JobError, OutputError, SettingsError
+from jobs.errors import CutfleetError, JobError, SettingsError
 from jobs.job import ImageState, Job
 from jobs.ledger import MAX_LIVE, Ledger
 from jobs.message import ImageTask
 from jobs.recipe import Recipe
 from jobs.store import Location, Store, image_names, rendition_names
 from producer.access import Caller
-from producer.manifest import PART_ROWS, read_part, read_unrecorded
+from producer.manifest import PART_ROWS, read_part, read_unrecorded, rows_lost
 from producer.submit import Request, check_request, draft, live_row, rows_of
 
 LINK_S = 3600
@@ -129,10 +129,7 @@ def _tasks(job: Job, first: int, limit: int, store: Store, ledger: Ledger) -> li
             return found
         job = ledger.job(job.id)
         if job.total - job.unrecorded == recorded:  # and no part was recorded meanwhile
-            raise OutputError(
-                f"Rows of job {job.id} do not fit its manifest: `cutfleet audit {job.id}` says more.",
-                code="manifest_damaged",
-            )
+            raise rows_lost(job)
     return []
 
 

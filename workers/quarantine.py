@@ -105,7 +105,7 @@ class ChildDecoder:
         *,
         limits: Limits,
         animation: Literal["first", "refuse"],
-        begins: Callable[[], object] = lambda: None,
+        begins: Callable[[], object],
     ) -> Picture:
         """`begins` is called when the child is there and has not seen the bytes yet. Raises `PictureError` as decoding
         does, and `crashed_decoder`, `stalled`, `memory_exhausted`; `Fatal` when the child was killed; `Draining` when

@@ -157,7 +157,7 @@ class _Auditor:
         ]
         final = [picture for picture in pictures if picture.was in _HAVE_RESULTS and picture.state in _HAVE_RESULTS]
         yield from self._look_at_results(final)
-        yield from self._look_at_open([picture for picture in pictures if picture.state is ImageState.OPEN])
+        yield from self._look_at_open([picture for picture in pictures if picture.state is ImageState.OPEN], tasks)
         yield from self._look_at_cancelled([picture for picture in pictures if picture.was is ImageState.CANCELLED])
 
     def _look_at_results(self, pictures: list[_Picture]) -> Iterator[Disagreement]:
@@ -178,15 +178,19 @@ class _Auditor:
         for picture, code, text in wrong.values():
             yield Disagreement(code, text, picture.task.key, reopened)
 
-    def _look_at_open(self, pictures: list[_Picture]) -> Iterator[Disagreement]:
+    def _look_at_open(self, pictures: list[_Picture], part: list[ImageTask]) -> Iterator[Disagreement]:
         """Those that nobody works on, and that have results of this job."""
         since = self._job.created - _CLOCKS_S
         there = [picture for picture in pictures if picture.cutout and picture.mask]
         likely = [picture for picture in there if picture.cutout and picture.cutout.modified >= since]
         fed = self._books.in_window([picture.task.id for picture in likely])
         asked = [picture for picture in likely if picture.task.id not in fed]
-        states = zip(asked, self._askers.map(self._state_of_results, asked), strict=True)
-        recorded = {picture.task.index: (picture, state) for picture, state in states if state is not None}
+        if asked:  # what ended since its state was read has left the window too
+            states = zip(part, self._books.states(part), strict=True)
+            is_open = {task for task, state in states if state is ImageState.OPEN}
+            asked = [picture for picture in asked if picture.task in is_open]
+        found = zip(asked, self._askers.map(self._state_of_results, asked), strict=True)
+        recorded = {picture.task.index: (picture, state) for picture, state in found if state is not None}
         if self._repair:
             self._books.restore({index: state for index, (_, state) in recorded.items()})
         for picture, _ in recorded.values():

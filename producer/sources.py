@@ -210,7 +210,7 @@ def _readable() -> Iterator[None]:
     """Raises `SettingsError` for a file that ends too early, or is not what it seems to be."""
     try:
         yield
-    except (EOFError, OSError, zlib.error, KeyError, TypeError, ValueError) as exc:
+    except (EOFError, OSError, zlib.error, KeyError, TypeError, ValueError, RecursionError) as exc:
         raise SettingsError(
             f"The manifest, or a part of it, can't be read ({type(exc).__name__}: {exc}): is it complete?",
             code="manifest_unreadable",
@@ -223,7 +223,7 @@ def _jsonl(lines: Iterable[str], report: Report) -> Iterator[tuple[int, Mapping[
             continue
         try:
             fields = json.loads(line)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             report(number, f"no JSON: {exc}")
             continue
         if isinstance(fields, dict):

@@ -223,7 +223,7 @@ class Predictor:
         with self._changed:
             self._running = []
             if len(batch) > 1:
-                self.batch_limit = max(1, size // 2)
+                self.batch_limit = (size + 1) // 2  # of three: two may fit
                 for request in reversed(batch):
                     self._lane(request).appendleft(request)
                 return

@@ -35,6 +35,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PICTURES = 24
 LEASE_S = 2.0
+UNHURRIED_S = "20"
+"""A lease where nobody dies and each picture is to be begun once, though the machine stands still for a moment."""
 SETTINGS = {"lease_s": str(LEASE_S), "retry_base_s": "0.2", "drain_s": "10"}
 _numbers = itertools.count()
 
@@ -50,6 +52,7 @@ class Zygote:
         """Exit codes by process id, in order of their ends; negative: the signal that killed."""
         self._started: list[int] = []
         self._changed = threading.Condition()
+        self._one_by_one = threading.Lock()
         with (folder / "zygote.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "standin.py")],
@@ -65,7 +68,7 @@ class Zygote:
     def fork(self, env: Mapping[str, str], log: Path, command: Sequence[str] = ()) -> int:
         """`command`: what `cutfleet` is told; nothing: it is a worker."""
         assert self._process.stdin is not None
-        with self._changed:
+        with self._one_by_one, self._changed:
             known = len(self._started)
             request = {"env": dict(env), "log": str(log), "command": list(command)}
             self._process.stdin.write(json.dumps(request).encode() + b"\n")

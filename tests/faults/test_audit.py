@@ -6,13 +6,14 @@ import itertools
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import redis
 from click.testing import CliRunner, Result
 from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import PICTURES, Fleet, Reference, Submit
+from faults.fleet import PICTURES, UNHURRIED_S, Fleet, Reference, Submit, is_stopped
 from faults.terms import MODEL
 from faults.truth import prove
 
@@ -21,7 +22,7 @@ from producer.cli import main
 from producer.revival import Books
 
 pytestmark = pytest.mark.timeout(300)
-SETTINGS = {"test_device_ms": "60"}
+SETTINGS = {"test_device_ms": "200"}
 
 
 def folder(places: Places, job: str) -> str:
@@ -168,6 +169,27 @@ def test_nothing_is_said_of_jobs_that_are_well(fleet: Fleet, places: Places, sub
         assert fleet.ledger.find_job(job) is None
     assert fleet.workers.alive() == [worker]
     fleet.workers.dismiss()
+
+
+def test_nothing_is_said_of_a_picture_that_ends_between_two_looks(
+    fleet: Fleet, places: Places, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_pictures(fleet.store, places, 1)
+    worker = fleet.workers.start(test_freezepoints=f"before_commit={tmp_path / 'frozen'}", lease_s=UNHURRIED_S)
+    look = Books.in_window
+
+    def look_late(books: Books, images: Sequence[str]) -> set[str]:
+        os.kill(worker, signal.SIGCONT)
+        wait_until(lambda: fleet.ledger.job(job).done == 1, what="it is done")
+        return look(books, images)
+
+    with fleet.dispatcher(lease_s=UNHURRIED_S):
+        job = submit()
+        wait_until(lambda: is_stopped(worker), what="its results are there")
+        monkeypatch.setattr(Books, "in_window", look_late)
+
+        assert_healthy(fleet, job)
+    assert fleet.workers.dismiss() == [0]
 
 
 @pytest.mark.parametrize("forgotten", [False, True], ids=["known", "forgotten"])

@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 import redis
 from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit, Zygote, came_back
+from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, Zygote, came_back
 from faults.truth import prove
 
 pytestmark = pytest.mark.timeout(240)
@@ -32,9 +32,9 @@ def test_clocks_that_are_minutes_off_cost_no_picture_and_bring_no_message_back(
 ) -> None:
     names = put_pictures(fleet.store, places, 48)
     for clock in (f"+{MINUTES_10}", f"-{MINUTES_10}", "+0"):
-        fleet.workers.start(test_clock=clock, slots="6", test_device_ms="250")
+        fleet.workers.start(test_clock=clock, slots="6", test_device_ms="250", lease_s=UNHURRIED_S)
     with (
-        fleet.dispatcher(test_clock=f"+{MINUTES_10}"),
+        fleet.dispatcher(test_clock=f"+{MINUTES_10}", lease_s=UNHURRIED_S),
         redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker,
     ):
         job = submit()

@@ -19,7 +19,7 @@ NOTHING_HAPPENED = {"sum(increase(cutfleet_republished_images_total[5s]))"}
 def test_no_panel_is_empty_and_each_shows_what_happened(fleet: Fleet, tmp_path: Path) -> None:
     with watched(fleet.stack, tmp_path, workers=2) as load:
         since = load.run(
-            80,
+            160,
             model=MODEL,
             start_dispatcher=fleet.dispatchers.start,
             start_worker=lambda **settings: fleet.workers.start(test_device_ms="50", **settings),

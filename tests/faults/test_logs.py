@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from factories import Places, put_pictures
-from faults.fleet import Fleet, Submit
+from faults.fleet import UNHURRIED_S, Fleet, Submit
 from faults.truth import prove
 
 PICTURES = 6
@@ -16,7 +16,7 @@ def test_each_picture_has_one_line_of_json_that_tells_job_picture_and_outcome(
 ) -> None:
     names = put_pictures(fleet.store, places, PICTURES)
     fleet.store.put(places.key(names[2]), b"<!doctype html>", content_type="image/jpeg")
-    fleet.workers.start(log_format="json")
+    fleet.workers.start(log_format="json", lease_s=UNHURRIED_S)
 
     with fleet.dispatcher():
         job = submit()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit, is_stopped
+from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, is_stopped
 from faults.terms import MODEL
 from faults.truth import prove
 
@@ -31,8 +31,8 @@ def test_of_a_hundred_pictures_whose_messages_come_twice_each_is_worked_on_once(
         double(broker, LIVE)
         assert broker.llen(LIVE) == 200
     for _ in range(2):
-        fleet.workers.start(slots="8", ready=False)
-    with fleet.dispatcher():
+        fleet.workers.start(slots="8", ready=False, lease_s=UNHURRIED_S)
+    with fleet.dispatcher(lease_s=UNHURRIED_S):
         truth = prove(fleet, job, places, names=names, reference=reference)
 
     assert truth.counts["done"] == 100
@@ -71,8 +71,8 @@ def test_without_a_worker_for_an_hour_of_leases_the_queue_does_not_grow(
             broker.zadd("cf:waiting", dict.fromkeys(broker.zrange("cf:waiting", 0, -1), 0), xx=True)
             wait_until(lambda: broker.zcount("cf:waiting", 0, 0) == 0, what="the dispatcher has looked after them")
             assert broker.llen(BACKFILL) == len(names), "what was tuned stays on its old queue"
-    with fleet.dispatcher():
-        fleet.workers.start()
+    with fleet.dispatcher(lease_s=UNHURRIED_S):
+        fleet.workers.start(lease_s=UNHURRIED_S)
         truth = prove(fleet, job, places, names=names, reference=reference)
 
     assert truth.counts["done"] == len(names)
@@ -85,10 +85,10 @@ def test_a_job_whose_pictures_are_done_faster_than_they_are_listed_stays_open_fo
 ) -> None:
     names = put_pictures(fleet.store, places, 20)
     before = {job.id for job in fleet.ledger.jobs()}
-    fleet.workers.start()
+    fleet.workers.start(lease_s=UNHURRIED_S)
     freezes = f"after_add_part={tmp_path / 'frozen'}"
     submit = fleet.submits.start_for(places, test_part_rows="8", test_freezepoints=freezes)
-    with fleet.dispatcher(test_part_rows="8"):
+    with fleet.dispatcher(test_part_rows="8", lease_s=UNHURRIED_S):
         wait_until(lambda: is_stopped(submit), what="one part of three is listed")
         (job,) = {job.id for job in fleet.ledger.jobs()} - before
         wait_until(lambda: fleet.ledger.job(job).done == 8, what="what is listed is done")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit
+from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit
 from faults.terms import MODEL
 from faults.truth import prove
 
@@ -94,7 +94,7 @@ def test_moved_to_the_live_lane_a_job_overtakes_what_was_there_before(
     names = put_pictures(fleet.store, places, MIN_WINDOW + 16)
     few = names[:6]
     urgent = Places(places.source, f"{places.to}urgent/")
-    with fleet.dispatcher():
+    with fleet.dispatcher(lease_s=UNHURRIED_S):
         first = submit()
         wait_until(lambda: fleet.ledger.job(first).cursor == MIN_WINDOW, what="the queue is full")
         keys = [places.key(name).key for name in few]
@@ -104,7 +104,7 @@ def test_moved_to_the_live_lane_a_job_overtakes_what_was_there_before(
         assert fleet.ledger.job(second).cursor == 0
         assert fleet.run("tune", second, "--lane", "live").returncode == 0
         wait_until(lambda: fleet.ledger.job(second).cursor == len(few))
-        fleet.workers.start(slots="1")
+        fleet.workers.start(slots="1", lease_s=UNHURRIED_S)
         wait_until(lambda: fleet.ledger.job(second).closed is not None and fleet.ledger.job(first).closed is not None)
 
     claimed = re.findall(rf"^claimed ({first}|{second}):", fleet.workers.text(), re.M)

@@ -79,7 +79,8 @@ def test_every_role_does_its_work_with_its_own_rights(fleet: Fleet, places: Plac
     looked = fleet.run("doctor", "--source", places.source, "--to", places.to, "--json", env=env)
 
     assert truth.counts["done"] == SOME
-    assert [row["code"] for row in json.loads(looked.stdout)["findings"] if row["area"] == "s3"] == [""] * 5
+    found = [row["code"] for row in json.loads(looked.stdout)["findings"] if row["area"] == "s3"]
+    assert (len(found), set(found) <= {"", "s3_slow"}) == (5, True), found
     assert set(fleet.workers.dismiss() + fleet.dispatchers.dismiss()) == {0}
 
 

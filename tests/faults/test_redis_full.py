@@ -16,7 +16,7 @@ from urllib.error import URLError
 import pytest
 import redis
 from factories import Places, free_port, put_pictures, wait_until
-from faults.fleet import PICTURES, ROOT, Fleet, Reference, Submit
+from faults.fleet import PICTURES, ROOT, Fleet, Reference, Submit, is_stopped
 from faults.terms import MODEL
 from faults.truth import prove
 
@@ -105,7 +105,7 @@ def test_a_listing_that_is_interrupted_while_redis_is_full_can_be_resumed(
     fleet.workers.start()
     flag = fleet.stack.folder / f"frozen-{Location.parse(places.to).bucket}"
     submitting = fleet.submits.start_for(places, test_freezepoints=f"before_add_part={flag}")
-    wait_until(flag.exists)
+    wait_until(lambda: is_stopped(submitting), what="it is frozen")
     job = fleet.ledger.open_jobs()[-1].id
     with full(fleet):
         os.kill(submitting, signal.SIGCONT)

@@ -71,7 +71,7 @@ class Watched:
         (folder / "sentinel.conf").write_text(
             f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
             f"sentinel monitor {NAME} 127.0.0.1 {self.ports[0]} 1\n"
-            f"sentinel down-after-milliseconds {NAME} 1000\n"
+            f"sentinel down-after-milliseconds {NAME} 3000\n"
             f"sentinel failover-timeout {NAME} 5000\n"
         )
         return Process([valkey_program(), str(folder / "sentinel.conf"), "--sentinel"], log=folder / "log", env={})

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit
+from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit
 from faults.proxy import Fault, S3Proxy, Wire
 from faults.truth import prove
 
@@ -68,8 +68,8 @@ def test_while_the_whole_store_is_away_workers_hold_and_no_try_is_used_up(
     holding = fleet.workers.text().count("holding:")
     with Wire(fleet.stack.s3_port) as wire:
         endpoint = f"http://127.0.0.1:{wire.port}" if how == "refused" else s3.url
-        worker = fleet.workers.start(s3_endpoint=endpoint, test_device_ms="100")
-        with fleet.dispatcher():
+        worker = fleet.workers.start(s3_endpoint=endpoint, test_device_ms="100", lease_s=UNHURRIED_S)
+        with fleet.dispatcher(lease_s=UNHURRIED_S):
             job = submit()
             wait_until(lambda: fleet.ledger.job(job).done >= 4)
             if how == "refused":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit, make_places, submit_to
+from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, make_places, submit_to
 from faults.truth import prove
 
 SOME = 8
@@ -13,7 +13,7 @@ def test_workers_leave_what_a_later_version_wrote_to_its_workers(
     fleet: Fleet, places: Places, reference: Reference
 ) -> None:
     names = put_pictures(fleet.store, places, SOME)
-    fleet.workers.start()
+    fleet.workers.start(lease_s=UNHURRIED_S)
     with fleet.dispatcher(test_version="2"):
         assert fleet.submits.wait_for(fleet.submits.start_for(places, test_version="2")) == 0
         (job,) = fleet.ledger.open_jobs()
@@ -23,7 +23,7 @@ def test_workers_leave_what_a_later_version_wrote_to_its_workers(
         )
         meanwhile = fleet.ledger.job(job.id)
 
-        fleet.workers.start(test_version="2")
+        fleet.workers.start(test_version="2", lease_s=UNHURRIED_S)
         truth = prove(fleet, job.id, places, names=names, reference=reference)
 
     assert (meanwhile.open, meanwhile.failed) == (SOME, 0)
@@ -37,14 +37,14 @@ def test_a_producer_of_a_later_version_loses_nothing_by_coming_first(
     fleet: Fleet, places: Places, reference: Reference
 ) -> None:
     names = put_pictures(fleet.store, places, SOME)
-    fleet.workers.start()
+    fleet.workers.start(lease_s=UNHURRIED_S)
     with fleet.dispatcher():
         assert fleet.submits.wait_for(fleet.submits.start_for(places, test_version="2")) == 0
         (job,) = fleet.ledger.open_jobs()
         known_text = len(fleet.dispatchers.text())
         known = fleet.workers.text().count("left for a newer worker")
         wait_until(lambda: fleet.workers.text().count("left for a newer worker") > known, what="they are left")
-        fleet.workers.start(test_version="2")
+        fleet.workers.start(test_version="2", lease_s=UNHURRIED_S)
         wait_until(lambda: fleet.ledger.job(job.id).done == SOME, what=f"they are done: {fleet.workers.words()}")
         ours = make_places(fleet)
         put_pictures(fleet.store, ours, 1)
@@ -66,7 +66,7 @@ def test_old_and_new_workers_share_what_an_earlier_version_wrote(
 ) -> None:
     names = put_pictures(fleet.store, places, 3 * SOME)
     for version in ({}, {"test_version": "2"}):
-        fleet.workers.start(test_device_ms="50", **version)
+        fleet.workers.start(test_device_ms="50", lease_s=UNHURRIED_S, **version)
     with fleet.dispatcher():
         truth = prove(fleet, submit(), places, names=names, reference=reference)
         wait_until(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit, came_back, is_stopped
+from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, came_back, is_stopped
 from faults.terms import VISIBILITY_S
 from faults.truth import prove
 
@@ -23,8 +23,11 @@ def test_a_picture_that_takes_longer_than_the_visibility_timeout_is_delivered_on
     """kombu itself renews nothing: `workers.consumer.VisibilityLease` does."""
     names = put_pictures(fleet.store, places, 1)
     for _ in range(2):  # one more than is needed, so that a message that came back would find a worker
-        fleet.workers.start(slots="1", test_device_ms=str(PICTURE_MS))
-    with redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker, fleet.dispatcher():
+        fleet.workers.start(slots="1", test_device_ms=str(PICTURE_MS), lease_s=UNHURRIED_S)
+    with (
+        redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker,
+        fleet.dispatcher(lease_s=UNHURRIED_S),
+    ):
         job = submit()
         wait_until(lambda: broker.hlen("unacked") == 1, what="a worker holds the message")
         began = time.monotonic()
@@ -44,8 +47,8 @@ def test_control_a_message_that_nobody_renews_is_delivered_again_and_the_ledger_
 ) -> None:
     names = put_pictures(fleet.store, places, 1)
     for _ in range(2):
-        fleet.workers.start(slots="1", test_device_ms=str(PICTURE_MS), test_unrenewed="1")
-    with fleet.dispatcher():
+        fleet.workers.start(slots="1", test_device_ms=str(PICTURE_MS), test_unrenewed="1", lease_s=UNHURRIED_S)
+    with fleet.dispatcher(lease_s=UNHURRIED_S):
         job = submit()
         wait_until(lambda: f"refused {job}:0 busy" in fleet.workers.text(), what="it is delivered a second time")
 

@@ -144,6 +144,21 @@ def test_out_of_memory_halves_the_batch_and_loses_no_picture(callers: ThreadPool
     assert not predictor.lost.is_set()
 
 
+def test_of_three_that_do_not_fit_two_are_tried_before_one(callers: ThreadPoolExecutor) -> None:
+    device = Device(memory=2, gated=True)
+    with Predictor(make_model(device), batch_limit=3) as predictor:
+        futures = [hand_in(predictor, callers, 1)]
+        assert device.entered.wait(DEADLINE_S)
+        futures += [hand_in(predictor, callers, red) for red in (2, 3, 4)]
+
+        device.gate.set()
+        for future in futures:
+            future.result(DEADLINE_S)
+
+    assert device.batches == [1, 2, 1]
+    assert predictor.batch_limit == 2
+
+
 def test_a_picture_that_does_not_fit_alone_fails_alone(callers: ThreadPoolExecutor) -> None:
     device = Device(memory=0)
     with Predictor(make_model(device), batch_limit=4) as predictor:

@@ -51,9 +51,10 @@ def test_csv_without_a_header(store: Store, tmp_path: Path) -> None:
     assert keys(read(batch, store)) == ["photos/a b+c%.jpg", "photos/ключ.jpg"]
 
 
-def test_gzip_jsonl_with_one_broken_line(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", ['{"key": "photos/', '{"key": ' + "[" * 100_000], ids=["cut", "deep"])
+def test_gzip_jsonl_with_one_broken_line(store: Store, tmp_path: Path, broken: str) -> None:
     file = tmp_path / "list.jsonl.gz"
-    lines = [json.dumps({"key": ODD[0], "etag": "e", "more": 1}), '{"key": "photos/', "", json.dumps({"key": ODD[1]})]
+    lines = [json.dumps({"key": ODD[0], "etag": "e", "more": 1}), broken, "", json.dumps({"key": ODD[1]})]
     file.write_bytes(gzip.compress("\n".join(lines).encode()))
     told: Told = []
 
@@ -122,7 +123,9 @@ def test_a_key_that_is_not_encoded_as_it_should_be_is_told_by_its_number(store: 
         ("cut.parquet", b"PAR1" + bytes(20)),
         ("manifest.json", b'{"fileFormat": "CSV", "fileSchema": "Bucket, Key"}'),
         ("manifest.json", b"{"),
+        ("manifest.json", b"[" * 100_000),
     ],
+    ids=["gzip", "parquet", "no_files", "no_json", "deep"],
 )
 def test_a_manifest_that_is_damaged_is_an_error_with_a_code(
     store: Store, tmp_path: Path, name: str, body: bytes

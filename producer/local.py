@@ -31,6 +31,9 @@ _GRPC = 10_000
 """SeaweedFS's own distance between a server's port and its gRPC port."""
 _PORTS = (12_000, 22_000)
 """These and their gRPC ports lie below Linux's range for outgoing connections."""
+_given: list[socket.socket] = []
+"""A name for each port that this process gave out, in Linux's abstract socket space: it is held until the process ends,
+however it ends."""
 
 
 class Process:
@@ -206,14 +209,14 @@ class LocalStack:
 
     def _spawn(self, name: str, command: list[str], more: Mapping[str, str] | None = None) -> Process:
         env = inherited_environment() | self.environment | dict(more or {})
-        with _told_afterwards():
+        with told_afterwards():
             process = Process(command, log=self.folder / "logs" / f"{name}.log", env=env)
             self._children.append(process)
         return process
 
 
 @contextlib.contextmanager
-def _told_afterwards() -> Iterator[None]:
+def told_afterwards() -> Iterator[None]:
     """Handlers of SIGINT and SIGTERM run when the block has ended: one that raises within it would leave a child that
     nobody knows of."""
     if threading.current_thread() is not threading.main_thread():  # signals are handled in no other
@@ -259,17 +262,22 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Free now, and so are the ports that SeaweedFS derives from them; all of them differ. None is one that the system
-    gives to whoever connects somewhere: it could be taken before a server has it."""
+    """Free now, and so are the ports that SeaweedFS derives from them. None is one that the system gives to whoever
+    connects somewhere, or that was given out here or by another process of ours that lives: it could be taken before a
+    server has it."""
     ports: list[int] = []
-    with contextlib.ExitStack() as held:
-        while len(ports) < count:
-            first, second = (held.enter_context(socket.socket()) for _ in range(2))
-            port = random.randrange(*_PORTS)  # noqa: S311  (no secret)
-            with contextlib.suppress(OSError):
+    while len(ports) < count:
+        port, name = random.randrange(*_PORTS), socket.socket(socket.AF_UNIX)  # noqa: S311  (no secret)
+        try:
+            name.bind(f"\0cutfleet-port-{port}")
+            with socket.socket() as first, socket.socket() as second:
                 first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + _GRPC))
-                ports.append(port)
+        except OSError:
+            name.close()
+            continue
+        _given.append(name)
+        ports.append(port)
     return ports
 
 

@@ -84,9 +84,10 @@ class _Pinned(http.client.HTTPConnection):
 
     def abort(self) -> None:
         """Ends whatever the connection waits for, once there is one."""
-        if self.sock is not None:
+        sock = self.sock  # `close` may be taking it away
+        if sock is not None:
             with contextlib.suppress(OSError):  # it has ended by itself
-                self.sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 def _split(url: str, private: bool) -> SplitResult:

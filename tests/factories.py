@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -131,13 +129,6 @@ def fetch(store: Store, location: Location) -> bytes:
     return store.get(location, role="output", max_bytes=500_000_000)[0]
 
 
-def free_port() -> int:
-    """Of 127.0.0.1, free now."""
-    with contextlib.closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def make(places: Places, ledger: Ledger, store: Store, *, count: int = 500, **more: Any) -> Job:
     """A backfill of `count` keys, unless `more` says otherwise."""
     keys = tuple(f"k{index:05d}.jpg" for index in range(count))
@@ -150,7 +141,10 @@ def make(places: Places, ledger: Ledger, store: Store, *, count: int = 500, **mo
 def wait_until(is_so: Callable[[], bool], *, within_s: float = 60, what: str = "the condition") -> None:
     """Polls; fails with `what` when the time is up."""
     deadline = time.monotonic() + within_s
-    while not is_so():
-        if time.monotonic() > deadline:
+    while True:
+        is_late = time.monotonic() > deadline  # before the look: this process may stand still between the two
+        if is_so():
+            return
+        if is_late:
             raise AssertionError(f"not within {within_s:g} s: {what}")
         time.sleep(0.05)

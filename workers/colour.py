@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -36,8 +37,10 @@ def srgb_converter(profile: bytes | None, mode: str) -> tuple[Convert | None, st
 
 @functools.cache
 def srgb_profile() -> bytes:
-    """A small sRGB profile for the formats that carry one."""
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    """A small sRGB profile for the formats that carry one: the same bytes in every process."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    struct.pack_into(">6H", profile, 24, 2026, 1, 1, 0, 0, 0)  # its date, which littleCMS takes from the clock
+    return bytes(profile)
 
 
 def _plain(mode: str) -> Convert | None:

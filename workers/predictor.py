@@ -67,7 +67,8 @@ class Predictor:
     @property
     def waiting(self) -> int:
         """Pictures handed in and not yet answered, those on the device included."""
-        return len(self._live) + len(self._backfill) + len(self._running)
+        with self._changed:
+            return len(self._live) + len(self._backfill) + len(self._running)
 
     @property
     def device_s(self) -> float:

@@ -11,6 +11,7 @@ times say more about a machine's day.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import statistics
@@ -22,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from producer.local import told_afterwards
 from tests.bench.report import TERMINATED, Row, from_json, machine_facts, progress, to_json, to_markdown
 
 PARTS: Mapping[str, Sequence[str]] = {
@@ -75,12 +77,11 @@ def run(part: str) -> list[Row]:
     progress(f"{part} ...")
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-m", f"tests.bench.{part}", *PARTS[part], "--json", file.name]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
-            try:
-                code = child.wait()
-            except BaseException:
-                child.terminate()  # and waits, by `with`: its servers end with it
-                raise
+        with contextlib.ExitStack() as ends:
+            with told_afterwards():
+                child = ends.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+                ends.callback(child.terminate)  # then it is waited for: its servers end with it
+            code = child.wait()
         if code:
             raise SystemExit(f"{part} ended with {code}")
         return from_json(Path(file.name).read_text())

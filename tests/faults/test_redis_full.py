@@ -15,13 +15,13 @@ from urllib.error import URLError
 
 import pytest
 import redis
-from factories import Places, free_port, put_pictures, wait_until
+from factories import Places, put_pictures, wait_until
 from faults.fleet import PICTURES, ROOT, Fleet, Reference, Submit, is_stopped
 from faults.terms import MODEL
 from faults.truth import prove
 
 from jobs.store import Location
-from producer.local import inherited_environment
+from producer.local import free_port, inherited_environment
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 import trustme
-from factories import Places, free_port, put_pictures, wait_until
+from factories import Places, put_pictures, wait_until
 from faults.fleet import ROOT, Fleet
 from faults.proxy import Wire
 from flowers import Flower
@@ -21,7 +21,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError
 from jobs.broker import make_app
 from jobs.errors import ServiceUnavailable
 from jobs.ledger import Ledger
-from producer.local import Process, valkey_program
+from producer.local import Process, free_port, valkey_program
 
 EXIT_UNREACHABLE = 4
 SOME = 16

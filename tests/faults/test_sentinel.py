@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from factories import Places, free_port, put_pictures, wait_until
+from factories import Places, put_pictures, wait_until
 from faults.fleet import PICTURES, Fleet, Reference
 from faults.terms import MODEL
 from faults.truth import prove
@@ -15,7 +15,7 @@ from faults.truth import prove
 from jobs.ledger import Ledger
 from jobs.server import broker_urls, sentinels_of
 from jobs.settings import Settings
-from producer.local import Process, valkey_program
+from producer.local import Process, free_port, valkey_program
 
 pytestmark = pytest.mark.timeout(300)
 NAME = "cutfleet"

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import listed
 import pytest
-from factories import WEBHOOK_SECRET, Places, Receiver, decode, free_port, program, put_pictures, wait_until
+from factories import WEBHOOK_SECRET, Places, Receiver, decode, program, put_pictures, wait_until
 from PIL import Image
 
 from jobs.ledger import Ledger
@@ -26,7 +26,7 @@ from jobs.store import Store
 from producer import requests
 from producer.access import Caller
 from producer.api import Pictures
-from producer.local import LocalStack, Process, inherited_environment
+from producer.local import LocalStack, Process, free_port, inherited_environment
 
 KEY = "only-for-this-test"
 STRANGER = "of-somebody-else"

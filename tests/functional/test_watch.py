@@ -21,7 +21,7 @@ from urllib.parse import quote_plus
 import boto3
 import pytest
 from conftest import Run
-from factories import Places, free_port, put_pictures, s3_event, wait_until
+from factories import Places, put_pictures, s3_event, wait_until
 from moto.server import ThreadedMotoServer
 
 from jobs.broker import task_of
@@ -33,7 +33,7 @@ from jobs.recipe import Recipe
 from jobs.store import Location, Store
 from producer import watch
 from producer.events import Arrival
-from producer.local import LocalStack, Process, inherited_environment
+from producer.local import LocalStack, Process, free_port, inherited_environment
 from producer.submit import Request
 from producer.watch import Watcher, run_watch
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ HOLD = "import sys; from workers.alone import _hold; held = _hold(sys.argv[1]); 
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> str:
     """A machine with one GPU, and the GPU's own id."""
-    uuid = f"GPU-of-{request.node.name}"
+    uuid = f"GPU-of-{uuid4()}"
     properties = SimpleNamespace(name="NVIDIA L4", total_memory=24 * 2**30, uuid=uuid)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -59,8 +60,8 @@ def test_a_second_worker_on_a_gpu_is_refused_until_the_first_is_gone_however_it_
     held.close()
 
 
-def test_a_second_worker_of_one_name_is_refused(request: pytest.FixtureRequest) -> None:
-    node = f"{request.node.name}@host"
+def test_a_second_worker_of_one_name_is_refused() -> None:
+    node = f"{uuid4()}@host"
     with claim_name(node):
         error = refusal(claim_name, node)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -53,12 +54,9 @@ def test_a_benchmark_that_is_told_to_go_leaves_no_server(tmp_path: Path) -> None
 
 def servers_in(folder: Path) -> list[str]:
     """Process ids of servers whose data lies there."""
-    commands = {path.parent.name: _command(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
-    return [pid for pid, words in commands.items() if any(word.startswith(f"{folder}/") for word in words)]
-
-
-def _command(path: Path) -> list[str]:
-    try:
-        return path.read_text(errors="replace").split("\0")
-    except OSError:  # it ended meanwhile
-        return []
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if path.readlink().is_relative_to(folder):
+                found.append(path.parent.name)
+    return found

@@ -66,7 +66,7 @@ def test_celery_reads_a_message_that_the_ledger_pushed(stack: LocalStack, ledger
     app = make_app(stack.environment["CUTFLEET_REDIS_URL"])
     consume(app, "reads-ours")
     with app.connection_for_read() as connection, connection.SimpleQueue(queue) as waiting:
-        message = waiting.get(timeout=5)
+        message = waiting.get(timeout=60)
         _, kwargs, _ = message.decode()
         message.ack()
 

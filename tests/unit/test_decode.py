@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pillow_heif
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
@@ -79,8 +78,6 @@ def test_lossless_formats_come_back_exactly(kind: str, options: dict[str, Any]) 
 
 @pytest.mark.parametrize(("kind", "options"), CLOSE)
 def test_lossy_formats_come_back_closely(kind: str, options: dict[str, Any]) -> None:
-    pillow_heif.register_heif_opener()
-
     picture = decoded(saved(Image.fromarray(scene()), kind, **options))
 
     assert np.abs(picture.rgb.astype(int) - scene().astype(int)).mean() < 3
@@ -165,7 +162,7 @@ def test_an_srgb_profile_changes_nothing() -> None:
     assert np.array_equal(picture.rgb, scene()) and picture.notes == ()
 
 
-@pytest.mark.parametrize("profile", [b"no profile at all", srgb_profile()[:300]])
+@pytest.mark.parametrize("profile", [b"no profile at all", srgb_profile()[:300]], ids=["none", "cut"])
 def test_a_broken_profile_is_left_out_and_noted(profile: bytes) -> None:
     picture = decoded(saved(Image.fromarray(scene()), "PNG", icc_profile=profile))
 
@@ -341,7 +338,6 @@ def test_a_raw_file_is_not_taken_for_its_thumbnail() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "GIF", "BMP", "JPEG2000"])
 def test_the_pixel_limit_is_held_before_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pillow_heif.register_heif_opener()
     data = saved(Image.new("RGB", (200, 100)), kind)
     monkeypatch.setattr("workers.decode._read", lambda *_: pytest.fail("decoded all the same"))
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import icc
 import numpy as np
-import pillow_heif
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
@@ -17,7 +16,6 @@ from workers.decode import Limits, decode_picture
 
 Pixels = NDArray[np.uint8]
 WITHIN = 3
-pillow_heif.register_heif_opener()
 
 
 def every_colour(channels: int, *, levels: int) -> Pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import io
 import json
 from pathlib import Path
@@ -147,6 +148,7 @@ def test_jpeg_and_webp_carry_an_srgb_profile_and_no_exif(format_: Format) -> Non
     with Image.open(io.BytesIO(encoded.body)) as image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         assert "sRGB" in ImageCms.getProfileDescription(profile)
+        assert profile.profile.creation_date == datetime.datetime(2026, 1, 1), "the same bytes from every worker"
         assert not dict(image.getexif())
 
 

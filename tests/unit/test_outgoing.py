@@ -74,21 +74,23 @@ def test_a_name_that_leads_elsewhere_later_is_still_refused(monkeypatch: pytest.
 
 def test_a_receiver_that_drips_its_handshake_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record of TLS that is announced with 16 KB, and comes byte by byte."""
-    monkeypatch.setattr(outgoing, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(outgoing, "TIMEOUT_S", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
 
         def drip() -> None:
-            connection, _ = server.accept()
-            with connection, contextlib.suppress(OSError):
-                connection.sendall(b"\x16\x03\x03\x40\x00")
-                while not threading.Event().wait(0.05):
-                    connection.sendall(b"x")
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(b"\x16\x03\x03\x40\x00")
+                    while not threading.Event().wait(0.05):
+                        connection.sendall(b"x")
 
         thread = threading.Thread(target=drip, daemon=True)
         thread.start()
         with pytest.raises(OSError):
             post(f"https://127.0.0.1:{port}/", b"{}", {}, private=True)
+        server.shutdown(socket.SHUT_RDWR)  # nobody came, where the time was up before
         thread.join(20)
 
     assert not thread.is_alive()
@@ -100,23 +102,21 @@ def test_a_receiver_that_never_answers_holds_nobody_up(monkeypatch: pytest.Monke
         port = server.getsockname()[1]
 
         def drip() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.settimeout(0.05)
-                while True:
-                    try:
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                with connection:
+                    connection.settimeout(0.05)
+                    while True:
                         connection.sendall(b"H")
-                        if not connection.recv(65536):
-                            return
-                    except TimeoutError:
-                        continue
-                    except OSError:
-                        return
+                        with contextlib.suppress(TimeoutError):
+                            if not connection.recv(65536):
+                                return
 
         thread = threading.Thread(target=drip, daemon=True)
         thread.start()
         with pytest.raises((OSError, outgoing.http.client.HTTPException)):
             post(f"http://127.0.0.1:{port}/", b"{}", {}, private=True)
+        server.shutdown(socket.SHUT_RDWR)
         thread.join(20)
 
     assert not thread.is_alive()

@@ -89,8 +89,15 @@ class Dispatcher:
                 if exc.code != failing:
                     log.error(str(exc), extra={"action": "dispatch", "code": exc.code})
                 failing = exc.code
-            stop.wait(FEEDING_PAUSE_S if busy else PAUSE_S)
+            self._pause(FEEDING_PAUSE_S if busy else PAUSE_S, stop)
         self.close()
+
+    def _pause(self, seconds: float, stop: threading.Event) -> None:
+        """A pause that lasts much longer is a machine that stood still: its workers could not renew leases either."""
+        began = time.monotonic()
+        stop.wait(seconds)
+        if time.monotonic() - began > seconds + self._lease_s / 2:
+            self._quiet_until = time.monotonic() + self._lease_s
 
     def step(self) -> bool:
         """One turn. True when images were fed: there may soon be room again."""

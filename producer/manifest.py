@@ -12,7 +12,7 @@ import itertools
 import json
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from jobs.errors import OutputError
@@ -111,6 +111,23 @@ def damage_named(what: str) -> Iterator[None]:
 def read_unrecorded(job: Job, *, first: int, count: int, ledger: Ledger) -> list[ImageTask]:
     """Live images that stand in no part yet, the first of them being number `first`."""
     return [_task(job, line) for line in ledger.rows(job.id, first=first, count=count)]
+
+
+def find_row(job: Job, index: int, *, part: Callable[[int], Sequence[ImageTask]], ledger: Ledger) -> ImageTask:
+    """The image of that index, wherever its row stands by now. `part`: a part by its number, as `read_part` gives it.
+    Raises `OutputError` `manifest_damaged` for a row that stands nowhere."""
+    while index >= (recorded := job.total - job.unrecorded):
+        found = read_unrecorded(job, first=index - recorded, count=1, ledger=ledger)
+        if found and found[0].index == index:
+            return found[0]
+        job = ledger.job(job.id)
+        if job.total - job.unrecorded == recorded:  # and no part was recorded meanwhile
+            raise rows_lost(job)
+    number, offset = divmod(index, PART_ROWS)
+    tasks = part(number)
+    if len(tasks) <= offset:
+        raise OutputError(f"Part {number} of the manifest ends before image {index}.", code="manifest_damaged")
+    return tasks[offset]
 
 
 def rows_lost(job: Job) -> OutputError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import heapq
 import json
 import random
@@ -25,7 +26,7 @@ from jobs.preview import Preview
 from jobs.recipe import Recipe
 from jobs.store import Store, image_names, preview_location
 from producer.dead import failures_of
-from producer.manifest import PART_ROWS, read_part, read_unrecorded
+from producer.manifest import PART_ROWS, find_row, read_part
 from producer.page import Row, write_page
 from producer.show import Counter, wait_for
 from producer.submit import Request, submit
@@ -197,13 +198,6 @@ def _wanted_indexes(job: Job, wanted: Wanted, ledger: Ledger) -> set[int]:
 
 def _tasks(job: Job, indexes: list[int], *, store: Store, ledger: Ledger) -> Iterator[ImageTask]:
     """One part of the manifest in memory at a time."""
-    recorded = job.total - job.unrecorded
-    number, part = -1, list[ImageTask]()
+    part = functools.lru_cache(maxsize=1)(lambda number: read_part(store, job, number))
     for index in indexes:
-        if index >= recorded:
-            yield from read_unrecorded(job, first=index - recorded, count=1, ledger=ledger)
-            continue
-        if index // PART_ROWS != number:
-            number = index // PART_ROWS
-            part = read_part(store, job, number)
-        yield part[index % PART_ROWS]
+        yield find_row(job, index, part=part, ledger=ledger)

@@ -30,7 +30,7 @@ from jobs.ledger import MAX_ROWS, Event, Ledger, Outcome
 from jobs.message import ImageTask
 from jobs.settings import Settings
 from jobs.store import Location, Store, image_names, record_location
-from producer.manifest import PART_ROWS, read_part, read_unrecorded
+from producer.manifest import find_row, read_part
 from producer.outgoing import TargetRefused, check_target, post
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class Deliverer:
 
     def _picture(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
         state, failure = outcome.state, outcome.failure
-        task = self._row(job, index)
+        task = find_row(job, index, part=lambda number: self._part(job.id, number), ledger=self._ledger)
         names = image_names(job.source, job.destination, task.key)
         data: dict[str, Any] = {
             "job": job.id,
@@ -218,15 +218,6 @@ class Deliverer:
         if state in (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED):
             return data | {"cutout": str(names.cutout), "mask": str(names.mask)}
         return data | ({"code": failure.code, "message": failure.message} if failure else {})
-
-    def _row(self, job: Job, index: int) -> ImageTask:
-        recorded = job.total - job.unrecorded
-        if index < recorded:
-            return self._part(job.id, index // PART_ROWS)[index % PART_ROWS]
-        found = read_unrecorded(job, first=index - recorded, count=1, ledger=self._ledger)
-        if found and found[0].index == index:
-            return found[0]
-        return self._row(self._ledger.job(job.id), index)  # a part was recorded meanwhile
 
     def _load_part(self, job_id: str, number: int) -> list[ImageTask]:
         return read_part(self._store, self._ledger.job(job_id), number)

@@ -16,6 +16,7 @@ from producer.manifest import PART_ROWS, read_part
 
 SOURCE = "s3://shop/photos/"
 FOLDERS = 16
+LAST = f"photos/{FOLDERS - 1}/"
 PARTS = 3
 KEYS = sorted(
     [f"photos/{n % FOLDERS:02d}/{n // 97 % 7}/{n:06d}.jpg" for n in range(PARTS * PART_ROWS - 500)]
@@ -24,10 +25,12 @@ KEYS = sorted(
 
 
 class Listed(ThreadingHTTPServer):
-    """Answers each page after `delay_s`; counts pages, and how many were asked for at a time."""
+    """Answers each page after `delay_s`, and those of the prefix `holds` when it holds it no more: no listing ends
+    before. Counts pages, and how many were asked for at a time."""
 
     daemon_threads = True
     delay_s = 0.0
+    holds = ""
     asked = at_once = most_at_once = 0
 
     def __init__(self) -> None:
@@ -80,8 +83,10 @@ class Handler(BaseHTTPRequestHandler):
             found.at_once += 1
             found.most_at_once = max(found.most_at_once, found.at_once)
         time.sleep(found.delay_s)
-        query = parse_qs(urlsplit(self.path).query)
-        body = found.page({name: values[0] for name, values in query.items()}).encode()
+        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        while found.holds and query.get("prefix") == found.holds:
+            time.sleep(0.02)
+        body = found.page(query).encode()
         with found.lock:
             found.at_once -= 1
         self.send_response(200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -12,7 +13,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -73,7 +73,7 @@ class Zygote:
             request = {"env": dict(env), "log": str(log), "command": list(command)}
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            assert self._changed.wait_for(lambda: len(self._started) > known, timeout=60), "no worker was forked"
+            assert self._changed.wait_for(lambda: len(self._started) > known, timeout=180), "no worker was forked"
             return self._started[known]
 
     def stop(self) -> None:
@@ -162,7 +162,8 @@ class Forks:
             self._supervised.clear()
         pids = self.alive()
         for pid in pids:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
         return [self.wait_for(pid) for pid in pids]
 
     def stop(self) -> None:
@@ -251,7 +252,7 @@ class Fleet:
         self.store.close()
         self.stack.stop()
 
-    @contextmanager
+    @contextlib.contextmanager
     def dispatcher(self, **settings: str) -> Iterator[int]:
         """A supervised one, by its process id at first."""
         yield self.dispatchers.start(supervised=True, **settings)

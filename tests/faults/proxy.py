@@ -25,7 +25,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from producer.local import ACCESS_KEY, SECRET_KEY
+from producer.local import ACCESS_KEY, SECRET_KEY, free_port
 
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER of no time: closing sends a reset."""
@@ -40,7 +40,7 @@ class Wire:
     def __init__(self, port: int, *, tls: ssl.SSLContext | None = None) -> None:
         self.delay_s = 0.0
         """Of every chunk, either way."""
-        self.port = 0
+        self.port = free_port()
         self._to = port
         self._tls = tls
         self._silent = False
@@ -87,7 +87,6 @@ class Wire:
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._tls)
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def _cut(self) -> int:
         cut = {*self._open, *self._dead}

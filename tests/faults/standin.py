@@ -54,6 +54,7 @@ import jobs.message
 import producer.cli
 import producer.dispatcher
 import producer.feeding
+import producer.heldup
 import producer.manifest
 import producer.report
 import workers.__main__
@@ -203,9 +204,8 @@ def _shorten() -> None:
     """Times that only make tests wait: a dead worker's messages come back within seconds, a dead dispatcher's lock too,
     and who waits for a server in vain gives up sooner."""
     jobs.broker.VISIBILITY_S = VISIBILITY_S
-    workers.consumer.VisibilityLease.every_s = VISIBILITY_S / 4
     producer.dispatcher.LOCK_S = LOCK_S
-    producer.dispatcher.PAUSE_S = producer.dispatcher.HELD_UP_S = TURN_S
+    producer.dispatcher.PAUSE_S = producer.heldup.HELD_UP_S = TURN_S
     workers.tasks.MAX_HOLD_PAUSE_S = 1.0
     botocore.config.Config = _Impatient  # type: ignore[misc]
     real_app, real_url = jobs.broker.make_app, redis.Redis.from_url
@@ -213,7 +213,8 @@ def _shorten() -> None:
     def make_app(redis_url: str) -> Any:
         app = real_app(redis_url)
         given_s = app.conf.broker_transport_options["unacked_mutex_expire"]
-        times = {"visibility_timeout": VISIBILITY_S, "unacked_restore_interval": 1, "unacked_mutex_expire": given_s / 5}
+        seen_s = _told("VISIBILITY_S") or VISIBILITY_S
+        times = {"visibility_timeout": seen_s, "unacked_restore_interval": 1, "unacked_mutex_expire": given_s / 5}
         times |= {"health_check_interval": 2, "socket_timeout": SOCKET_S}
         if poll_s := _told("POLL_S"):
             times["polling_interval"] = poll_s
@@ -267,7 +268,8 @@ def _set_sizes() -> None:
             module.PART_ROWS = int(rows)  # type: ignore[attr-defined]  # a module's own name
 
 
-def _forget_to_renew() -> None:
+def _renew_as_told() -> None:
+    workers.consumer.VisibilityLease.every_s = (_told("VISIBILITY_S") or VISIBILITY_S) / 4
     if "CUTFLEET_TEST_UNRENEWED" in os.environ:
         workers.consumer.VisibilityLease.every_s = 3600
 
@@ -294,7 +296,7 @@ def _run(request: dict[str, Any]) -> None:
         os.environ["FAKETIME"] = clock
     _arm()
     _be_later()
-    _forget_to_renew()
+    _renew_as_told()
     _stall_sooner()
     _set_sizes()
     if request["command"]:

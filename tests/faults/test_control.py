@@ -84,7 +84,7 @@ def test_stock_transport_ends_a_worker_that_loses_its_connection_with_a_message_
     fleet: Fleet, plain: Plain
 ) -> None:
     """When this fails, kombu no longer needs `workers.consumer.Transport._connparams`: take that part out."""
-    worker = plain.start()
+    worker = plain.start("60")  # it is within BRPOP whenever its server goes
     plain.push(1, seconds=10)
     wait_until(lambda: plain.redis.exists("begun:0") == 1, what=worker.last_words())
     wait_until(lambda: plain.redis.hlen("unacked") == 1 and listening(plain.redis, db=URL_DB) == 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from factories import wait_until
 from faults.fleet import Fleet
 from faults.terms import MODEL
@@ -15,7 +14,6 @@ NOTHING_HAPPENED = {"sum(increase(cutfleet_republished_images_total[5s]))"}
 """No message is lost under this load, so that this one says 0."""
 
 
-@pytest.mark.timeout(180)
 def test_no_panel_is_empty_and_each_shows_what_happened(fleet: Fleet, tmp_path: Path) -> None:
     with watched(fleet.stack, tmp_path, workers=2) as load:
         since = load.run(

@@ -55,6 +55,30 @@ def test_of_two_dispatchers_one_works_and_one_that_was_frozen_changes_nothing(
     assert set(fleet.workers.published(places).values()) == {1}
 
 
+def test_a_dispatcher_that_stood_still_with_its_workers_lets_them_renew_first(
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+) -> None:
+    """As on a machine that was suspended, when it is the first to go on."""
+    lease_s = 5
+    names = put_pictures(fleet.store, places, 2)
+    worker = fleet.workers.start(test_device_ms="4000", slots="2", lease_s=str(lease_s))
+    with fleet.dispatcher(lease_s=str(lease_s)) as dispatcher:
+        job = submit()
+        wait_until(lambda: fleet.workers.begun(job).total() == 2, what="the worker has two in hand")
+        for pid in (dispatcher, worker):
+            os.kill(pid, signal.SIGSTOP)
+        since = fleet.ledger.time_s()
+        wait_until(lambda: fleet.ledger.time_s() > since + lease_s + 1, what="leases end")
+        os.kill(dispatcher, signal.SIGCONT)
+        fleet.let_dispatcher_turn(3)
+        os.kill(worker, signal.SIGCONT)
+
+        truth = prove(fleet, job, places, names=names, reference=reference)
+
+    assert truth.counts["done"] == 2
+    assert set(fleet.workers.begun(job).values()) == {1}
+
+
 @pytest.mark.parametrize("place", ["before_create_job", "before_add_part", "after_add_part"])
 def test_a_producer_killed_between_part_and_count_is_resumed_or_repeated(
     fleet: Fleet, places: Places, reference: Reference, tmp_path: Path, place: str

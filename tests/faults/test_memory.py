@@ -6,14 +6,12 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from factories import Places, picture, put_pictures
 from faults.fleet import Fleet, Reference, Submit
 from faults.terms import LEAK, LEAK_BYTES
 from faults.truth import prove
 from PIL import Image
 
-pytestmark = pytest.mark.timeout(300)
 ROOM_MB = 600
 """Above what a worker takes by itself: too little for twelve pictures of 12 megapixels at once."""
 FAST = {"compress_level": 1}

@@ -16,7 +16,7 @@ from faults.truth import prove
 
 from jobs.broker import lane_queue
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("asleep")]
+pytestmark = pytest.mark.usefixtures("asleep")
 LIVE, BACKFILL = (lane_queue(lane, MODEL) for lane in ("live", "backfill"))
 LEASES = 60
 """Of a minute each, as they are by default."""

@@ -19,15 +19,15 @@ pytestmark = pytest.mark.usefixtures("asleep")
 
 
 def test_cancelled_at_a_third_a_job_ends_what_is_in_work_and_nothing_else(
-    fleet: Fleet, places: Places, submit: Submit, reference: Reference
+    fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
 ) -> None:
+    """One worker dies before that, with nothing published: what it would leave else is the next test's."""
     names = put_pictures(fleet.store, places, 60)
-    fleet.workers.start(test_device_ms="100")
-    leaving = fleet.workers.start(test_device_ms="100")
+    fleet.workers.start(test_device_ms="100", lease_s=UNHURRIED_S)
+    leaving = fleet.workers.start(test_device_ms="100", test_failpoints=f"after_model={tmp_path / 'killed'}")
     with fleet.dispatcher():
         job = submit()
-        wait_until(lambda: fleet.ledger.job(job).done >= 4)
-        fleet.workers.kill(leaving)
+        assert fleet.workers.wait_for(leaving) == -signal.SIGKILL
         wait_until(lambda: fleet.ledger.job(job).done >= 18)
         assert fleet.ledger.cancel(job)  # what `cutfleet cancel` does, at once
 
@@ -128,8 +128,8 @@ def test_failures_that_are_mended_and_tried_again_are_done_though_their_worker_d
         for seed, name in enumerate(names[:3]):
             fleet.store.put(places.key(name), picture(seed=seed), content_type="image/jpeg")
         assert fleet.run("retry", job).returncode == 0
-        fleet.workers.start(supervised=True, test_failpoints=f"before_commit={tmp_path / 'killed'}")
-        wait_until(lambda: -signal.SIGKILL in fleet.workers.ends().values())
+        worker = fleet.workers.start(supervised=True, test_failpoints=f"before_commit={tmp_path / 'killed'}")
+        assert fleet.workers.wait_for(worker) == -signal.SIGKILL
 
         truth = prove(fleet, job, places, names=names, reference=reference)
 

@@ -17,7 +17,6 @@ from jobs.server import broker_urls, sentinels_of
 from jobs.settings import Settings
 from producer.local import Process, free_port, valkey_program
 
-pytestmark = pytest.mark.timeout(300)
 NAME = "cutfleet"
 
 
@@ -102,7 +101,7 @@ def test_a_primary_that_is_killed_costs_a_pause_and_no_picture(
         wait_until(lambda: ledger.job(job).done > 4, what=fleet.workers.words())
 
         watched.servers[0].kill()
-        wait_until(lambda: watched.primary() == watched.ports[1], what="the replica is promoted")
+        wait_until(lambda: watched.primary() == watched.ports[1], within_s=120, what="the replica is promoted")
 
         truth = prove(fleet, job, places, names=names, reference=reference, port=watched.ports[1])
     assert truth.counts["done"] == PICTURES

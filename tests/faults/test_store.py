@@ -68,7 +68,7 @@ def test_while_the_whole_store_is_away_workers_hold_and_no_try_is_used_up(
     holding = fleet.workers.text().count("holding:")
     with Wire(fleet.stack.s3_port) as wire:
         endpoint = f"http://127.0.0.1:{wire.port}" if how == "refused" else s3.url
-        worker = fleet.workers.start(s3_endpoint=endpoint, test_device_ms="100", lease_s=UNHURRIED_S)
+        worker = fleet.workers.start(s3_endpoint=endpoint, test_device_ms="400", lease_s=UNHURRIED_S)
         with fleet.dispatcher(lease_s=UNHURRIED_S):
             job = submit()
             wait_until(lambda: fleet.ledger.job(job).done >= 4)
@@ -103,7 +103,7 @@ def test_a_worker_told_to_go_while_the_store_is_away_gives_its_pictures_back(
 ) -> None:
     names = put_pictures(fleet.store, places, 8)
     holding = fleet.workers.text().count("holding:")
-    worker = fleet.workers.start(s3_endpoint=s3.url)
+    worker = fleet.workers.start(s3_endpoint=s3.url, drain_s="30")
     with fleet.dispatcher():
         with s3.fault(Fault("answer")):
             job = submit()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from factories import Places, put_pictures
 from faults.fleet import PICTURES, Fleet, Reference
 from faults.terms import MODEL
 from faults.truth import prove
 
 from jobs.recipe import Recipe
-
-pytestmark = pytest.mark.timeout(300)
 
 
 def submit(fleet: Fleet, places: Places, *more: str) -> str:

@@ -67,7 +67,7 @@ def test_old_and_new_workers_share_what_an_earlier_version_wrote(
     names = put_pictures(fleet.store, places, 3 * SOME)
     for version in ({}, {"test_version": "2"}):
         fleet.workers.start(test_device_ms="50", lease_s=UNHURRIED_S, **version)
-    with fleet.dispatcher():
+    with fleet.dispatcher(lease_s=UNHURRIED_S):
         truth = prove(fleet, submit(), places, names=names, reference=reference)
         wait_until(
             lambda: all(int(facts["pictures"]) for facts in fleet.ledger.workers().values()), what="both had some"

@@ -102,7 +102,7 @@ def disturb(fleet: Fleet, wire: Wire, how: str) -> None:
             fleet.stack.valkey.signal(signal.SIGCONT)
         elif how == "reset":
             for _ in range(3):
-                assert wire.cut() > 0
+                wait_until(lambda: wire.cut() > 0, what="there is a connection to cut")
                 pass_time(1)
         elif how == "half_open":
             wire.swallow()

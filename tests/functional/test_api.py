@@ -303,16 +303,16 @@ def test_a_prefix_that_the_api_took_is_listed_on_by_the_next_process(
         source.delay_s = 0.5
         status, answer, _ = api.call("POST", "/v1/requests", asked(asked_for), once=places.to)
         assert status == 202, answer
-        made = answer["request_id"]
+        made, source.holds, began = answer["request_id"], listed.LAST, source.asked
         for pages in (0, 20):
-            began = source.asked
             wait_until(lambda: ledger.job(made).parts > 0, what="the first part is recorded")
             wait_until(lambda n=began + pages: source.asked >= n, what="it is listed on")
             process.kill()
             assert not ledger.job(made).listed
             ledger._redis.delete(f"cf:api:lists:{made}")  # as half a minute later
+            began = source.asked
             api, process = serving(stack, asked_for, tmp_path, **settings)
-        source.delay_s = 0
+        source.delay_s, source.holds = 0, ""
         wait_until(lambda: ledger.job(made).listed, what="it is listed")
         again = api.call("POST", "/v1/requests", asked(asked_for), once=places.to)[1]
         process.stop()
@@ -388,6 +388,7 @@ def test_the_openapi_page_tells_no_lie(
         [
             *[program("schemathesis"), "--config-file", str(tmp_path / "known.toml"), "run", f"{api.url}/openapi.json"],
             *["--checks", "all", "--phases", "coverage,fuzzing", "--max-examples", "25", "--seed", "1"],
+            *["--request-timeout", "60"],
             *["--suppress-health-check", "all", "--header", f"Authorization: Bearer {KEY}"],
         ],
         capture_output=True,
@@ -420,6 +421,7 @@ def map_body(context, body):
     ran = subprocess.run(
         [
             *[program("schemathesis"), "run", f"{api.url}/openapi.json", "--checks", "all", "--phases", "stateful"],
+            *["--request-timeout", "60"],
             *["--max-examples", "8", "--seed", "1", "--suppress-health-check", "all"],
             *["--header", f"Authorization: Bearer {KEY}"],
         ],

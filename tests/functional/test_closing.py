@@ -12,6 +12,7 @@ from factories import Places, make, wait_until
 
 import producer.dispatcher
 from jobs.broker import task_of
+from jobs.errors import OutputError
 from jobs.job import Failure, ImageState, Job, ManifestPart
 from jobs.ledger import Ledger
 from jobs.server import Fenced
@@ -19,7 +20,7 @@ from jobs.settings import Settings
 from jobs.store import Location, Store, record_location
 from producer import dead
 from producer.dispatcher import Dispatcher
-from producer.manifest import read_part
+from producer.manifest import find_row, read_part, record_live
 from producer.report import read_report, write_report
 
 
@@ -31,6 +32,26 @@ def finish_all(job: Job, ledger: Ledger) -> None:
 
 def is_closed(job: Job, ledger: Ledger) -> bool:
     return ledger.job(job.id).closed is not None
+
+
+def test_a_row_that_is_moved_to_s3_meanwhile_is_found_and_one_that_is_lost_is_named(
+    alone: Ledger, store: Store, places: Places
+) -> None:
+    before = make(places, alone, store, count=3, lane="live")
+    lost = make(places, alone, store, count=1, lane="live")
+    epoch = alone.lead("first", ttl_s=60)
+    assert epoch is not None
+
+    def look(job: Job, index: int) -> str:
+        return find_row(job, index, part=lambda number: read_part(store, job, number), ledger=alone).key
+
+    keys = [look(before, index) for index in range(3)]
+    assert record_live(before, epoch=epoch, store=store, ledger=alone)
+    alone._call("delete", f"cf:job:{lost.id}:rows")
+
+    assert [look(before, index) for index in range(3)] == keys == ["k00000.jpg", "k00001.jpg", "k00002.jpg"]
+    with pytest.raises(OutputError, match="do not fit its manifest"):
+        look(lost, 0)
 
 
 def test_a_dispatcher_that_lost_its_lock_writes_no_further_file_of_a_report(

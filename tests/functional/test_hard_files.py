@@ -106,7 +106,6 @@ def worker(stack: LocalStack) -> Process:
     return stack.start_worker(device="cpu", memory_mb=str(MEMORY_MB))
 
 
-@pytest.mark.timeout(300)
 def test_files_that_break_pipelines_are_done_or_refused_and_the_worker_lives(
     worker: Process, cutfleet: Run, store: Store, places: Places, shared_data: Path
 ) -> None:

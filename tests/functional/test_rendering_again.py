@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from conftest import Run
-from factories import Places, decode, fetch, put_pictures, wait_until
+from factories import Places, decode, fetch, put_pictures, wait_for_midnight, wait_until
 
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
@@ -87,6 +87,7 @@ def test_a_live_job_is_rendered_again_too(fleet: LocalStack, cutfleet: Run, stor
 def test_a_live_job_that_is_not_closed_is_rendered_too(
     fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
 ) -> None:
+    wait_for_midnight()
     names = put_pictures(store, places, 2)
     request = Request(source=places.source, destination=places.to, recipe=Recipe(), lane="live", name="", keys=None)
     day = draft(request, job_id="20260101-rendered-while-open", watch="rendered", store=store)

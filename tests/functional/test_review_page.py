@@ -78,6 +78,7 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
         page.on("dialog", lambda dialog: told.append(dialog.message))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(path.as_uri())
+        page.wait_for_function("!document.getElementById('stage').dataset.waits")  # its images are there
         return page
 
     yield opened
@@ -263,7 +264,7 @@ def test_nothing_is_wider_than_the_screen_or_covers_something_else(open_page: Op
 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for one in ("#reject", "#approve", "#next", "#show-help", "#search", "#zoom"):
-        page.locator(one).click(trial=True, timeout=5000)
+        page.locator(one).click(trial=True)
 
 
 def test_pictures_come_from_the_block_that_is_theirs(open_page: Open) -> None:

@@ -58,7 +58,7 @@ class Counted:
         wait_until(lambda: self.ledger.job(job).done == COUNT, what="the sample is done")
         done = time.time()
         wait_until(lambda: time.time() > done + 2.1)
-        assert self.ledger.unpause(job)
+        wait_until(lambda: self.ledger.unpause(job), what="it was paused, and goes on")
         wait_until(lambda: self.ledger.job(job).closed is not None)
         return self.ledger.job(job)
 

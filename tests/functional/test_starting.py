@@ -34,7 +34,7 @@ def test_told_to_go_while_it_starts_a_worker_leaves_with_0_and_holds_nothing(sta
     env = inherited_environment() | stack.environment | {"CUTFLEET_DEVICE": "cpu", "CUTFLEET_NODE": "starting"}
 
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM, place], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROGRAM, place], env=env, cwd=ROOT, capture_output=True, text=True, timeout=100
     )
 
     assert ran.returncode == 0, (signal.Signals(-ran.returncode) if ran.returncode < 0 else "", ran.stderr)

@@ -21,7 +21,7 @@ from urllib.parse import quote_plus
 import boto3
 import pytest
 from conftest import Run
-from factories import Places, put_pictures, s3_event, wait_until
+from factories import Places, put_pictures, s3_event, wait_for_midnight, wait_until
 from moto.server import ThreadedMotoServer
 
 from jobs.broker import task_of
@@ -58,6 +58,11 @@ def sqs() -> Iterator[Any]:
         server.stop()
         for name, value in (before | {"AWS_ENDPOINT_URL_SQS": None}).items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(autouse=True)
+def one_day() -> None:
+    wait_for_midnight()
 
 
 @pytest.fixture

@@ -93,8 +93,9 @@ class ServerClock:
         return time.time() - self._ahead_s
 
     def compare(self, client: Any) -> None:
+        asked = time.time()
         seconds, micros = client.time()
-        self._ahead_s = time.time() - (seconds + micros / 1e6)
+        self._ahead_s = (asked + time.time()) / 2 - (seconds + micros / 1e6)
 
 
 class Transport(kombu_redis.Transport):

@@ -113,7 +113,7 @@ def _rows(size: str, bare: list[tuple[float, float]], flows: dict[str, list[Flow
     yield row(f"{size}: {path}, {slots} threads", rates, "pictures/s", better="more")
     for name, measured in flows.items():
         reached = [flow.rate for flow in measured]
-        yield _against(f"{size}: worker, {name}", reached, "pictures/s", path, rates if name != MODEL else [])
+        yield _against(f"{size}: worker, {name}", reached, "pictures/s", path, rates if name in (FREE, BUSY) else [])
         for process in PROCESSES:
             spent = [flow.cpu_ms[process] for flow in measured]
             yield row(f"{size}: {process}, {name}", spent, "CPU ms/picture")

@@ -32,15 +32,16 @@ def parse_prefixes(text: str) -> tuple[str, ...]:
         return ()
     entries = tuple(entry.strip() for entry in re.split(r",(?=\s*(?:s3://|$|,))", text))
     for entry in entries:
-        if not _ENTRY.fullmatch(entry) or _climbs(entry):
+        if not _ENTRY.fullmatch(entry) or climbs(entry):
             raise ValueError(f"{entry!r} is no s3://BUCKET/ or s3://BUCKET/PREFIX/, which ends with a slash")
     return entries
 
 
 def is_within(uri: str, prefixes: tuple[str, ...]) -> bool:
     """Whether `uri`, of an object or of a prefix, is under one of `prefixes`, or there are none."""
-    return not prefixes or (uri.startswith(prefixes) and not _climbs(uri))
+    return not prefixes or (uri.startswith(prefixes) and not climbs(uri))
 
 
-def _climbs(uri: str) -> bool:
+def climbs(uri: str) -> bool:
+    """Whether a store that resolves `..`, behind either slash, would look elsewhere."""
     return ".." in _SLASHES.split(uri)

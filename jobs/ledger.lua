@@ -365,6 +365,7 @@ end
 -- is left to its worker. Answers how many changed.
 function move.restore(job, ...)
   local args, changed = {...}, 0
+  if call('EXISTS', 'cf:job:' .. job) == 0 then return 0 end
   for i = 1, #args, 2 do
     local fed = call('HEXISTS', 'cf:entry', job .. ':' .. args[i]) == 1
     if not fed and settle(job, args[i], tonumber(args[i + 1])) then changed = changed + 1 end

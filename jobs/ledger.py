@@ -280,12 +280,10 @@ class Ledger:
         return list(itertools.islice(self.all_jobs(), limit))
 
     def all_jobs(self) -> Iterator[Job]:
-        """Newest first. One that comes meanwhile may have another told twice."""
-        for first in itertools.count(0, JOBS_AT_ONCE):
-            names = self._call("zrevrange", "cf:jobs", first, first + JOBS_AT_ONCE - 1)
-            if not names:
-                return
-            yield from self._find_jobs(names)
+        """Newest first, of those that are known now."""
+        names = self._call("zrevrange", "cf:jobs", 0, -1)
+        for first in range(0, len(names), JOBS_AT_ONCE):
+            yield from self._find_jobs(names[first : first + JOBS_AT_ONCE])
 
     def open_jobs(self) -> list[Job]:
         """Oldest first."""

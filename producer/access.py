@@ -18,6 +18,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from jobs.bounds import climbs
 from jobs.errors import CutfleetError, SettingsError
 
 Prefix = Annotated[str, StringConstraints(pattern=r"^s3://[^/]+/(.*/)?$")]
@@ -52,7 +53,7 @@ class Caller:
         allowed = (not source or source.startswith(self.sources)) and (
             not destination or f"{destination.rstrip('/')}/".startswith(self.destinations)
         )
-        if not allowed or ".." in f"{source}/{destination}".split("/"):
+        if not allowed or climbs(f"{source}/{destination}"):
             raise Forbidden("This key has no right to that.")
 
 

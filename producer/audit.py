@@ -157,7 +157,8 @@ class _Auditor:
         ]
         final = [picture for picture in pictures if picture.was in _HAVE_RESULTS and picture.state in _HAVE_RESULTS]
         yield from self._look_at_results(final)
-        yield from self._look_at_open([picture for picture in pictures if picture.state is ImageState.OPEN], tasks)
+        if self._books.in_ledger or self._books.is_lost:  # of one closed and forgotten the report says all there is
+            yield from self._look_at_open([picture for picture in pictures if picture.state is ImageState.OPEN], tasks)
         yield from self._look_at_cancelled([picture for picture in pictures if picture.was is ImageState.CANCELLED])
 
     def _look_at_results(self, pictures: list[_Picture]) -> Iterator[Disagreement]:

@@ -47,6 +47,11 @@ FEEDING_PAUSE_S = 0.1
 DAY_S = 86_400
 
 
+def _clock() -> float:
+    """Seconds. It goes on while the machine is suspended, as leases do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Dispatcher:
     """`run` until `stop` is set; `step` once. Not safe for threads; many processes may each run one."""
 
@@ -85,7 +90,7 @@ class Dispatcher:
                 self._stand_by()
             except CutfleetError as exc:
                 if exc.code.startswith("redis_") and exc.code != "redis_full":
-                    self._quiet_until = time.monotonic() + self._lease_s  # leases could not be renewed meanwhile
+                    self._quiet_until = _clock() + self._lease_s  # leases could not be renewed meanwhile
                 if exc.code != failing:
                     log.error(str(exc), extra={"action": "dispatch", "code": exc.code})
                 failing = exc.code
@@ -93,14 +98,19 @@ class Dispatcher:
         self.close()
 
     def _pause(self, seconds: float, stop: threading.Event) -> None:
-        """A pause that lasts much longer is a machine that stood still: its workers could not renew leases either."""
-        began = time.monotonic()
+        began = _clock()
         stop.wait(seconds)
-        if time.monotonic() - began > seconds + self._lease_s / 2:
-            self._quiet_until = time.monotonic() + self._lease_s
+        self._mind_standstill(_clock() - began - seconds)
+
+    def _mind_standstill(self, late_s: float) -> None:
+        """What lasts much longer than it should is a machine that stood still: its workers could not renew leases
+        either."""
+        if late_s > self._lease_s / 2:
+            self._quiet_until = _clock() + self._lease_s
 
     def step(self) -> bool:
         """One turn. True when images were fed: there may soon be room again."""
+        began = _clock()
         epoch = self._ledger.lead(self._me, ttl_s=LOCK_S)
         if epoch is None:
             self._stand_by()
@@ -109,6 +119,7 @@ class Dispatcher:
             self._become_active(epoch)
         full = self._why_full(epoch)
         jobs = self._ledger.open_jobs()
+        self._mind_standstill(_clock() - began)
         busy = False if full else self._publish(epoch, jobs)
         busy = self._each(jobs, lambda job: self._attend(epoch, job)) or busy
         self.metrics.survey(self._ledger, jobs)
@@ -129,7 +140,7 @@ class Dispatcher:
     def _publish(self, epoch: int, jobs: Sequence[Job]) -> bool:
         """Whatever goes on a queue. True when images were fed."""
         self._ledger.retry_due(epoch, lease_s=self._lease_s)
-        if time.monotonic() >= self._quiet_until:
+        if _clock() >= self._quiet_until:
             self._reconcile(epoch)
         return self._feeder.feed(epoch, jobs)
 
@@ -149,7 +160,7 @@ class Dispatcher:
         log.info("active", extra={"action": "dispatch", "epoch": epoch})
         since_restart = self._ledger.uptime_s()
         if since_restart < self._lease_s:
-            self._quiet_until = time.monotonic() + self._lease_s - since_restart
+            self._quiet_until = max(self._quiet_until, _clock() + self._lease_s - since_restart)
 
     def _stand_by(self) -> None:
         if self._epoch is not None:

@@ -23,7 +23,7 @@ from jobs.broker import task_of
 from jobs.errors import OutputError
 from jobs.job import Failure, ImageState, Job, Tally
 from jobs.ledger import Ledger
-from jobs.message import BadMessage, ImageTask
+from jobs.message import MAX_KEY_BYTES, BadMessage, ImageTask
 from jobs.presets import RENDER
 from jobs.recipe import Recipe
 from jobs.settings import Settings
@@ -165,7 +165,7 @@ def _status_in(
 
     if image is not None:
         return status(ledger.place(image) or "open")
-    output = head(names.cutout)
+    output = head(names.cutout) if len(names.cutout.key.encode()) <= MAX_KEY_BYTES else None
     made_by = ""
     if output is not None and output.metadata.get("cf-source") == source_digest(source):
         made_by = output.metadata.get("cf-job", "")

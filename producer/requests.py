@@ -23,9 +23,10 @@ from jobs.job import ImageState, Job
 from jobs.ledger import MAX_LIVE, Ledger
 from jobs.message import ImageTask
 from jobs.recipe import Recipe
-from jobs.store import Location, Store, image_names, rendition_names
+from jobs.store import Location, S3Object, Store, image_names, rendition_names
 from producer.access import Caller
 from producer.manifest import PART_ROWS, read_part, read_unrecorded, rows_lost
+from producer.record import write_record
 from producer.submit import Request, check_request, draft, live_row, rows_of
 
 LINK_S = 3600
@@ -99,8 +100,18 @@ def submit(request: Request, job_id: str, *, store: Store, ledger: Ledger, lease
         ledger.create_job(dataclasses.replace(backfill, to_be_listed=True))
     else:
         job = draft(request, job_id=job_id, rows=head, store=store)
-        ledger.submit_live(job, [live_row(index, row, job) for index, row in enumerate(head)], lease_s=lease_s)
+        rows = [live_row(index, row, job) for index, row in enumerate(head)]
+        if not ledger.submit_live(job, rows, lease_s=lease_s):
+            _restore_record(ledger.job(job_id), store, ledger)
     return ledger.job(job_id)
+
+
+def _restore_record(job: Job, store: Store, ledger: Ledger) -> None:
+    """The same request, sent twice at once, made the job first, perhaps of another listing than what is recorded now:
+    Redis lost, the job would be rebuilt of that."""
+    if job.unrecorded == job.total:
+        found = read_unrecorded(job, first=0, count=MAX_LIVE, ledger=ledger)
+        write_record(job, store, rows=[S3Object(task.key, task.etag, task.size, hint=task.hint) for task in found])
 
 
 def cancel(job: Job, ledger: Ledger) -> None:

@@ -12,16 +12,19 @@ from factories import Places, make, wait_until
 
 import producer.dispatcher
 from jobs.broker import task_of
-from jobs.errors import OutputError
+from jobs.errors import ServiceUnavailable
 from jobs.job import Failure, ImageState, Job, ManifestPart
 from jobs.ledger import Ledger
+from jobs.recipe import Recipe
 from jobs.server import Fenced
 from jobs.settings import Settings
-from jobs.store import Location, Store, record_location
+from jobs.store import Location, S3Object, Store, image_names, record_location, source_digest
 from producer import dead
+from producer.audit import audit
 from producer.dispatcher import Dispatcher
-from producer.manifest import find_row, read_part, record_live
-from producer.report import read_report, write_report
+from producer.manifest import read_part
+from producer.report import picture_status, read_report, write_report
+from producer.submit import Request, draft, live_row
 
 
 def finish_all(job: Job, ledger: Ledger) -> None:
@@ -32,26 +35,6 @@ def finish_all(job: Job, ledger: Ledger) -> None:
 
 def is_closed(job: Job, ledger: Ledger) -> bool:
     return ledger.job(job.id).closed is not None
-
-
-def test_a_row_that_is_moved_to_s3_meanwhile_is_found_and_one_that_is_lost_is_named(
-    alone: Ledger, store: Store, places: Places
-) -> None:
-    before = make(places, alone, store, count=3, lane="live")
-    lost = make(places, alone, store, count=1, lane="live")
-    epoch = alone.lead("first", ttl_s=60)
-    assert epoch is not None
-
-    def look(job: Job, index: int) -> str:
-        return find_row(job, index, part=lambda number: read_part(store, job, number), ledger=alone).key
-
-    keys = [look(before, index) for index in range(3)]
-    assert record_live(before, epoch=epoch, store=store, ledger=alone)
-    alone._call("delete", f"cf:job:{lost.id}:rows")
-
-    assert [look(before, index) for index in range(3)] == keys == ["k00000.jpg", "k00001.jpg", "k00002.jpg"]
-    with pytest.raises(OutputError, match="do not fit its manifest"):
-        look(lost, 0)
 
 
 def test_a_dispatcher_that_lost_its_lock_writes_no_further_file_of_a_report(
@@ -221,3 +204,54 @@ def test_what_failed_once_and_is_done_is_done_in_the_last_report(alone: Ledger, 
 
     assert read_report(job, tasks, store=store) == ([ImageState.DONE] * 2, {})
     dispatcher.close()
+
+
+def test_a_job_that_redis_forgot_is_well_though_it_has_a_key_twice(alone: Ledger, store: Store, places: Places) -> None:
+    """As a watch lists a key again for each of its versions: the report has one line of each, and no index."""
+    day = draft(requested(places), job_id="20260101-000000-twice", watch="twice", store=store)
+    rows = [(f"dddddddd{index}", "", "e", *live_row(index, S3Object("a.jpg", "e", 1), day)) for index in range(2)]
+    assert alone.append_live(day, rows, lease_s=60) == "ok"
+    alone.finish_listing(day.id)
+    names = image_names(places.source, places.to, "a.jpg")
+    told = {"cf-job": day.id, "cf-source": source_digest(names.source), "cf-source-etag": "e"}
+    told["cf-mask-etag"] = store.put(names.mask, b"mask", content_type="image/png")
+    store.put(names.cutout, b"cutout", content_type="image/png", metadata=told)
+    for index, state in enumerate((ImageState.FAILED, ImageState.DONE)):
+        claim = alone.claim(f"{day.id}:{index}", token="t", output=str(names.cutout), lease_s=60)
+        alone.finish(claim, state, Failure("a.jpg", "not_an_image", "", 1, 0.0, "w") if not index else None)
+    dispatcher = Dispatcher(alone, store, Settings())
+    wait_until(lambda: dispatcher.step() or is_closed(day, alone), what="the job is closed")
+    dispatcher.close()
+    alone._call("flushdb")
+
+    folder = str(record_location(day.destination, day.id, ""))
+    found = list(audit(folder, repair=True, deep=False, ledger=alone, store=store, seen=lambda _: None))
+
+    assert found == []
+    assert alone.restore(day.id, {0: ImageState.DONE}) == 0
+    assert alone._redis.keys("cf:job:*") == []
+
+
+def requested(places: Places) -> Request:
+    return Request(source=places.source, destination=places.to, recipe=Recipe(), lane="live", name="", keys=None)
+
+
+def test_a_picture_whose_cutout_has_too_long_a_name_has_the_state_that_it_has(
+    alone: Ledger, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, head = "k" * 1020, store.head
+
+    def strict(place: Location, **more: Any) -> S3Object | None:
+        """As AWS answers: with 400, and without a word of why."""
+        if len(place.key) > 1024:
+            raise ServiceUnavailable("S3 answered 400.", code="store_failed")
+        return head(place, **more)
+
+    job = make(places, alone, store, keys=(key,), lane="live")
+    claim = alone.claim(f"{job.id}:0", token="t", output="o", lease_s=60)
+    alone.finish(claim, ImageState.FAILED, Failure(key, "name_too_long", "too long", 1, 0.0, "w"))
+    monkeypatch.setattr(store, "head", strict)
+
+    told = picture_status(places.key(key), ledger=alone, store=store)
+
+    assert (told.state, told.code) == ("failed", "name_too_long")

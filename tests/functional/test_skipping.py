@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
-from factories import Places, fetch, picture, put_pictures, wait_until
+from factories import Places, fetch, make, picture, put_pictures, wait_until
 from faults.proxy import S3Proxy
 
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.recipe import PIPELINE_VERSION, Recipe
 from jobs.store import Location, Store
+from producer import known
 from producer.known import look_up, served_fingerprint
 from producer.local import LocalStack
 from producer.submit import Request, draft
@@ -255,3 +256,12 @@ def _hints(counted: Counted, store: Store, stack: LocalStack, kind: type[Ledger]
     ):
         assert known is not None
         return {known.hint(row) for row in store.list_source(Location.parse(places.source))}
+
+
+def test_a_recipe_of_a_later_version_says_nothing_of_what_its_job_makes(
+    alone: Ledger, store: Store, places: Places
+) -> None:
+    theirs, ours = (make(places, alone, store, count=1) for _ in range(2))
+    alone._redis.hset(f"cf:job:{theirs.id}", "recipe", '{"model": "u2netp", "of_a_later_version": 1}')
+
+    assert not known._makes_by("made", alone.job(theirs.id), ours, alone)

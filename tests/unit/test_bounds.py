@@ -9,6 +9,7 @@ from jobs.bounds import Bounds, is_within, parse_prefixes
 from jobs.errors import OutputError, SourceError
 from jobs.settings import Settings
 from jobs.store import Location, Store
+from producer.access import Caller, Forbidden
 
 ALLOWED = ("s3://photos/a/", "s3://shop/")
 
@@ -56,6 +57,8 @@ def test_what_begins_with_an_entry_is_allowed_letter_by_letter(uri: str) -> None
 )
 def test_what_only_looks_like_an_entry_is_not(uri: str) -> None:
     assert not is_within(uri, ALLOWED)
+    with pytest.raises(Forbidden):
+        Caller("shop", ALLOWED, ALLOWED, 1).check(source=uri)
 
 
 def test_without_a_list_everything_is_allowed() -> None:

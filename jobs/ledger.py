@@ -276,11 +276,14 @@ class Ledger:
         return job_from_fields(job, fields) if fields else None
 
     def jobs(self, *, limit: int = 100) -> list[Job]:
-        """Newest first."""
-        return list(itertools.islice(self.all_jobs(), limit))
+        """Newest first, without reading more names than that takes."""
+        steps = itertools.count(0, JOBS_AT_ONCE)
+        pages = (self._call("zrevrange", "cf:jobs", first, first + JOBS_AT_ONCE - 1) for first in steps)
+        found = (job for names in itertools.takewhile(bool, pages) for job in self._find_jobs(names))
+        return list(itertools.islice(found, limit))
 
     def all_jobs(self) -> Iterator[Job]:
-        """Newest first, of those that are known now."""
+        """Newest first, of those that are known now: what is forgotten meanwhile hides no other."""
         names = self._call("zrevrange", "cf:jobs", 0, -1)
         for first in range(0, len(names), JOBS_AT_ONCE):
             yield from self._find_jobs(names[first : first + JOBS_AT_ONCE])

@@ -113,13 +113,16 @@ def read_unrecorded(job: Job, *, first: int, count: int, ledger: Ledger) -> list
     return [_task(job, line) for line in ledger.rows(job.id, first=first, count=count)]
 
 
-def find_row(job: Job, index: int, *, part: Callable[[int], Sequence[ImageTask]], ledger: Ledger) -> ImageTask:
-    """The image of that index, wherever its row stands by now. `part`: a part by its number, as `read_part` gives it.
-    Raises `OutputError` `manifest_damaged` for a row that stands nowhere."""
+def find_rows(
+    job: Job, index: int, count: int, *, part: Callable[[int], Sequence[ImageTask]], ledger: Ledger
+) -> Sequence[ImageTask]:
+    """The image of that index and at most `count` - 1 behind it, wherever their rows stand by now: of one part, or of
+    those that stand in none. `part`: a part by its number, as `read_part` gives it. Raises `OutputError`
+    `manifest_damaged` for a row that stands nowhere."""
     while index >= (recorded := job.total - job.unrecorded):
-        found = read_unrecorded(job, first=index - recorded, count=1, ledger=ledger)
+        found = read_unrecorded(job, first=index - recorded, count=count, ledger=ledger)
         if found and found[0].index == index:
-            return found[0]
+            return found
         job = ledger.job(job.id)
         if job.total - job.unrecorded == recorded:  # and no part was recorded meanwhile
             raise rows_lost(job)
@@ -127,7 +130,7 @@ def find_row(job: Job, index: int, *, part: Callable[[int], Sequence[ImageTask]]
     tasks = part(number)
     if len(tasks) <= offset:
         raise OutputError(f"Part {number} of the manifest ends before image {index}.", code="manifest_damaged")
-    return tasks[offset]
+    return tasks[offset : offset + count]
 
 
 def rows_lost(job: Job) -> OutputError:

@@ -25,7 +25,7 @@ from jobs.message import ImageTask
 from jobs.recipe import Recipe
 from jobs.store import Location, S3Object, Store, image_names, rendition_names
 from producer.access import Caller
-from producer.manifest import PART_ROWS, read_part, read_unrecorded, rows_lost
+from producer.manifest import find_rows, read_part, read_unrecorded
 from producer.record import write_record
 from producer.submit import Request, check_request, draft, live_row, rows_of
 
@@ -122,26 +122,13 @@ def cancel(job: Job, ledger: Ledger) -> None:
 
 def results(job: Job, *, first: int, limit: int, store: Store, ledger: Ledger) -> list[Result]:
     """Up to `limit` pictures from index `first` on, fewer at the end of a part: go on behind the last."""
-    tasks = _tasks(job, first, limit, store, ledger)
-    states = ledger.states(job.id, first, len(tasks)) if tasks else []
+    if first >= job.total:
+        return []
+    tasks = find_rows(job, first, limit, part=lambda number: read_part(store, job, number), ledger=ledger)
+    states = ledger.states(job.id, first, len(tasks))
     links = _Links(job, store)
     with concurrent.futures.ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
         return list(pool.map(lambda task, state: _result(job, task, state, links, ledger), tasks, states))
-
-
-def _tasks(job: Job, first: int, limit: int, store: Store, ledger: Ledger) -> list[ImageTask]:
-    """Raises `OutputError` `manifest_damaged` when the rows stand neither in S3 nor in the ledger."""
-    while first < job.total:
-        recorded = job.total - job.unrecorded
-        if first < recorded:
-            return read_part(store, job, first // PART_ROWS)[first % PART_ROWS :][:limit]
-        found = read_unrecorded(job, first=first - recorded, count=limit, ledger=ledger)
-        if found and found[0].index == first:
-            return found
-        job = ledger.job(job.id)
-        if job.total - job.unrecorded == recorded:  # and no part was recorded meanwhile
-            raise rows_lost(job)
-    return []
 
 
 def _result(job: Job, task: ImageTask, state: ImageState, links: _Links, ledger: Ledger) -> Result:

@@ -26,7 +26,7 @@ from jobs.preview import Preview
 from jobs.recipe import Recipe
 from jobs.store import Store, image_names, preview_location
 from producer.dead import failures_of
-from producer.manifest import PART_ROWS, find_row, read_part
+from producer.manifest import PART_ROWS, find_rows, read_part
 from producer.page import Row, write_page
 from producer.show import Counter, wait_for
 from producer.submit import Request, submit
@@ -200,4 +200,4 @@ def _tasks(job: Job, indexes: list[int], *, store: Store, ledger: Ledger) -> Ite
     """One part of the manifest in memory at a time."""
     part = functools.lru_cache(maxsize=1)(lambda number: read_part(store, job, number))
     for index in indexes:
-        yield find_row(job, index, part=part, ledger=ledger)
+        yield from find_rows(job, index, 1, part=part, ledger=ledger)

@@ -30,7 +30,7 @@ from jobs.ledger import MAX_ROWS, Event, Ledger, Outcome
 from jobs.message import ImageTask
 from jobs.settings import Settings
 from jobs.store import Location, Store, image_names, record_location
-from producer.manifest import find_row, read_part
+from producer.manifest import find_rows, read_part
 from producer.outgoing import TargetRefused, check_target, post
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class Deliverer:
 
     def _picture(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
         state, failure = outcome.state, outcome.failure
-        task = find_row(job, index, part=lambda number: self._part(job.id, number), ledger=self._ledger)
+        (task,) = find_rows(job, index, 1, part=lambda number: self._part(job.id, number), ledger=self._ledger)
         names = image_names(job.source, job.destination, task.key)
         data: dict[str, Any] = {
             "job": job.id,

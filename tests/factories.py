@@ -140,9 +140,7 @@ def make(places: Places, ledger: Ledger, store: Store, *, count: int = 500, **mo
 
 def wait_for_midnight() -> None:
     """When it is near, UTC: a watch makes a job a day, and a test that needs one begins behind it."""
-    left_s = 86_400 - time.time() % 86_400
-    if left_s < 60:
-        time.sleep(left_s + 0.1)
+    wait_until(lambda: 86_400 - time.time() % 86_400 > 60, within_s=90, what="midnight is over")
 
 
 def wait_until(is_so: Callable[[], bool], *, within_s: float = 60, what: str = "the condition") -> None:

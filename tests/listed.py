@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+from factories import wait_until
+
 from jobs.job import Job
 from jobs.store import Store
 from producer.manifest import PART_ROWS, read_part
@@ -84,8 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             found.most_at_once = max(found.most_at_once, found.at_once)
         time.sleep(found.delay_s)
         query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
-        while found.holds and query.get("prefix") == found.holds:
-            time.sleep(0.02)
+        wait_until(lambda: query.get("prefix") != found.holds, within_s=250, what=f"{found.holds} is let go")
         body = found.page(query).encode()
         with found.lock:
             found.at_once -= 1

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+from conftest import alone_url
 from factories import Places, put_pictures, wait_until
 
 from jobs.job import ImageState
@@ -48,31 +49,18 @@ class Slow(Ledger):
 
 
 @pytest.fixture
-def url(stack: LocalStack) -> str:
-    """A database without a dispatcher, which nobody else looks into."""
-    return stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/6")
-
-
-@pytest.fixture
-def ledger(url: str) -> Iterator[Ledger]:
-    with Ledger(url, name="leases") as ledger:
-        ledger._call("flushdb")
-        yield ledger
-
-
-@pytest.fixture
-def slow(url: str, ledger: Ledger) -> Iterator[Slow]:
-    with Slow(url, name="slow") as slow:
+def slow(stack: LocalStack, alone: Ledger) -> Iterator[Slow]:
+    with Slow(alone_url(stack), name="slow") as slow:
         yield slow
 
 
 @pytest.fixture
-def image(store: Store, ledger: Ledger, places: Places) -> str:
+def image(store: Store, alone: Ledger, places: Places) -> str:
     put_pictures(store, places, 1)
     request = Request(
         source=places.source, destination=places.to, recipe=Recipe(model=MODEL), lane="live", name="", keys=None
     )
-    return f"{submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None).id}:0"
+    return f"{submit(request, store=store, ledger=alone, lease_s=60, listed=lambda _: None).id}:0"
 
 
 def claimed(ledger: Ledger, image: str, token: str, lease_s: float = LEASE_S) -> Claim:
@@ -101,37 +89,35 @@ def test_an_image_that_ends_while_its_lease_is_renewed_is_not_said_to_be_lost(
 
 
 def test_an_image_that_another_worker_has_by_now_is_said_to_be_lost_once(
-    ledger: Ledger, image: str, caplog: pytest.LogCaptureFixture
+    alone: Ledger, image: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    claim = claimed(ledger, image, "ours", lease_s=0.01)
-    wait_until(lambda: ledger.claim(image, token="theirs", output="s3://x/a", lease_s=60).verdict == "go")
+    claim = claimed(alone, image, "ours", lease_s=0.01)
+    wait_until(lambda: alone.claim(image, token="theirs", output="s3://x/a", lease_s=60).verdict == "go")
 
-    with caplog.at_level(logging.WARNING), leases(ledger, "slow") as held, held.hold(claim):
+    with caplog.at_level(logging.WARNING), leases(alone, "slow") as held, held.hold(claim):
         wait_until(lambda: "lease lost" in caplog.text, what="it is said")
-        said = ledger.time_s()
-        wait_until(lambda: ledger.time_s() > said + LEASE_S, what="some more turns")
+        said = alone.time_s()
+        wait_until(lambda: alone.time_s() > said + LEASE_S, what="some more turns")
 
     assert caplog.text.count("lease lost") == 1
 
 
 def test_an_image_that_the_same_worker_took_again_stays_its_own_when_the_first_take_ends(
-    ledger: Ledger, image: str
+    alone: Ledger, image: str
 ) -> None:
     """As after it was frozen past the lease: both tasks run in one process."""
-    first = claimed(ledger, image, "first", lease_s=0.01)
+    first = claimed(alone, image, "first", lease_s=0.01)
     second = Claim("go", image, "second")
-    wait_until(lambda: ledger.claim(image, token="second", output="s3://x/b", lease_s=LEASE_S).verdict == "go")
+    wait_until(lambda: alone.claim(image, token="second", output="s3://x/b", lease_s=LEASE_S).verdict == "go")
 
-    with leases(ledger, "twice") as held, contextlib.ExitStack() as ending:
+    with leases(alone, "twice") as held, contextlib.ExitStack() as ending:
         with held.hold(first):
             ending.enter_context(held.hold(second))
-        began = ledger.time_s()
-        wait_until(
-            lambda: lease_ends(ledger, image) > began + 2 * LEASE_S, what="it is renewed, a lease and more later"
-        )
+        began = alone.time_s()
+        wait_until(lambda: lease_ends(alone, image) > began + 2 * LEASE_S, what="it is renewed, a lease and more later")
 
         assert held.in_flight() == 1
-        assert ledger.renew({image: "second"}, lease_s=60) == [], "the second take has it"
+        assert alone.renew({image: "second"}, lease_s=60) == [], "the second take has it"
 
 
 def lease_ends(ledger: Ledger, image: str) -> float:

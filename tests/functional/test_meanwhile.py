@@ -16,7 +16,7 @@ from jobs.settings import Settings
 from jobs.store import Store, record_location
 from producer import requests
 from producer.dispatcher import Dispatcher
-from producer.manifest import find_row, read_part, record_live
+from producer.manifest import find_rows, read_part, record_live
 from producer.record import read_record
 from producer.submit import Request
 
@@ -30,7 +30,8 @@ def test_a_row_that_is_moved_to_s3_meanwhile_is_found_and_one_that_is_lost_is_na
     assert epoch is not None
 
     def look(job: Job, index: int) -> str:
-        return find_row(job, index, part=lambda number: read_part(store, job, number), ledger=alone).key
+        (task,) = find_rows(job, index, 1, part=lambda number: read_part(store, job, number), ledger=alone)
+        return task.key
 
     keys = [look(before, index) for index in range(3)]
     assert record_live(before, epoch=epoch, store=store, ledger=alone)

@@ -27,7 +27,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench
 
 readme: $(READY)
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tests/support/readme.py
 
 locks: $(READY)
 	PATH=$(abspath $(BIN)):$$PATH infra/docker/lock.sh
@@ -36,10 +36,10 @@ clean:
 	rm -rf $(VENV) demo-output
 
 $(PROMETHEUS): | $(READY)
-	tests/get-prometheus.sh $(BIN)
+	tests/support/get-prometheus.sh $(BIN)
 
 $(CHROMIUM): | $(READY)
-	tests/get-chromium.sh $(BIN)
+	tests/support/get-chromium.sh $(BIN)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

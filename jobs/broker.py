@@ -12,9 +12,9 @@ import json
 import socket
 from typing import TYPE_CHECKING
 
+from jobs.catalogue import RENDER
+from jobs.ledger.connection import broker_urls
 from jobs.message import ImageTask
-from jobs.presets import RENDER
-from jobs.server import broker_urls
 
 if TYPE_CHECKING:
     from celery import Celery

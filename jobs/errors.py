@@ -59,7 +59,7 @@ class ImageError(CutfleetError):
 
 class PictureError(ImageError):
     """Codes: not_an_image, unsupported_format, truncated, damaged, too_many_pixels, too_many_bytes, animated,
-    too_small, mask_not_finite; of a suspect, which is worked on alone (`workers/quarantine.py`): crashed_decoder,
+    too_small, mask_not_finite; of a suspect, which is worked on alone (`workers/process/isolation.py`): crashed_decoder,
     crashed_device, crashed_worker, memory_exhausted, stalled, killed."""
 
     code = "not_an_image"

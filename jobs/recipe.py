@@ -114,7 +114,7 @@ class Rendition:
 
 @dataclass(frozen=True, kw_only=True, config=_FIXED)
 class Review:
-    """When a person should look at a picture; figures as `workers/quality.py` defines them. By default the thresholds
+    """When a person should look at a picture; figures as `workers/imaging/quality.py` defines them. By default the thresholds
     flag 8 of 10 bad masks and 3 of 36 good ones (`tests/bench/quality.py`). `max_border` 1: never, since portraits and
     details run out of their frame; marketplaces, which want the whole product, set it. `max_pieces` 2: shoes
     come in pairs.

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from jobs.bounds import Bounds, parse_prefixes
+from jobs.allowlist import Bounds, parse_prefixes
 from jobs.errors import SettingsError
 
 PREFIX = "CUTFLEET_"

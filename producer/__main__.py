@@ -1,5 +1,5 @@
 """`python -m producer` is `cutfleet`."""
 
-from producer.cli import main
+from producer.cli.main import main
 
 main(prog_name="cutfleet")

@@ -11,26 +11,23 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from factories import Places, Receiver, program
 from moto.server import ThreadedMotoServer
 
 from jobs.ledger import Ledger
-from jobs.store import Location, Store
-from producer.local import LocalStack, inherited_environment
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack, inherited_environment
+from tests.support.environment import DATA, ROOT, Run, alone_url
+from tests.support.factories import Places, Receiver, program
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("CUTFLEET_TEST_DATA") or ROOT.parent / "shared")
 _numbers = itertools.count()
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +53,7 @@ def fleet(stack: LocalStack) -> LocalStack:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium without a window, from `tests/get-chromium.sh`. Of one module: while it is open, playwright's loop runs
+    """Chromium without a window, from `tests/support/get-chromium.sh`. Of one module: while it is open, playwright's loop runs
     in this thread, and no other can. Without its sandbox, which root may not have: it opens our own pages only."""
     from playwright.sync_api import sync_playwright  # here: few runs need it
 
@@ -87,10 +84,6 @@ def ledger(stack: LocalStack) -> Iterator[Ledger]:
 def store(stack: LocalStack) -> Iterator[Store]:
     with stack.store() as store:
         yield store
-
-
-def alone_url(stack: LocalStack) -> str:
-    return stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/2")
 
 
 @pytest.fixture

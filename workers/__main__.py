@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__" and not sys.argv[1:]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before imports that take a while; `serve` has its own
 
+from jobs.catalogue import PRESETS
 from jobs.errors import CutfleetError, SettingsError
 from jobs.logs import set_up_logs
-from jobs.presets import PRESETS
 from jobs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("workers")
 
-COMMANDS = ("compare", "sheet")
+COMMANDS = {"compare": "workers.tools.compare", "sheet": "workers.tools.contact_sheet"}
 EXIT_SETTINGS = 2
 """Starting again can't help: supervisors should stop at this one, and at no other."""
 EXIT_UNREACHABLE = 4
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
             print(__doc__)
             return 0
         if argv[0] in COMMANDS:
-            return int(importlib.import_module(f"workers.{argv[0]}").main(argv[1:]))
+            return int(importlib.import_module(COMMANDS[argv[0]]).main(argv[1:]))
         print(
             f"python -m workers: unknown command {argv[0]!r}. Known: {', '.join(COMMANDS)}; no command: serve.",
             file=sys.stderr,
@@ -70,27 +70,27 @@ def serve(settings: Settings) -> int:
     """Returns the exit code. Raises `ModelError` before anything is taken off a queue."""
     draining = threading.Event()
     _leave_when_told(draining)
-    from workers.lastword import LastWord
+    from workers.process.crash_reporter import LastWord
 
     last_word = LastWord(settings)
     if settings.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(settings.gpu)  # before torch is imported
-    from jobs.alive import AliveFile
     from jobs.broker import consume, make_app
     from jobs.ledger import Ledger
-    from jobs.store import Store
-    from workers.alone import claim_device, claim_name
-    from workers.consumer import harden
-    from workers.facts import Facts, Rate, flower_name, node_name, worker_facts
-    from workers.leases import Leases
-    from workers.memory import MemoryBudget, picture_budget, resident_bytes, resident_limit
-    from workers.metrics import WorkerMetrics
-    from workers.nvml import find_gpu
-    from workers.pipeline import limit_threads
-    from workers.predictor import Predictor
-    from workers.quarantine import Room
-    from workers.tasks import Bench, register
-    from workers.watchdog import Watchdog
+    from jobs.liveness import AliveFile
+    from jobs.s3.client import Store
+    from workers.imaging.pipeline import limit_threads
+    from workers.models.batcher import Predictor
+    from workers.process.gpu_lock import claim_device, claim_name
+    from workers.process.heartbeat import Facts, Rate, flower_name, node_name, worker_facts
+    from workers.process.isolation import Room
+    from workers.process.kombu_patches import harden
+    from workers.process.leases import Leases
+    from workers.process.memory import MemoryBudget, picture_budget, resident_bytes, resident_limit
+    from workers.process.metrics import WorkerMetrics
+    from workers.process.nvml import find_gpu
+    from workers.process.watchdog import Watchdog
+    from workers.tasks.task import Bench, register
 
     started = time.monotonic()
     alive = AliveFile(settings.alive_file)

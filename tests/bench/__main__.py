@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from producer.local import told_afterwards
+from producer.demo.local_stack import told_afterwards
 from tests.bench.report import TERMINATED, Row, from_json, machine_facts, progress, to_json, to_markdown
 
 PARTS: Mapping[str, Sequence[str]] = {

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from jobs.recipe import Recipe
 from tests.bench.device_worker import StandIn, load_stand_in
-from workers.decode import Limits
-from workers.pipeline import cut_out, limit_threads
+from workers.imaging.decode import Limits
+from workers.imaging.pipeline import cut_out, limit_threads
 
 
 def main() -> None:

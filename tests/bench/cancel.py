@@ -20,10 +20,10 @@ import redis
 from jobs.job import Job, ManifestPart
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.store import S3Object, Store
-from producer.local import LocalStack
-from producer.manifest import PART_ROWS, write_part
-from producer.submit import Request, draft
+from jobs.s3.client import S3Object, Store
+from producer.demo.local_stack import LocalStack
+from producer.records.manifest import PART_ROWS, write_part
+from producer.submission.submit import Request, draft
 from tests.bench.flow import valkey_alone
 from tests.bench.report import Row, fact, tell
 from tests.bench.scale import run_dispatcher

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.store import Location, Store
-from producer.local import LocalStack
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack
 from tests.bench.report import Row, row, tell
 
 BUCKET = "pictures"

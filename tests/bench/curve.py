@@ -20,8 +20,8 @@ from typing import Any
 
 from jobs.ledger import Claim, Ledger
 from jobs.recipe import Recipe
-from producer.local import LocalStack
-from producer.submit import Request, submit
+from producer.demo.local_stack import LocalStack
+from producer.submission.submit import Request, submit
 from tests.bench.flow import cpu_s, valkey_alone
 from tests.bench.report import Row, fact, progress, tell
 from tests.bench.scale import run_dispatcher

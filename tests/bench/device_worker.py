@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import workers.models
-import workers.predictor
+import workers.models.batcher
 from tests.bench.pictures import SIDE, make_mask
 from workers.__main__ import main
 from workers.models import LoadedModel
-from workers.predictor import Predictor
+from workers.models.batcher import Predictor
 
 Picture = NDArray[np.uint8]
 
@@ -67,5 +67,5 @@ def load_stand_in(*args: object, **options: object) -> LoadedModel:
 
 if __name__ == "__main__":
     workers.models.load = load_stand_in  # type: ignore[assignment]  # the stand-in has the same use
-    workers.predictor.Predictor = StandIn  # type: ignore[misc]  # as above
+    workers.models.batcher.Predictor = StandIn  # type: ignore[misc]  # as above
     sys.exit(main([]))

@@ -17,9 +17,9 @@ import boto3
 
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.store import Location
-from producer import submit as submission
-from producer.local import LocalStack, Process
+from jobs.s3.client import Location
+from producer.demo.local_stack import LocalStack, Process
+from producer.submission import submit as submission
 
 _LOOK_S = 0.05
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")

@@ -20,13 +20,12 @@ from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from factories import Places, picture, program, wait_until
-from faults.fleet import Fleet, Zygote, submit_here
-from flowers import Flower, Pages, opened
-
-from jobs.store import Location
+from jobs.s3.client import Location
 from tests.bench.flow import resident_mb
 from tests.bench.report import Row, fact, to_markdown
+from tests.faults.fleet import Fleet, Zygote, submit_here
+from tests.support.factories import Places, picture, program, wait_until
+from tests.support.flower import Flower, Pages, opened
 
 KEPT = 1000
 PATIENCE_S = 900.0

@@ -1,4 +1,4 @@
-"""What a picture takes of memory between decoding and publishing, in bytes a pixel: what `workers/memory.py` counts.
+"""What a picture takes of memory between decoding and publishing, in bytes a pixel: what `workers/process/memory.py` counts.
 
     python -m tests.bench.footprint [--megapixels 12]
 
@@ -38,9 +38,9 @@ def main() -> None:
 
 def bytes_per_pixel(form: str, recipe_name: str, megapixels: float) -> float:
     from jobs.recipe import load_recipe
-    from workers.decode import Limits
-    from workers.memory import resident_bytes
-    from workers.pipeline import cut_out, limit_threads
+    from workers.imaging.decode import Limits
+    from workers.imaging.pipeline import cut_out, limit_threads
+    from workers.process.memory import resident_bytes
 
     limit_threads(torch_threads=1)
     recipe = load_recipe(recipe_name, model="u2netp")

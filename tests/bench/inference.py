@@ -21,10 +21,10 @@ from torch import Tensor
 from tests.bench.compare.__main__ import export_onnx
 from tests.bench.compare.recipe import load_model
 from tests.bench.report import Row, fact, row, tell
+from workers.imaging.pipeline import limit_threads
 from workers.models.registry import load
-from workers.pipeline import limit_threads
 
-PHOTO = Path(__file__).parents[2] / "producer/samples/astronaut.jpg"
+PHOTO = Path(__file__).parents[2] / "producer/demo/samples/astronaut.jpg"
 SIDE = 320
 PLAIN, CHOSEN = "torch, float32", "onnxruntime, float32 (chosen)"
 Way = Callable[[Tensor], Tensor]

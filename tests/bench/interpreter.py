@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 
 from jobs.recipe import Recipe
-from producer.local import free_port
+from producer.demo.local_stack import free_port
 from tests.bench.flow import fleet
 from tests.bench.pictures import make_photo
 from tests.bench.report import Row, fact, progress, row, tell

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from jobs.store import PAGE_KEYS, Location, S3Object, Store
-from producer.listing import list_side_by_side
-from producer.local import ACCESS_KEY, SECRET_KEY, LocalStack
+from jobs.s3.client import PAGE_KEYS, Location, S3Object, Store
+from jobs.s3.listing import list_side_by_side
+from producer.demo.local_stack import ACCESS_KEY, SECRET_KEY, LocalStack
 from tests.bench.report import Row, row, tell
 from tests.faults.proxy import Wire
 

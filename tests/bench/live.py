@@ -20,8 +20,8 @@ from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.message import Lane
 from jobs.recipe import Recipe
-from jobs.store import Location, Store
-from producer import submit as submission
+from jobs.s3.client import Location, Store
+from producer.submission import submit as submission
 from tests.bench.flow import fleet
 from tests.bench.pictures import make_photo
 from tests.bench.report import Row, fact, progress, row, tell

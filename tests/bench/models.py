@@ -22,7 +22,7 @@ import torchvision.ops  # noqa: F401  (torch.ops.torchvision is there from then 
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.presets import PRESETS, Preset
+from jobs.catalogue import PRESETS, Preset
 from workers.models.birefnet import BiRefNet
 from workers.models.device import place
 from workers.models.u2net import U2Net

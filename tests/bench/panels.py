@@ -23,11 +23,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from load import Line, ask_panels, watched
-from prometheus import DASHBOARD, MONITORING
-
-from producer.local import LocalStack
+from producer.demo.local_stack import LocalStack
 from tests.bench.report import progress
+from tests.support.loaded_stack import Line, ask_panels, watched
+from tests.support.prometheus import DASHBOARD, MONITORING
 
 Answers = Mapping[tuple[str, str], Sequence[Line]]
 COLUMNS = 24

@@ -24,12 +24,12 @@ from torchvision import transforms
 
 from jobs.recipe import Recipe
 from tests.bench.report import Row, row, tell
-from workers.decode import Limits, decode_picture
-from workers.edges import clean_edges
-from workers.encode import encode_cutout_png, encode_mask_png
-from workers.pipeline import cut_out, limit_threads
-from workers.quality import measure_mask
-from workers.resize import enlarge, shrink
+from workers.imaging.decode import Limits, decode_picture
+from workers.imaging.edges import clean_edges
+from workers.imaging.encode import encode_cutout_png, encode_mask_png
+from workers.imaging.pipeline import cut_out, limit_threads
+from workers.imaging.quality import measure_mask
+from workers.imaging.resize import enlarge, shrink
 
 Pixels = NDArray[np.uint8]
 Stage = Callable[[], object]

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from jobs.recipe import Recipe
-from workers.decode import Limits
+from workers.imaging.decode import Limits
+from workers.imaging.pipeline import cut_out
 from workers.models import load
-from workers.pipeline import cut_out
-from workers.predictor import Predictor
+from workers.models.batcher import Predictor
 
 GOOD = 0.8
 """IoU at 0.5 from which on a mask is called good."""

@@ -18,7 +18,7 @@ from jobs.broker import TASK_NAME, lane_queue, make_app, render, task_of, worker
 from jobs.job import ImageState, Job, ManifestPart
 from jobs.ledger import FEED_ROWS, Ledger
 from jobs.message import ImageTask
-from producer.local import LocalStack
+from producer.demo.local_stack import LocalStack
 from tests.bench.flow import valkey_alone
 from tests.bench.report import Row, row, tell
 

@@ -15,20 +15,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
+from tests.factories import program, wait_until
 
 from jobs.job import Job
 from jobs.preview import Preview
 from jobs.recipe import Recipe
-from producer.page import Row, write_page
+from producer.review.page import Row, write_page
 from tests.bench.pictures import make_mask, make_photo
-from tests.factories import program, wait_until
-from workers.decode import Limits, decode_picture
-from workers.edges import clean_edges
-from workers.encode import encode_cutout_png
-from workers.pipeline import limit_threads
-from workers.preview import Drawn, draw_cutout, draw_source
-from workers.quality import measure_mask
-from workers.resize import enlarge
+from workers.imaging.decode import Limits, decode_picture
+from workers.imaging.edges import clean_edges
+from workers.imaging.encode import encode_cutout_png
+from workers.imaging.pipeline import limit_threads
+from workers.imaging.quality import measure_mask
+from workers.imaging.resize import enlarge
+from workers.tasks.preview import Drawn, draw_cutout, draw_source
 
 SHAPES = ((3000, 4000), (4000, 3000), (3000, 3000))
 COUNTS = (500, 5000)

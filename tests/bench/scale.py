@@ -28,17 +28,17 @@ from typing import Any
 
 import redis
 
-from jobs.alive import AliveFile
 from jobs.broker import TASK_NAME, consume, make_app
 from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
+from jobs.liveness import AliveFile
 from jobs.message import ImageTask
 from jobs.recipe import Recipe
+from jobs.s3.client import image_names
 from jobs.settings import Settings
-from jobs.store import image_names
-from producer.dispatcher import Dispatcher
-from producer.local import LocalStack
-from producer.submit import Request, submit
+from producer.demo.local_stack import LocalStack
+from producer.dispatcher.dispatcher import Dispatcher
+from producer.submission.submit import Request, submit
 from tests.bench.flow import valkey_alone
 from tests.bench.report import Row, fact, progress, tell
 from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, FolderStore, say_alive
@@ -232,7 +232,7 @@ def _consume(url: str, number: int, stop: Any, told: SimpleQueue[Any]) -> None:
 
 def _celery(url: str, number: int, stop: Any, told: SimpleQueue[Any]) -> None:
     """A real Celery worker; the task claims and commits, and delivers one message in twenty a second time."""
-    from workers.consumer import harden
+    from workers.process.kombu_patches import harden
 
     app = make_app(url)
     consume(app, MODEL)

@@ -15,7 +15,7 @@ import redis
 from jobs.broker import task_of, worker_queues
 from jobs.job import ImageState
 from jobs.ledger import Claim, Ledger
-from jobs.store import PAGE_KEYS, Location, Role, S3Object, Store, image_names
+from jobs.s3.client import PAGE_KEYS, Location, Role, S3Object, Store, image_names
 
 MODEL = "bench"
 SOURCE, DESTINATION = "s3://in/photos/", "s3://out/"

@@ -16,11 +16,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from producer.local import LocalStack
+from producer.demo.local_stack import LocalStack
 from tests.bench.flow import cpu_s
 from tests.bench.report import Row, fact, row, tell
 
-SERVED = "workers.tasks"
+SERVED = "workers.tasks.task"
 """The module that a worker imports last, and that brings nearly all."""
 PACKAGES = ("torch", "torchvision", "cv2", "celery", "kombu", "boto3", "botocore", "redis", "PIL", "numpy", "pydantic")
 SHOWN_S = 0.02

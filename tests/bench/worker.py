@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.recipe import Recipe
-from producer.local import Process
+from producer.demo.local_stack import Process
 from tests.bench.flow import Fleet, Flow, fleet
 from tests.bench.pictures import SIZES, make_photo
 from tests.bench.report import Row, fact, progress, row, tell

@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from faults.campaign import main
+from tests.faults.campaign import main
 
 sys.exit(main())

@@ -20,15 +20,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import redis
-from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Zygote, make_places
-from faults.plain import make_plain
-from faults.proxy import Fault, S3Proxy, Wire
-from faults.terms import MODEL
-from faults.truth import masks, prove
 
-from jobs.store import Location
-from producer.local import Process, inherited_environment
+from jobs.s3.client import Location
+from producer.demo.local_stack import Process, inherited_environment
+from tests.faults.fleet import Fleet, Reference, Zygote, make_places
+from tests.faults.plain import make_plain
+from tests.faults.proxy import Fault, S3Proxy, Wire
+from tests.faults.terms import MODEL
+from tests.faults.truth import masks, prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 JOB_PICTURES = 200
 OPEN_JOBS = 2

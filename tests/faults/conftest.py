@@ -26,10 +26,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from factories import Places, put_pictures
-from faults.fleet import PICTURES, Fleet, Reference, Submit, Zygote, make_places, submit_to
-from faults.terms import MODEL
-from faults.truth import masks, prove
+
+from tests.faults.fleet import PICTURES, Fleet, Reference, Submit, Zygote, make_places, submit_to
+from tests.faults.terms import MODEL
+from tests.faults.truth import masks, prove
+from tests.support.factories import Places, put_pictures
 
 
 @pytest.fixture(scope="session")

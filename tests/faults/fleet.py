@@ -19,17 +19,17 @@ from typing import Self
 
 import numpy as np
 import redis
-from factories import Places, wait_until
-from faults.terms import MODEL
 from numpy.typing import NDArray
-from units import Unit
 
 from jobs.ledger import Ledger
 from jobs.message import Lane
 from jobs.recipe import Recipe
-from jobs.store import Location, Store
-from producer.local import LocalStack, inherited_environment
-from producer.submit import Request, submit
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack, inherited_environment
+from producer.submission.submit import Request, submit
+from tests.faults.terms import MODEL
+from tests.support.factories import Places, wait_until
+from tests.support.systemd_unit import Unit
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

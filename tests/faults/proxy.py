@@ -25,7 +25,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from producer.local import ACCESS_KEY, SECRET_KEY, free_port
+from producer.demo.local_stack import ACCESS_KEY, SECRET_KEY, free_port
 
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER of no time: closing sends a reset."""

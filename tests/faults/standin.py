@@ -31,7 +31,26 @@ from typing import Any
 import botocore.config
 import redis
 import torch
-from faults.terms import (
+from torch import Tensor
+
+import jobs.broker
+import jobs.message
+import producer.cli.main
+import producer.dispatcher.dispatcher
+import producer.dispatcher.feeder
+import producer.dispatcher.job_backoff
+import producer.records.manifest
+import producer.records.report
+import workers.__main__
+import workers.imaging.decode
+import workers.models
+import workers.process.kombu_patches
+import workers.process.nvml
+import workers.tasks.task
+from jobs.ledger import Ledger
+from jobs.recipe import Recipe
+from jobs.s3.client import Store
+from tests.faults.terms import (
     DEVICE_GREY,
     DEVICE_HANGS,
     DEVICE_SEGFAULT,
@@ -47,28 +66,9 @@ from faults.terms import (
     TURN_S,
     VISIBILITY_S,
 )
-from torch import Tensor
-
-import jobs.broker
-import jobs.message
-import producer.cli
-import producer.dispatcher
-import producer.feeding
-import producer.heldup
-import producer.manifest
-import producer.report
-import workers.__main__
-import workers.consumer
-import workers.decode
-import workers.models
-import workers.nvml
-import workers.tasks
-from jobs.ledger import Ledger
-from jobs.recipe import Recipe
-from jobs.store import Store
 from workers.models import LoadedModel
-from workers.nvml import Gpu, GpuUse
-from workers.predictor import Predictor
+from workers.models.batcher import Predictor
+from workers.process.nvml import Gpu, GpuUse
 
 SIZE = (64, 64)
 
@@ -168,12 +168,12 @@ def _arm() -> None:
     _around(Store, "get", after=lambda *_: "after_fetch")
     _around(Predictor, "predict", after=lambda *_: "after_model")
     _around(Store, "put", after=_put_place)
-    _around(workers.consumer.kombu_redis.QoS, "restore_by_tag", before="giving_back", after=lambda *_: "")
+    _around(workers.process.kombu_patches.kombu_redis.QoS, "restore_by_tag", before="giving_back", after=lambda *_: "")
     _around(Ledger, "finish", before="before_commit", after=lambda *_: "before_ack")
     _around(Ledger, "vanish", before="before_blame", after=lambda *_: "")
     for name in ("create_job", "is_next_part", "add_part", "submit_live", "feed", "close_job"):
         _around(Ledger, name, before=f"before_{name}", after=lambda *_, name=name: f"after_{name}")
-    _around(producer.dispatcher, "write_report", after=lambda *_: "after_report")
+    _around(producer.dispatcher.dispatcher, "write_report", after=lambda *_: "after_report")
 
 
 _leaked: list[bytes] = []
@@ -204,9 +204,9 @@ def _shorten() -> None:
     """Times that only make tests wait: a dead worker's messages come back within seconds, a dead dispatcher's lock too,
     and who waits for a server in vain gives up sooner."""
     jobs.broker.VISIBILITY_S = VISIBILITY_S
-    producer.dispatcher.LOCK_S = LOCK_S
-    producer.dispatcher.PAUSE_S = producer.heldup.HELD_UP_S = TURN_S
-    workers.tasks.MAX_HOLD_PAUSE_S = 1.0
+    producer.dispatcher.dispatcher.LOCK_S = LOCK_S
+    producer.dispatcher.dispatcher.PAUSE_S = producer.dispatcher.job_backoff.HELD_UP_S = TURN_S
+    workers.tasks.task.MAX_HOLD_PAUSE_S = 1.0
     botocore.config.Config = _Impatient  # type: ignore[misc]
     real_app, real_url = jobs.broker.make_app, redis.Redis.from_url
 
@@ -228,7 +228,7 @@ def _shorten() -> None:
     redis.Redis.from_url = from_url  # type: ignore[method-assign]
 
 
-_sniff = workers.decode.sniff_format
+_sniff = workers.imaging.decode.sniff_format
 
 
 def _sniff_poison(data: bytes) -> str:
@@ -236,8 +236,10 @@ def _sniff_poison(data: bytes) -> str:
     return _sniff(data)
 
 
-workers.decode.sniff_format = _sniff_poison  # here, so that a child that decodes, which imports this file, has it too
-workers.nvml.find_gpu = lambda _: Card()
+workers.imaging.decode.sniff_format = (
+    _sniff_poison  # here, so that a child that decodes, which imports this file, has it too
+)
+workers.process.nvml.find_gpu = lambda _: Card()
 workers.models.load = load  # type: ignore[assignment]  # the stand-in has the same use
 _shorten()
 
@@ -248,30 +250,36 @@ def _told(name: str) -> float | None:
 
 
 def _stall_sooner() -> None:
-    import workers.predictor
-    import workers.watchdog
+    import workers.models.batcher
+    import workers.process.watchdog
 
     stall_s = _told("STALL_S")
     if stall_s is not None:
-        workers.tasks.DECODE_S = stall_s
-        for module, name in ((workers.predictor, "Predictor"), (workers.watchdog, "Watchdog")):
+        workers.tasks.task.DECODE_S = stall_s
+        for module, name in ((workers.models.batcher, "Predictor"), (workers.process.watchdog, "Watchdog")):
             setattr(module, name, functools.partial(getattr(module, name), stall_s=stall_s))
 
 
 def _set_sizes() -> None:
-    import producer.submit
+    import producer.submission.submit
 
-    workers.tasks.MAX_HOLD_S = _told("HOLD_S") or workers.tasks.MAX_HOLD_S
-    producer.dispatcher.PAUSE_S = _told("PAUSE_S") or producer.dispatcher.PAUSE_S
+    workers.tasks.task.MAX_HOLD_S = _told("HOLD_S") or workers.tasks.task.MAX_HOLD_S
+    producer.dispatcher.dispatcher.PAUSE_S = _told("PAUSE_S") or producer.dispatcher.dispatcher.PAUSE_S
     if rows := _told("PART_ROWS"):
-        for module in (producer.manifest, producer.submit, producer.feeding, producer.dispatcher, producer.report):
+        for module in (
+            producer.records.manifest,
+            producer.submission.submit,
+            producer.dispatcher.feeder,
+            producer.dispatcher.dispatcher,
+            producer.records.report,
+        ):
             module.PART_ROWS = int(rows)  # type: ignore[attr-defined]  # a module's own name
 
 
 def _renew_as_told() -> None:
-    workers.consumer.VisibilityLease.every_s = (_told("VISIBILITY_S") or VISIBILITY_S) / 4
+    workers.process.kombu_patches.VisibilityLease.every_s = (_told("VISIBILITY_S") or VISIBILITY_S) / 4
     if "CUTFLEET_TEST_UNRENEWED" in os.environ:
-        workers.consumer.VisibilityLease.every_s = 3600
+        workers.process.kombu_patches.VisibilityLease.every_s = 3600
 
 
 def _be_later() -> None:
@@ -300,7 +308,7 @@ def _run(request: dict[str, Any]) -> None:
     _stall_sooner()
     _set_sizes()
     if request["command"]:
-        producer.cli.main(request["command"], prog_name="cutfleet")
+        producer.cli.main.main(request["command"], prog_name="cutfleet")
     sys.exit(workers.__main__.main([]))
 
 
@@ -310,10 +318,8 @@ def _warm_imports() -> None:
     from celery.concurrency.thread import TaskPool  # noqa: F401
     from celery.worker.consumer import Consumer  # noqa: F401
 
-    import producer.submit
-    import producer.webhooks  # noqa: F401
-    import workers.leases
-    import workers.pipeline  # noqa: F401
+    import producer.submission.submit
+    import producer.webhooks.delivery  # noqa: F401
 
 
 def _tell(**facts: int) -> None:

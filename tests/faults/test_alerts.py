@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import prometheus
 import pytest
 import redis
-from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Submit, Zygote
-from faults.proxy import Fault, S3Proxy, Wire
-from faults.terms import MODEL
-from prometheus import Prometheus
 
-from producer.local import free_port
+from producer.demo.local_stack import free_port
+from tests.faults.fleet import Fleet, Submit, Zygote
+from tests.faults.proxy import Fault, S3Proxy, Wire
+from tests.faults.terms import MODEL
+from tests.support import prometheus
+from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.prometheus import Prometheus
 
 MEGABYTE = 2**20
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import redis
 from click.testing import CliRunner, Result
-from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import PICTURES, UNHURRIED_S, Fleet, Reference, Submit, is_stopped
-from faults.terms import MODEL
-from faults.truth import prove
 
-from jobs.store import Location
-from producer.cli import main
-from producer.revival import Books
+from jobs.s3.client import Location
+from producer.audit.rebuild import Books
+from producer.cli.main import main
+from tests.faults.fleet import PICTURES, UNHURRIED_S, Fleet, Reference, Submit, is_stopped
+from tests.faults.terms import MODEL
+from tests.faults.truth import prove
+from tests.support.factories import Places, picture, put_pictures, wait_until
 
 SETTINGS = {"test_device_ms": "200"}
 

@@ -8,14 +8,14 @@ import json
 
 import pytest
 import redis
-from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, make_places, submit_here
-from faults.proxy import S3Proxy
-from faults.terms import MODEL
-from faults.truth import prove
 
 from jobs.broker import lane_queue
-from jobs.store import Location
+from jobs.s3.client import Location
+from tests.faults.fleet import Fleet, make_places, submit_here
+from tests.faults.proxy import S3Proxy
+from tests.faults.terms import MODEL
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 pytestmark = pytest.mark.usefixtures("asleep")
 SOME = 4

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from faults.fleet import ROOT
+
+from tests.faults.fleet import ROOT
 
 MINUTES, SEED = "4", "7"
 

@@ -7,9 +7,10 @@ from importlib.resources import files
 
 import pytest
 import redis
-from factories import Places, put_pictures, wait_until
-from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, Zygote, came_back
-from faults.truth import prove
+
+from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, Zygote, came_back
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 MINUTES_10, HOURS_3 = 600, 3 * 3600
 """S3 takes a clock that is a quarter of an hour off."""

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import redis
-from factories import wait_until
-from faults.fleet import ROOT, Fleet, listening
-from faults.plain import make_plain
 
-from producer.local import Process, inherited_environment
+from producer.demo.local_stack import Process, inherited_environment
+from tests.faults.fleet import ROOT, Fleet, listening
+from tests.faults.plain import make_plain
+from tests.support.factories import wait_until
 
 URL_DB = 5
 PUSHED = 6
@@ -83,7 +83,7 @@ def test_plain_celery_loses_messages_where_we_lose_none(plain: Plain) -> None:
 def test_stock_transport_ends_a_worker_that_loses_its_connection_with_a_message_in_flight(
     fleet: Fleet, plain: Plain
 ) -> None:
-    """When this fails, kombu no longer needs `workers.consumer.Transport._connparams`: take that part out."""
+    """When this fails, kombu no longer needs `workers.process.kombu_patches.Transport._connparams`: take that part out."""
     worker = plain.start("60")  # it is within BRPOP whenever its server goes
     plain.push(1, seconds=10)
     wait_until(lambda: plain.redis.exists("begun:0") == 1, what=worker.last_words())

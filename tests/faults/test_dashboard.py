@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from factories import wait_until
-from faults.fleet import Fleet
-from faults.terms import MODEL
-from load import Line, ask_panels, watched
+from tests.faults.fleet import Fleet
+from tests.faults.terms import MODEL
+from tests.support.factories import wait_until
+from tests.support.loaded_stack import Line, ask_panels, watched
 
 NOTHING_HAPPENED = {"sum(increase(cutfleet_republished_images_total[5s]))"}
 """No message is lost under this load, so that this one says 0."""

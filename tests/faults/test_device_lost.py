@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit, children, is_stopped
-from faults.terms import DEVICE_GREY, DEVICE_HANGS, DEVICE_SEGFAULT
-from faults.truth import prove
 from PIL import Image
+
+from tests.faults.fleet import Fleet, Reference, Submit, children, is_stopped
+from tests.faults.terms import DEVICE_GREY, DEVICE_HANGS, DEVICE_SEGFAULT
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 EXIT_DEVICE_LOST = 70
 MOST_DEATHS = 3

@@ -7,11 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import PICTURES, Fleet, Reference, Submit, is_stopped, make_places, submit_to
-from faults.truth import prove
 
-from jobs.store import Location
+from jobs.s3.client import Location
+from tests.faults.fleet import PICTURES, Fleet, Reference, Submit, is_stopped, make_places, submit_to
+from tests.faults.truth import prove
+from tests.support.factories import Places, picture, put_pictures, wait_until
 
 EXIT_USAGE = 2
 BOUNDARIES = ("before_feed", "after_feed", "after_report", "before_close_job", "after_close_job")

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from factories import Places, put_pictures, wait_until
-from faults.fleet import PICTURES, Fleet, Reference, Submit
-from faults.proxy import Wire
-from faults.truth import prove
-from flowers import Flower
 
-from producer.local import Process, inherited_environment
+from producer.demo.local_stack import Process, inherited_environment
+from tests.faults.fleet import PICTURES, Fleet, Reference, Submit
+from tests.faults.proxy import Wire
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.flower import Flower
 
 LIMIT = "pubsub 262144 262144 0"
 """Bytes that wait for one subscriber: a thousandth of what `infra` has, so that seconds are as good as hours."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from factories import Places, put_pictures
-from faults.fleet import UNHURRIED_S, Fleet, Submit
-from faults.truth import prove
+from tests.faults.fleet import UNHURRIED_S, Fleet, Submit
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures
 
 PICTURES = 6
 

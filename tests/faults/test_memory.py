@@ -6,11 +6,12 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from factories import Places, picture, put_pictures
-from faults.fleet import Fleet, Reference, Submit
-from faults.terms import LEAK, LEAK_BYTES
-from faults.truth import prove
 from PIL import Image
+
+from tests.faults.fleet import Fleet, Reference, Submit
+from tests.faults.terms import LEAK, LEAK_BYTES
+from tests.faults.truth import prove
+from tests.support.factories import Places, picture, put_pictures
 
 ROOM_MB = 600
 """Above what a worker takes by itself: too little for twelve pictures of 12 megapixels at once."""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import redis
-from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, is_stopped
-from faults.terms import MODEL
-from faults.truth import prove
 
 from jobs.broker import lane_queue
+from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, is_stopped
+from tests.faults.terms import MODEL
+from tests.faults.truth import prove
+from tests.support.factories import Places, picture, put_pictures, wait_until
 
 pytestmark = pytest.mark.usefixtures("asleep")
 LIVE, BACKFILL = (lane_queue(lane, MODEL) for lane in ("live", "backfill"))

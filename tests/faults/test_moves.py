@@ -8,12 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit
-from faults.terms import MODEL
-from faults.truth import prove
 
-from producer.feeding import MIN_WINDOW
+from producer.dispatcher.feeder import MIN_WINDOW
+from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit
+from tests.faults.terms import MODEL
+from tests.faults.truth import prove
+from tests.support.factories import Places, picture, put_pictures, wait_until
 
 pytestmark = pytest.mark.usefixtures("asleep")
 

@@ -7,13 +7,13 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, Submit, children, make_places, submit_to
-from faults.terms import EXHAUST, HANG, LOCK, MODEL, SEGFAULT
-from faults.truth import prove
 
 from jobs.broker import lane_queue
 from jobs.job import Failure
+from tests.faults.fleet import Fleet, Reference, Submit, children, make_places, submit_to
+from tests.faults.terms import EXHAUST, HANG, LOCK, MODEL, SEGFAULT
+from tests.faults.truth import prove
+from tests.support.factories import Places, picture, put_pictures, wait_until
 
 pytestmark = pytest.mark.usefixtures("asleep")
 MOST_DEATHS = 3

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from factories import Places, put_pictures, wait_until
-from faults.fleet import ROOT, Fleet, Reference
-from faults.truth import prove
 
 from jobs.errors import CutfleetError
-from jobs.store import Location, Store
-from producer.local import SECRET_KEY
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import SECRET_KEY
+from tests.faults.fleet import ROOT, Fleet, Reference
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 ROLES = ("producer", "dispatcher", "worker")
 VERBS = {"s3:ListBucket": "List", "s3:GetObject": "Read", "s3:PutObject": "Write"}

@@ -15,13 +15,13 @@ from urllib.error import URLError
 
 import pytest
 import redis
-from factories import Places, put_pictures, wait_until
-from faults.fleet import PICTURES, ROOT, Fleet, Reference, Submit, is_stopped
-from faults.terms import MODEL
-from faults.truth import prove
 
-from jobs.store import Location
-from producer.local import free_port, inherited_environment
+from jobs.s3.client import Location
+from producer.demo.local_stack import free_port, inherited_environment
+from tests.faults.fleet import PICTURES, ROOT, Fleet, Reference, Submit, is_stopped
+from tests.faults.terms import MODEL
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 
 @contextmanager

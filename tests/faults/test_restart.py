@@ -9,9 +9,9 @@ import statistics
 import threading
 import time
 
-from factories import Places, put_pictures, wait_until
-from faults.fleet import Fleet, Reference, is_ready, make_places, submit_here
-from faults.truth import prove
+from tests.faults.fleet import Fleet, Reference, is_ready, make_places, submit_here
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 GPUS = 3
 SHELF = 96

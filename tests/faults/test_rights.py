@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import redis
 import trustme
-from factories import Places, put_pictures, wait_until
-from faults.fleet import ROOT, Fleet
-from faults.proxy import Wire
-from flowers import Flower
 from kombu.exceptions import OperationalError
 from redis.exceptions import AuthenticationError, NoPermissionError
 
 from jobs.broker import make_app
 from jobs.errors import ServiceUnavailable
 from jobs.ledger import Ledger
-from producer.local import Process, free_port, valkey_program
+from producer.demo.local_stack import Process, free_port, valkey_program
+from tests.faults.fleet import ROOT, Fleet
+from tests.faults.proxy import Wire
+from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.flower import Flower
 
 EXIT_UNREACHABLE = 4
 SOME = 16

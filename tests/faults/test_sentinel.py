@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import redis
-from factories import Places, put_pictures, wait_until
-from faults.fleet import PICTURES, Fleet, Reference
-from faults.terms import MODEL
-from faults.truth import prove
 
 from jobs.ledger import Ledger
-from jobs.server import broker_urls, sentinels_of
+from jobs.ledger.connection import broker_urls, sentinels_of
 from jobs.settings import Settings
-from producer.local import Process, free_port, valkey_program
+from producer.demo.local_stack import Process, free_port, valkey_program
+from tests.faults.fleet import PICTURES, Fleet, Reference
+from tests.faults.terms import MODEL
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 NAME = "cutfleet"
 

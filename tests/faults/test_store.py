@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit
-from faults.proxy import Fault, S3Proxy, Wire
-from faults.truth import prove
 
-from jobs.store import Location
+from jobs.s3.client import Location
+from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit
+from tests.faults.proxy import Fault, S3Proxy, Wire
+from tests.faults.truth import prove
+from tests.support.factories import Places, picture, put_pictures, wait_until
 
 SOME = 16
 EXIT_DRAIN_DEADLINE = 75

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from factories import Places, put_pictures
-from faults.fleet import PICTURES, Fleet, Reference
-from faults.terms import MODEL
-from faults.truth import prove
-
 from jobs.recipe import Recipe
+from tests.faults.fleet import PICTURES, Fleet, Reference
+from tests.faults.terms import MODEL
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures
 
 
 def submit(fleet: Fleet, places: Places, *more: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from factories import Places, put_pictures, wait_until
-from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, make_places, submit_to
-from faults.truth import prove
+from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, make_places, submit_to
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 SOME = 8
 

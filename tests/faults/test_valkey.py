@@ -7,10 +7,11 @@ import time
 
 import pytest
 import redis
-from factories import Places, put_pictures, wait_until
-from faults.fleet import PICTURES, Fleet, Reference, Submit
-from faults.proxy import Wire
-from faults.truth import prove
+
+from tests.faults.fleet import PICTURES, Fleet, Reference, Submit
+from tests.faults.proxy import Wire
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 AWAY_S = 6.0
 """Longer than a lease and than clients wait for an answer."""

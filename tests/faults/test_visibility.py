@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import redis
-from factories import Places, put_pictures, wait_until
-from faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, came_back, is_stopped
-from faults.terms import VISIBILITY_S
-from faults.truth import prove
+
+from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, came_back, is_stopped
+from tests.faults.terms import VISIBILITY_S
+from tests.faults.truth import prove
+from tests.support.factories import Places, put_pictures, wait_until
 
 LONGER_S = 1.5 * VISIBILITY_S
 """Where a message must not come back though its worker stands still for some seconds."""
@@ -21,7 +22,7 @@ LONGER_S = 1.5 * VISIBILITY_S
 def test_a_picture_that_takes_longer_than_the_visibility_timeout_is_delivered_once(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    """kombu itself renews nothing: `workers.consumer.VisibilityLease` does."""
+    """kombu itself renews nothing: `workers.process.kombu_patches.VisibilityLease` does."""
     names = put_pictures(fleet.store, places, 1)
     long = {"test_visibility_s": str(LONGER_S), "test_device_ms": str(3000 * LONGER_S), "lease_s": UNHURRIED_S}
     for _ in range(2):  # one more than is needed, so that a message that came back would find a worker

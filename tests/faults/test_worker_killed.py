@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import redis
-from factories import Places, picture, put_pictures, wait_until
-from faults.fleet import PICTURES, Fleet, Reference, Submit, is_stopped, listening, make_places, submit_to
-from faults.terms import MODEL, PLACES
-from faults.truth import prove
 
 from jobs.broker import lane_queue
-from jobs.store import Location
+from jobs.s3.client import Location
+from tests.faults.fleet import PICTURES, Fleet, Reference, Submit, is_stopped, listening, make_places, submit_to
+from tests.faults.terms import MODEL, PLACES
+from tests.faults.truth import prove
+from tests.support.factories import Places, picture, put_pictures, wait_until
 
 KILLS = 30
 

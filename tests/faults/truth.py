@@ -14,13 +14,13 @@ from collections import Counter
 
 import numpy as np
 import redis
-from factories import Places, wait_until
-from faults.fleet import Fleet, Reference
-from faults.terms import MODEL
 from PIL import Image
 
 from jobs.job import Failure
-from jobs.store import Location
+from jobs.s3.client import Location
+from tests.faults.fleet import Fleet, Reference
+from tests.faults.terms import MODEL
+from tests.support.factories import Places, wait_until
 
 SETTLE_S = 25.0
 WINDOW = ("cf:waiting", "cf:leased", "cf:retry", "cf:entry", "cf:owner", "cf:claim", "cf:tries", "cf:vanished")

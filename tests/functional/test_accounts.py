@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from factories import Places, fetch, picture
 
 from jobs.ledger import Ledger
-from jobs.store import Location, Store
-from producer.local import LocalStack
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack
+from tests.support.environment import Run
+from tests.support.factories import Places, fetch, picture
 from workers.models import load
 from workers.models.registry import PACKAGED
 

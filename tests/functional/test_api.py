@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import listed
 import pytest
-from factories import WEBHOOK_SECRET, Places, Receiver, decode, program, put_pictures, wait_until
 from PIL import Image
 
 from jobs.ledger import Ledger
-from jobs.store import Store
-from producer import requests
-from producer.access import Caller
-from producer.api import Pictures
-from producer.local import LocalStack, Process, free_port, inherited_environment
+from jobs.s3.client import Store
+from producer.api import service as requests
+from producer.api.app import Pictures
+from producer.api.auth import Caller
+from producer.demo.local_stack import LocalStack, Process, free_port, inherited_environment
+from tests.support import listing_server as listed
+from tests.support.factories import WEBHOOK_SECRET, Places, Receiver, decode, program, put_pictures, wait_until
 
 KEY = "only-for-this-test"
 STRANGER = "of-somebody-else"

@@ -11,16 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from conftest import ROOT
-from factories import wait_until
-from faults.proxy import Fault, S3Proxy
-from listed import KEYS, LAST, assert_exact, serving_keys
-
 from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
-from producer.local import LocalStack, inherited_environment
-from producer.manifest import PART_ROWS, read_part
+from producer.demo.local_stack import LocalStack, inherited_environment
+from producer.records.manifest import PART_ROWS, read_part
 from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, say_alive
+from tests.faults.proxy import Fault, S3Proxy
+from tests.support.environment import ROOT
+from tests.support.factories import wait_until
+from tests.support.listing_server import KEYS, LAST, assert_exact, serving_keys
 
 PARTS = 10
 

@@ -9,24 +9,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from factories import Places, put_pictures
 
-from jobs.bounds import Bounds
+from jobs.allowlist import Bounds
 from jobs.errors import ImageError
 from jobs.job import ImageState
 from jobs.ledger import Ledger
 from jobs.message import Lane
 from jobs.recipe import Recipe
-from jobs.store import Location, Store, record_location
-from producer import requests
-from producer.audit import audit
-from producer.events import Arrival
-from producer.lister import request_of
-from producer.local import LocalStack
-from producer.rerender import render
-from producer.submit import Request, draft, resume, submit
-from producer.watch import Watcher
+from jobs.s3.client import Location, Store, record_location
+from producer.api import service as requests
+from producer.api.background_listing import request_of
+from producer.audit.auditor import audit
+from producer.demo.local_stack import LocalStack
+from producer.ingest.notifications import Arrival
+from producer.ingest.watcher import Watcher
+from producer.submission.rerender import render
+from producer.submission.submit import Request, draft, resume, submit
+from tests.support.environment import Run
+from tests.support.factories import Places, put_pictures
 
 MODEL = "u2net"
 """Nobody serves it: pictures stay open."""

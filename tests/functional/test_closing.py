@@ -8,23 +8,23 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from factories import Places, make, wait_until
 
-import producer.dispatcher
+import producer.dispatcher.dispatcher
 from jobs.broker import task_of
 from jobs.errors import ServiceUnavailable
 from jobs.job import Failure, ImageState, Job, ManifestPart
 from jobs.ledger import Ledger
+from jobs.ledger.connection import Fenced
 from jobs.recipe import Recipe
-from jobs.server import Fenced
+from jobs.s3.client import Location, S3Object, Store, image_names, record_location, source_digest
 from jobs.settings import Settings
-from jobs.store import Location, S3Object, Store, image_names, record_location, source_digest
-from producer import dead
-from producer.audit import audit
-from producer.dispatcher import Dispatcher
-from producer.manifest import read_part
-from producer.report import picture_status, read_report, write_report
-from producer.submit import Request, draft, live_row
+from producer.audit.auditor import audit
+from producer.dispatcher.dispatcher import Dispatcher
+from producer.records import failures as dead
+from producer.records.manifest import read_part
+from producer.records.report import picture_status, read_report, write_report
+from producer.submission.submit import Request, draft, live_row
+from tests.support.factories import Places, make, wait_until
 
 
 def finish_all(job: Job, ledger: Ledger) -> None:
@@ -67,14 +67,14 @@ def written(job: Job, store: Store) -> set[str]:
 def test_a_small_report_does_not_wait_for_a_large_one(
     alone: Ledger, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(producer.dispatcher, "SMALL_JOB", 2)
+    monkeypatch.setattr(producer.dispatcher.dispatcher, "SMALL_JOB", 2)
     goes_on, small, large = threading.Event(), *(make(places, alone, store, count=count) for count in (2, 3))
 
     def slowly(job: Job, *args: Any, **options: Any) -> None:
         assert job.id == small.id or goes_on.wait(60)
         write_report(job, *args, **options)
 
-    monkeypatch.setattr(producer.dispatcher, "write_report", slowly)
+    monkeypatch.setattr(producer.dispatcher.dispatcher, "write_report", slowly)
     dispatcher = Dispatcher(alone, store, Settings())
     wait_until(lambda: dispatcher.step() or all(alone.job(job.id).cursor for job in (small, large)), what="all is fed")
     finish_all(large, alone)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import decode, picture, wait_until
 
-from producer.local import LocalStack, inherited_environment
+from producer.demo.local_stack import LocalStack, inherited_environment
+from tests.support.factories import decode, picture, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 

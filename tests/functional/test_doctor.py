@@ -17,21 +17,21 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Run, alone_url
-from factories import Places, put_pictures, wait_until
-from faults.proxy import Fault, S3Proxy, Wire
 
-import producer.doctor
+import producer.doctor.checks
+from jobs.catalogue import RENDER
 from jobs.errors import CutfleetError
 from jobs.ledger import Ledger
-from jobs.presets import RENDER
 from jobs.recipe import Recipe
+from jobs.s3.client import Location, Store
 from jobs.settings import PREFIX
-from jobs.store import Location, Store
-from producer import submit as submission
-from producer.doctor import examine
-from producer.findings import Finding, Level, is_well
-from producer.local import LocalStack, Process, free_port, inherited_environment, valkey_program
+from producer.demo.local_stack import LocalStack, Process, free_port, inherited_environment, valkey_program
+from producer.doctor.checks import examine
+from producer.doctor.findings import Finding, Level, is_well
+from producer.submission import submit as submission
+from tests.faults.proxy import Fault, S3Proxy, Wire
+from tests.support.environment import Run, alone_url
+from tests.support.factories import Places, put_pictures, wait_until
 
 SERVING: dict[str, str | int] = {
     "model": "u2netp",
@@ -279,7 +279,7 @@ def test_a_store_that_knows_no_conditions(
 
 
 def test_a_disk_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer.doctor, "MIN_FREE_GB", shutil.disk_usage(tempfile.gettempdir()).total / 1e9)
+    monkeypatch.setattr(producer.doctor.checks, "MIN_FREE_GB", shutil.disk_usage(tempfile.gettempdir()).total / 1e9)
 
     finding = found("disk_full", Level.WARNING)
 

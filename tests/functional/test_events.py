@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from conftest import Run
-from factories import Places, put_pictures, wait_until
-
 from jobs.broker import make_app
-from jobs.store import Store
-from producer.local import LocalStack
+from jobs.s3.client import Store
+from producer.demo.local_stack import LocalStack
+from tests.support.environment import Run
+from tests.support.factories import Places, put_pictures, wait_until
 
 STEPS = ("task-received", "task-started", "task-succeeded")
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from conftest import Run, alone_url
-from factories import Places, make
-
 from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
-from jobs.store import Store
-from producer.feeding import MIN_WINDOW, Allowance, Feeder, Shares
-from producer.heldup import HeldUp
-from producer.local import LocalStack
-from producer.manifest import read_part
+from jobs.s3.client import Store
+from producer.demo.local_stack import LocalStack
+from producer.dispatcher.feeder import MIN_WINDOW, Allowance, Feeder, Shares
+from producer.dispatcher.job_backoff import HeldUp
+from producer.records.manifest import read_part
+from tests.support.environment import Run, alone_url
+from tests.support.factories import Places, make
 
 
 class Hand:

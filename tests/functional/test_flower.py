@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from factories import Places, picture, wait_until
-from flowers import Flower
 
-from jobs.store import Store
-from producer.local import LocalStack
+from jobs.s3.client import Store
+from producer.demo.local_stack import LocalStack
+from tests.support.environment import Run
+from tests.support.factories import Places, picture, wait_until
+from tests.support.flower import Flower
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from factories import Places, decode, fetch, picture
 from PIL import Image
 
-from jobs.store import Location, Store
-from producer.local import LocalStack, Process
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack, Process
+from tests.support.environment import Run
+from tests.support.factories import Places, decode, fetch, picture
 
 MEMORY_MB = 2000
 REFUSED = {

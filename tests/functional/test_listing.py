@@ -8,26 +8,26 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from factories import Places
 
 from jobs.errors import SourceError
 from jobs.job import ImageState
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.store import Location, Role, S3Object, Store
-from producer import listing
-from producer.feeding import Feeder
-from producer.heldup import HeldUp
-from producer.listing import list_side_by_side
-from producer.local import LocalStack
-from producer.submit import Request, submit
+from jobs.s3 import listing
+from jobs.s3.client import Location, Role, S3Object, Store
+from jobs.s3.listing import list_side_by_side
+from producer.demo.local_stack import LocalStack
+from producer.dispatcher.feeder import Feeder
+from producer.dispatcher.job_backoff import HeldUp
+from producer.submission.submit import Request, submit
+from tests.support.factories import Places
 
 Pages = Iterator[tuple[list[S3Object], list[str]]]
 
 
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.store.PAGE_KEYS", 5)
+    monkeypatch.setattr("jobs.s3.client.PAGE_KEYS", 5)
     monkeypatch.setattr(listing, "PAGE_KEYS", 5)
     monkeypatch.setattr(listing, "MANY", 2)
     monkeypatch.setattr(listing, "LISTERS", 4)

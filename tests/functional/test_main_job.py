@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Run
-from factories import Places, decode, fetch, picture, put_pictures, wait_until
 
 from jobs.errors import JobError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.store import Location, Store, source_digest
-from producer import manifest
-from producer import submit as submission
-from producer.local import LocalStack
-from producer.sources import Only
+from jobs.s3.client import Location, Store, source_digest
+from producer.demo.local_stack import LocalStack
+from producer.records import manifest
+from producer.submission import submit as submission
+from producer.submission.sources import Only
+from tests.support.environment import Run
+from tests.support.factories import Places, decode, fetch, picture, put_pictures, wait_until
 from workers.models import load
 from workers.models.registry import PACKAGED
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from factories import Places, make, wait_until
 
-import producer.dispatcher
+import producer.dispatcher.dispatcher
 from jobs.errors import OutputError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
+from jobs.s3.client import Store, record_location
 from jobs.settings import Settings
-from jobs.store import Store, record_location
-from producer import requests
-from producer.dispatcher import Dispatcher
-from producer.manifest import find_rows, read_part, record_live
-from producer.record import read_record
-from producer.submit import Request
+from producer.api import service as requests
+from producer.dispatcher.dispatcher import Dispatcher
+from producer.records.job_record import read_record
+from producer.records.manifest import find_rows, read_part, record_live
+from producer.submission.submit import Request
+from tests.support.factories import Places, make, wait_until
 
 
 def test_a_row_that_is_moved_to_s3_meanwhile_is_found_and_one_that_is_lost_is_named(
@@ -55,7 +55,7 @@ def test_a_machine_that_stood_still_within_a_turn_lets_workers_renew_first(
         now[0] += 40
         return open_jobs()
 
-    monkeypatch.setattr(producer.dispatcher, "_clock", lambda: now[0])
+    monkeypatch.setattr(producer.dispatcher.dispatcher, "_clock", lambda: now[0])
     monkeypatch.setattr(alone, "uptime_s", lambda: 1e6)
     dispatcher = Dispatcher(alone, store, Settings(lease_s=60))
     monkeypatch.setattr(alone, "open_jobs", late)

@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
-from factories import Places, decode, fetch, put_pictures, wait_until
 from safetensors.torch import save_file
 
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.store import Store
-from producer.local import LocalStack, inherited_environment
-from workers.decode import Limits
+from jobs.s3.client import Store
+from producer.demo.local_stack import LocalStack, inherited_environment
+from tests.support.environment import Run
+from tests.support.factories import Places, decode, fetch, put_pictures, wait_until
+from workers.imaging.decode import Limits
+from workers.imaging.pipeline import cut_out
 from workers.models import LoadedModel, load
+from workers.models.batcher import Predictor
 from workers.models.birefnet import BiRefNet
-from workers.pipeline import cut_out
-from workers.predictor import Predictor
 
 STATED = "lite-by-rule:non-commercial"
 SMALL_DEVICE = Path(__file__).with_name("small_device_worker.py")

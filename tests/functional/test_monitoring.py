@@ -8,14 +8,14 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from conftest import Run
-from factories import Places, picture, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.recipe import Recipe
-from jobs.store import Location
-from producer import submit as submission
-from producer.local import LocalStack, Process, free_port
+from jobs.s3.client import Location
+from producer.demo.local_stack import LocalStack, Process, free_port
+from producer.submission import submit as submission
+from tests.support.environment import Run
+from tests.support.factories import Places, picture, wait_until
 
 Series = dict[tuple[str, ...], float]
 

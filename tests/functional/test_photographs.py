@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run
-from factories import Places, decode, fetch
 from PIL import Image
 from torchvision import transforms
 
-from jobs.store import Location, Store
-from producer.local import LocalStack
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack
+from tests.support.environment import Run
+from tests.support.factories import Places, decode, fetch
 from workers.models import load
 
 SAMPLES = Path(__file__).resolve().parents[2] / "producer" / "samples"

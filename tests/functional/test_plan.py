@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run
-from factories import Places
 
 from jobs.job import Effort, ImageState
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.store import Location, Role, S3Object, Store
-from producer.local import LocalStack, inherited_environment
-from producer.plan import ASSUMED_RATE, MEASURED_FROM, find_speed, has_more_than
-from producer.submit import Request, submit
+from jobs.s3.client import Location, Role, S3Object, Store
+from producer.demo.local_stack import LocalStack, inherited_environment
+from producer.submission.estimate import ASSUMED_RATE, MEASURED_FROM, find_speed, has_more_than
+from producer.submission.submit import Request, submit
+from tests.support.environment import ROOT, Run
+from tests.support.factories import Places
 
 MODEL = "birefnet-hr"
 

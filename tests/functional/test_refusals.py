@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Run
-from factories import Places, put_pictures
 
-from jobs.store import Location, Store
-from producer.local import LocalStack, inherited_environment
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack, inherited_environment
+from tests.support.environment import ROOT, Run
+from tests.support.factories import Places, put_pictures
 
 USAGE, UNREACHABLE = 2, 4
 

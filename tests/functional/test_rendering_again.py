@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 
-from conftest import Run
-from factories import Places, decode, fetch, put_pictures, wait_for_midnight, wait_until
-
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.store import Location, S3Object, Store
-from producer.local import LocalStack
-from producer.submit import Request, draft, live_row
+from jobs.s3.client import Location, S3Object, Store
+from producer.demo.local_stack import LocalStack
+from producer.submission.submit import Request, draft, live_row
+from tests.support.environment import Run
+from tests.support.factories import Places, decode, fetch, put_pictures, wait_for_midnight, wait_until
 
 
 def test_a_new_recipe_is_rendered_from_the_stored_cutouts_without_the_model(

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from factories import Places, decode, fetch, picture, put_pictures
 
 from jobs.ledger import Ledger
-from jobs.store import Location, Store
-from producer.local import LocalStack
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack
+from tests.support.environment import Run
+from tests.support.factories import Places, decode, fetch, picture, put_pictures
 
 SHOP = """
 key_pattern = '(?P<sku>[a-z]\\d+)'

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Run
-from factories import Places, decode, fetch, picture, put_pictures, wait_until
 from PIL import Image
 from playwright.sync_api import Browser
 
@@ -19,12 +17,14 @@ from jobs.job import Failure, ImageState, Job
 from jobs.ledger import Ledger
 from jobs.preview import Preview
 from jobs.recipe import Recipe
-from jobs.store import Store, preview_location
-from producer.local import LocalStack
-from producer.report import picture_status
-from producer.review import Wanted, write_review
-from producer.submit import Request
-from producer.submit import submit as submit_request
+from jobs.s3.client import Store, preview_location
+from producer.demo.local_stack import LocalStack
+from producer.records.report import picture_status
+from producer.review.select import Wanted, write_review
+from producer.submission.submit import Request
+from producer.submission.submit import submit as submit_request
+from tests.support.environment import Run
+from tests.support.factories import Places, decode, fetch, picture, put_pictures, wait_until
 
 EVERYTHING_FLAGGED = "[review]\nmax_subject = 0.0\n"
 WIDTHS = "images => images.map(image => image.naturalWidth)"

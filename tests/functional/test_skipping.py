@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from factories import Places, fetch, make, picture, put_pictures, wait_until
-from faults.proxy import S3Proxy
 
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.recipe import PIPELINE_VERSION, Recipe
-from jobs.store import Location, Store
-from producer import known
-from producer.known import look_up, served_fingerprint
-from producer.local import LocalStack
-from producer.submit import Request, draft
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack
+from producer.submission import skip_index as known
+from producer.submission.skip_index import look_up, served_fingerprint
+from producer.submission.submit import Request, draft
+from tests.faults.proxy import S3Proxy
+from tests.support.environment import Run
+from tests.support.factories import Places, fetch, make, picture, put_pictures, wait_until
 from workers.models import load
 from workers.models.registry import PACKAGED
 
@@ -208,7 +208,9 @@ def test_a_record_that_can_not_be_read_stops_nobody_and_nothing_is_told(
         caplog.clear()
         store.put(damaged, body, content_type="application/json")
         hints = _hints(counted, store, stack, Ledger)
-        return hints, [str(damaged) in row.getMessage() for row in caplog.records if row.name == "producer.known"]
+        return hints, [
+            str(damaged) in row.getMessage() for row in caplog.records if row.name == "producer.submission.skip_index"
+        ]
 
     assert look(made, whole[:-9]) == ({""}, [True])
     assert "known" in look(made, whole)[0]

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
-from producer.local import LocalStack, inherited_environment
+from producer.demo.local_stack import LocalStack, inherited_environment
+from tests.support.environment import ROOT
 
 PROGRAM = """
 import logging, os, runpy, signal, sys

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from factories import Places, put_pictures, wait_until
-from units import FOLDER, Unit
 
-from jobs.store import Location
-from producer.local import LocalStack, Process, free_port, inherited_environment
+from jobs.s3.client import Location
+from producer.demo.local_stack import LocalStack, Process, free_port, inherited_environment
+from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.systemd_unit import FOLDER, Unit
 
 ROOT = FOLDER.parents[1]
 ELSEWHERE = ("python3 -m venv", "useradd", "editor", "systemctl enable")

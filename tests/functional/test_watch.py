@@ -20,22 +20,22 @@ from urllib.parse import quote_plus
 
 import boto3
 import pytest
-from conftest import Run
-from factories import Places, put_pictures, s3_event, wait_for_midnight, wait_until
 from moto.server import ThreadedMotoServer
 
 from jobs.broker import task_of
 from jobs.errors import SettingsError
 from jobs.job import Job
 from jobs.ledger import Ledger
-from jobs.mailbox import Letter, Mailbox
 from jobs.recipe import Recipe
-from jobs.store import Location, Store
-from producer import watch
-from producer.events import Arrival
-from producer.local import LocalStack, Process, free_port, inherited_environment
-from producer.submit import Request
-from producer.watch import Watcher, run_watch
+from jobs.s3.client import Location, Store
+from jobs.sqs import Letter, Mailbox
+from producer.demo.local_stack import LocalStack, Process, free_port, inherited_environment
+from producer.ingest import watcher as watch
+from producer.ingest.notifications import Arrival
+from producer.ingest.watcher import Watcher, run_watch
+from producer.submission.submit import Request
+from tests.support.environment import Run
+from tests.support.factories import Places, put_pictures, s3_event, wait_for_midnight, wait_until
 
 ASLEEP = "u2net"
 TOKEN = "only-for-this-test"  # noqa: S105
@@ -223,7 +223,11 @@ def test_a_watch_that_remembers_no_listing_says_how_to_have_what_came_before(
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Of the watch: servers that other tests of this process run write lines of their own."""
-    return [row.getMessage() for row in caplog.records if row.name == "producer.watch" and row.levelname == "WARNING"]
+    return [
+        row.getMessage()
+        for row in caplog.records
+        if row.name == "producer.ingest.watcher" and row.levelname == "WARNING"
+    ]
 
 
 def test_a_watch_told_to_take_what_is_there_leaves_nothing_out(

@@ -14,21 +14,21 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import redis
-from conftest import Run
-from factories import WEBHOOK_SECRET, Places, Receiver, wait_until
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from jobs.errors import SettingsError
 from jobs.job import Failure, ImageState, Job
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
+from jobs.s3.client import Store
 from jobs.settings import Settings
-from jobs.store import Store
-from producer import dead
-from producer import submit as submission
-from producer.dispatcher import Dispatcher
-from producer.local import LocalStack
-from producer.webhooks import Deliverer, check_webhook, delivering, replay, signed_headers
+from producer.demo.local_stack import LocalStack
+from producer.dispatcher.dispatcher import Dispatcher
+from producer.records import failures as dead
+from producer.submission import submit as submission
+from producer.webhooks.delivery import Deliverer, check_webhook, delivering, replay, signed_headers
+from tests.support.environment import Run
+from tests.support.factories import WEBHOOK_SECRET, Places, Receiver, wait_until
 
 SECRET = WEBHOOK_SECRET
 OLD_SECRET = "whsec_YWJjZGVmZ2hpamFiY2RlZmdoaWphYmNkZWZnaGlqYWI="  # noqa: S105
@@ -282,7 +282,7 @@ def test_what_can_not_be_told_is_counted_and_never_shown(
     caplog: pytest.LogCaptureFixture,
     status: int,
 ) -> None:
-    monkeypatch.setattr("producer.webhooks.MAX_TRIES", 2)
+    monkeypatch.setattr("producer.webhooks.delivery.MAX_TRIES", 2)
     receiver.statuses = [status] * 2
     job = submitted(places, store, quiet, receiver.url)
     finish(job, 0, quiet)
@@ -322,7 +322,7 @@ def test_a_receiver_that_never_answers_keeps_no_other_waiting(
     receiver: Receiver,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("producer.outgoing.TIMEOUT_S", 2.0)
+    monkeypatch.setattr("producer.webhooks.safe_post.TIMEOUT_S", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent, delivering(quiet, store, SETTINGS, threading.Event()):
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         for _ in range(2):  # jobs of one receiver share its turn

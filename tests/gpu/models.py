@@ -16,10 +16,10 @@ import time
 import torch
 from torch import Tensor, nn
 
-from jobs.presets import PRESETS, Preset
+from jobs.catalogue import PRESETS, Preset
 from tests.bench.models import build, count_flop
+from workers.models.batcher import PADDED_SIZES
 from workers.models.device import DTYPES, describe_device, place, resolve_device
-from workers.predictor import PADDED_SIZES
 
 SECONDS = 3.0
 """How long each cell runs at least: long enough for the clocks to settle."""

@@ -13,9 +13,9 @@ import torch
 
 from jobs.errors import ModelError
 from jobs.settings import Settings
-from workers.alone import claim_device, claim_name
+from workers.process.gpu_lock import claim_device, claim_name
 
-HOLD = "import sys; from workers.alone import _hold; held = _hold(sys.argv[1]); print(held, flush=True); input()"
+HOLD = "import sys; from workers.process.gpu_lock import _hold; held = _hold(sys.argv[1]); print(held, flush=True); input()"
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from factories import wait_until
-
 from tests.bench.__main__ import find_losses, ratios_of
 from tests.bench.report import TERMINATED, Row, from_json, row, to_json
+from tests.support.factories import wait_until
 
 ROOT = Path(__file__).parents[2]
 

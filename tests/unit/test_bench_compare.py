@@ -11,8 +11,8 @@ from jobs.recipe import Recipe
 from tests.bench.compare import apart
 from tests.bench.compare.__main__ import EQUAL, as_pixels, make_photo
 from tests.bench.compare.recipe import MEAN, SIDE, STD, Model, cut_out, load_model
-from workers import pipeline
-from workers.decode import Limits
+from workers.imaging import pipeline
+from workers.imaging.decode import Limits
 
 Pixels = NDArray[np.uint8]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from jobs.bounds import Bounds, is_within, parse_prefixes
+from jobs.allowlist import Bounds, is_within, parse_prefixes
 from jobs.errors import OutputError, SourceError
+from jobs.s3.client import Location, Store
 from jobs.settings import Settings
-from jobs.store import Location, Store
-from producer.access import Caller, Forbidden
+from producer.api.auth import Caller, Forbidden
 
 ALLOWED = ("s3://photos/a/", "s3://shop/")
 

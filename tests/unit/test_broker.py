@@ -12,7 +12,7 @@ from jobs.broker import TASK_NAME, consume, lane_queue, make_app, render, task_o
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.message import ImageTask
-from producer.local import LocalStack
+from producer.demo.local_stack import LocalStack
 
 TASK = ImageTask("20260101-000000-abcdef", 7, "photos/é %TAG% %QUEUE% '.jpg", "0cc1", 1234, "live")
 

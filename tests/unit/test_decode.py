@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from jobs.errors import PictureError
-from workers.colour import srgb_profile
-from workers.decode import Limits, Picture, decode_picture
+from workers.imaging.colour import srgb_profile
+from workers.imaging.decode import Limits, Picture, decode_picture
 
 Pixels = NDArray[np.uint8]
 HARD = Path(os.environ.get("CUTFLEET_TEST_DATA", Path(__file__).parents[3] / "shared")) / "hard"
@@ -339,7 +339,7 @@ def test_a_raw_file_is_not_taken_for_its_thumbnail() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "GIF", "BMP", "JPEG2000"])
 def test_the_pixel_limit_is_held_before_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = saved(Image.new("RGB", (200, 100)), kind)
-    monkeypatch.setattr("workers.decode._read", lambda *_: pytest.fail("decoded all the same"))
+    monkeypatch.setattr("workers.imaging.decode._read", lambda *_: pytest.fail("decoded all the same"))
 
     assert refusal(data, limits=Limits(max_pixels=19_999)) == "too_many_pixels"
 

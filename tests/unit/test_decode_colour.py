@@ -6,13 +6,13 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import icc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from workers.decode import Limits, decode_picture
+from tests.support import icc_profiles as icc
+from workers.imaging.decode import Limits, decode_picture
 
 Pixels = NDArray[np.uint8]
 WITHIN = 3

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from workers.edges import clean_edges
+from workers.imaging.edges import clean_edges
 
 Pixels = NDArray[np.uint8]
 
@@ -93,7 +93,7 @@ def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     banded = whole.copy()
 
     clean_edges(whole, alpha)
-    monkeypatch.setattr("workers.edges._BAND_PIXELS", 7 * 800)
+    monkeypatch.setattr("workers.imaging.edges._BAND_PIXELS", 7 * 800)
     clean_edges(banded, alpha)
 
     assert np.array_equal(whole, banded)

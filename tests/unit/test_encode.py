@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workers import encode
-from workers.encode import encode_cutout_png, encode_mask_png
+from workers.imaging import encode
+from workers.imaging.encode import encode_cutout_png, encode_mask_png
 
 
 @pytest.fixture(params=["isal", "zlib"])

@@ -17,8 +17,8 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from jobs.recipe import Rendition, Rules, load_recipe
-from workers.profiles import Check
-from workers.renditions import Encoded, find_subject, render, render_all
+from workers.imaging.marketplace_rules import Check
+from workers.imaging.renditions import Encoded, find_subject, render, render_all
 
 Pixels = NDArray[np.uint8]
 Format = Literal["jpeg", "png", "webp"]

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from workers.encode import encode_cutout_png, encode_mask_png
-from workers.sheet import sheet_of_folder, worst_edge
+from workers.imaging.encode import encode_cutout_png, encode_mask_png
+from workers.tools.contact_sheet import sheet_of_folder, worst_edge
 
 Pixels = NDArray[np.uint8]
 

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from factories import s3_event
 
-from producer.events import Arrival, BadEvent, arrivals_of, newest
+from producer.ingest.notifications import Arrival, BadEvent, arrivals_of, newest
+from tests.support.factories import s3_event
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 from celery.utils.nodenames import nodesplit
 
 from jobs.settings import Settings, host_name
-from workers.facts import Rate, flower_name, node_name, worker_facts
 from workers.models import load
-from workers.predictor import Predictor
+from workers.models.batcher import Predictor
+from workers.process.heartbeat import Rate, flower_name, node_name, worker_facts
 
 GPU = {"device": "cuda", "hardware": "NVIDIA L4, 22 GiB", "dtype": "float16", "batch_limit": 8}
 

@@ -11,16 +11,16 @@ import pynvml
 import pytest
 import torch
 
-import jobs.server
-import jobs.store
+import jobs.ledger.connection
+import jobs.s3.client
 from jobs.errors import CutfleetError, SettingsError
 from jobs.ledger import Ledger
 from jobs.metrics import Metrics
-from jobs.store import Location, Store
-from producer.local import LocalStack, free_port
-from producer.metrics import DispatcherMetrics
-from workers.metrics import WorkerMetrics
-from workers.nvml import Gpu, GpuUse, find_gpu
+from jobs.s3.client import Location, Store
+from producer.demo.local_stack import LocalStack, free_port
+from producer.dispatcher.metrics import DispatcherMetrics
+from workers.process.metrics import WorkerMetrics
+from workers.process.nvml import Gpu, GpuUse, find_gpu
 
 
 class Device:
@@ -97,7 +97,7 @@ def test_the_first_error_of_each_kind_is_an_increase(store: Store, ledger: Ledge
         if "kind" in sample.labels and sample.name.endswith("_total") and sample.value == 0
     }
     raised = re.compile(r'code="((?:redis|store)_\w+)"')
-    for module, short in ((jobs.server, "redis"), (jobs.store, "s3")):
+    for module, short in ((jobs.ledger.connection, "redis"), (jobs.s3.client, "s3")):
         kinds = set(raised.findall(Path(module.__file__).read_text()))
         assert kinds
         assert {(f"cutfleet_{short}_errors_total", kind) for kind in kinds} <= shown

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from producer import outgoing
-from producer.outgoing import TargetRefused, check_target, post
+from producer.webhooks import safe_post as outgoing
+from producer.webhooks.safe_post import TargetRefused, check_target, post
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.recipe import PIPELINE_VERSION, Recipe, Rendition
-from workers.decode import Limits, Picture, decode_picture
+from workers.imaging.decode import Limits, Picture, decode_picture
+from workers.imaging.pipeline import combine_alpha, cut_out
+from workers.imaging.resize import enlarge, shrink
 from workers.models import LoadedModel, load
-from workers.pipeline import combine_alpha, cut_out
-from workers.predictor import Predictor
-from workers.resize import enlarge, shrink
+from workers.models.batcher import Predictor
 
 Pixels = NDArray[np.uint8]
 GOLDEN = Path(__file__).parent / "golden" / f"cutout-v{PIPELINE_VERSION}.png"

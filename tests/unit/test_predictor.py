@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jobs.errors import DeviceLost, OutOfMemory, PictureError
 from workers.models import LoadedModel
-from workers.predictor import Predictor
+from workers.models.batcher import Predictor
 
 SIZE = (8, 12)
 DEADLINE_S = 20

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from factories import Places
 
 from jobs.errors import OutputError, TransientError
 from jobs.recipe import Recipe, Rendition
-from jobs.store import Names, Store, image_names, rendition_names, source_digest
-from workers.pipeline import Outputs
-from workers.publish import Existing, Provenance, Target, find_existing, is_complete, publish
-from workers.renditions import Encoded
+from jobs.s3.client import Names, Store, image_names, rendition_names, source_digest
+from tests.support.factories import Places
+from workers.imaging.pipeline import Outputs
+from workers.imaging.renditions import Encoded
+from workers.tasks.publish import Existing, Provenance, Target, find_existing, is_complete, publish
 
 RECIPE = Recipe(renditions=(Rendition(name="shop", path="shop/{stem}.jpg"), Rendition(name="web", format="webp")))
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from jobs.recipe import Review
-from workers.quality import measure_mask, review_reasons
+from workers.imaging.quality import measure_mask, review_reasons
 
 Pixels = NDArray[np.uint8]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from readme import README, with_tables
+from tests.support.readme import README, with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 

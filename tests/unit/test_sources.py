@@ -14,8 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from jobs.errors import SettingsError
-from jobs.store import Location, S3Object, Store
-from producer.sources import Only, list_prefix, named_keys, read_manifest, refuse_line
+from jobs.s3.client import Location, S3Object, Store
+from producer.submission.sources import Only, list_prefix, named_keys, read_manifest, refuse_line
 
 SOURCE = Location("shop", "photos/")
 ODD = ["photos/a b+c%.jpg", "photos/ключ.jpg", "photos/z.jpg"]

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from factories import Places
 
 from jobs.errors import ImageError, OutputError, ServiceUnavailable, SettingsError, SourceError
 from jobs.recipe import Delivery, Recipe
-from jobs.store import (
+from jobs.s3.client import (
     ASK_FIRST_BYTES,
     Location,
     PreconditionFailed,
@@ -20,7 +19,8 @@ from jobs.store import (
     record_location,
     rendition_names,
 )
-from producer.local import LocalStack
+from producer.demo.local_stack import LocalStack
+from tests.support.factories import Places
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 
 from jobs.errors import SettingsError
 from jobs.recipe import Recipe, Rendition
-from jobs.store import Account, Store
-from producer.submit import check_lengths, check_places
+from jobs.s3.client import Account, Store
+from producer.submission.submit import check_lengths, check_places
 
 KEYS = ("a", "b", "us-east-1")
 

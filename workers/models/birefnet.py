@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jobs.presets import PatchOrder
+from jobs.catalogue import PatchOrder
 from workers.models.swin import SIZES, Swin
 
 MULTIPLE = 32

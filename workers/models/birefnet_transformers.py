@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageSegmentation, PretrainedConfig, PreTrainedModel
 
-from jobs.presets import PatchOrder
+from jobs.catalogue import PatchOrder
 from workers.models.birefnet import BiRefNet
 
 

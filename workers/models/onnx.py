@@ -20,7 +20,7 @@ from jobs.errors import ModelError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PACKAGED_GRAPHS = {"u2netp": Path(__file__).with_name("u2netp.onnx")}
-"""Of one picture each, without weights (`tests/graph.py` writes them), whose names are `network.` and the state's."""
+"""Of one picture each, without weights (`tests/support/u2netp_graph.py` writes them), whose names are `network.` and the state's."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from jobs.catalogue import PatchOrder
 from jobs.errors import ModelError
-from jobs.presets import PatchOrder
 
 CODE_NAME = "birefnet.py"
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jobs.catalogue import IMAGENET_MEAN, IMAGENET_STD, PRESETS, Preset, check_licence, fetch, find_cached, pull
 from jobs.errors import ModelError
-from jobs.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS, Preset, check_licence, fetch, find_cached, pull
 from workers.models.birefnet import MULTIPLE, BiRefNet
 from workers.models.checkpoint import WEIGHTS_NAMES, digest, fill, find_weights, read_config, read_weights
 from workers.models.device import place, resolve_device, resolve_dtype

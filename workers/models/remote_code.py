@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jobs.catalogue import REVISION
 from jobs.errors import ModelError
-from jobs.presets import REVISION
 
 AUTO_CLASS = "AutoModelForImageSegmentation"
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from jobs.recipe import Recipe
-from jobs.store import Location
-from producer.local import Process, inherited_environment
+from jobs.s3.client import Location
+from producer.demo.local_stack import Process, inherited_environment
 from tests.bench.compare import apart
 from tests.bench.compare.recipe import load_model
 from tests.bench.flow import Fleet, fleet
@@ -40,7 +40,7 @@ from workers.models.registry import PACKAGED
 from workers.models.u2net import U2Net, fold_batch_norm
 
 ROOT = Path(__file__).parents[3]
-PHOTO = ROOT / "producer/samples/astronaut.jpg"
+PHOTO = ROOT / "producer/demo/samples/astronaut.jpg"
 OURS = "ours"
 SCRIPTS = {"model card's script over S3": "card_script", "plain Celery with Pillow": "plain_celery"}
 RAY, REMBG = "Ray Data, our functions", "rembg p on a folder"

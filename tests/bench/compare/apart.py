@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import transforms
 
 from tests.bench.compare.recipe import MEAN, SIDE, STD, Model
-from workers.resize import enlarge, shrink
+from workers.imaging.resize import enlarge, shrink
 
 Pixels = NDArray[np.uint8]
 CARD = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from jobs.recipe import Recipe
 from tests.bench.compare.places import Places, client, fetch, places, publish, timed
-from workers.decode import Limits, Picture, decode_picture
+from workers.imaging.decode import Limits, Picture, decode_picture
+from workers.imaging.pipeline import encode_outputs, limit_threads, shrink_for_model
+from workers.imaging.resize import enlarge
+from workers.models.batcher import Predictor
 from workers.models.registry import load
-from workers.pipeline import encode_outputs, limit_threads, shrink_for_model
-from workers.predictor import Predictor
-from workers.resize import enlarge
 
 Row = dict[str, Any]
 SIZE = (320, 320)

@@ -1,0 +1,127 @@
+"""`cutfleet demo`: the whole system on this machine, once, on real photographs; what it makes stays in a folder.
+
+OUT/sources, OUT/cutouts, OUT/masks: the pictures; OUT/contact-sheet.png: all of them side by side; OUT/system: logs.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import mimetypes
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import click
+
+from jobs.job import Job
+from jobs.ledger import Ledger
+from jobs.recipe import Recipe
+from jobs.s3.client import Location, Store, image_names
+from producer.console.output import job_lines, wait_for
+from producer.demo.local_stack import LocalStack, inherited_environment
+from producer.submission.submit import Request, submit
+
+SOURCE, DESTINATION = "s3://catalogue/photos/", "s3://results/"
+MODEL = "u2netp"
+TIMEOUT_S = 600.0
+MAX_BYTES = 500_000_000
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif", ".jp2"}
+
+
+def run_demo(photos: Path | None, out: Path, *, keep: bool) -> int:
+    """Exit code: 0 when every picture is done."""
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: what was started is ended
+    _clear(out)
+    click.echo("starting Valkey, SeaweedFS, a dispatcher and a worker on this machine ...", err=True)
+    with LocalStack(out / "system") as stack, stack.store() as store, stack.ledger() as ledger:
+        stack.start_dispatcher()
+        worker = stack.start_worker(model=MODEL, device="cpu")
+        click.echo(f"ready after {time.monotonic() - started:.1f} s", err=True)
+        names = _upload(photos, out, store)
+        job = _run_job(store, ledger)
+        _download(job, names, out, store)
+        for line in job_lines(job):
+            click.echo(line)
+        for _, failure in ledger.failures(job.id):
+            click.echo(f"failed:    {failure.key}: {failure.message} [{failure.code}]")
+        worker.stop() if not keep else _serve(stack)
+    _draw_sheet(out)
+    click.echo(f"cutouts:   {out / 'cutouts'}\nmasks:     {out / 'masks'}\nlook at:   {out / 'contact-sheet.png'}")
+    click.echo("go on:     cutfleet demo PHOTOS --keep   your own pictures, and the system stays up to play with")
+    return 0 if job.closed is not None and job.done + job.skipped == job.total else 1
+
+
+def _clear(out: Path) -> None:
+    """An earlier demo's pictures go, told by its system beside them; a folder of the user's own stays as it is."""
+    if (out / "system").is_dir():
+        for name in ("sources", "cutouts", "masks"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _upload(photos: Path | None, out: Path, store: Store) -> list[str]:
+    """Puts the pictures into the source bucket and beside the results. Returns their names."""
+    for uri in (SOURCE, DESTINATION):
+        store.create_bucket(Location.parse(uri).bucket)
+    source = Location.parse(SOURCE)
+    (out / "sources").mkdir(exist_ok=True)
+    bodies = _read_photos(photos)
+    for name, body in bodies.items():
+        content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        store.put(Location(source.bucket, source.key + name), body, content_type=content_type)
+        (out / "sources" / name).write_bytes(body)
+    return list(bodies)
+
+
+def _read_photos(photos: Path | None) -> dict[str, bytes]:
+    if photos is None:
+        samples = importlib.resources.files("producer.demo") / "samples"
+        found = [(entry.name, entry.read_bytes()) for entry in samples.iterdir()]
+    else:
+        found = [(path.name, path.read_bytes()) for path in photos.iterdir() if path.is_file()]
+    pictures = {name: body for name, body in sorted(found) if Path(name).suffix.lower() in PICTURES}
+    if not pictures:
+        raise click.UsageError(f"There are no pictures in {photos}.")
+    return pictures
+
+
+def _run_job(store: Store, ledger: Ledger) -> Job:
+    request = Request(
+        source=SOURCE, destination=DESTINATION, recipe=Recipe(model=MODEL), lane="backfill", name="demo", keys=None
+    )
+    job = submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
+    started = time.monotonic()
+    job = wait_for(job.id, ledger, timeout_s=TIMEOUT_S)
+    click.echo(f"{job.total} pictures in {time.monotonic() - started:.1f} s", err=True)
+    return job
+
+
+def _download(job: Job, names: list[str], out: Path, store: Store) -> None:
+    for name in names:
+        places = image_names(job.source, job.destination, Location.parse(SOURCE).key + name)
+        for kind, place in (("cutouts", places.cutout), ("masks", places.mask)):
+            if store.head(place, role="output") is None:
+                continue
+            body, _ = store.get(place, role="output", max_bytes=MAX_BYTES)
+            (out / kind).mkdir(exist_ok=True)
+            (out / kind / f"{name}.png").write_bytes(body)
+
+
+def _draw_sheet(out: Path) -> None:
+    command = [sys.executable, "-m", "workers", "sheet", str(out)]
+    subprocess.run(command, check=True, env=inherited_environment())  # noqa: S603  (our own program)
+
+
+def _serve(stack: LocalStack) -> None:
+    click.echo("The system stays up until Ctrl-C. In another shell:", err=True)
+    for name, value in stack.environment.items():
+        click.echo(f"  export {name}={value}")
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        click.echo("stopping ...", err=True)

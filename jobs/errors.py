@@ -6,7 +6,7 @@ CutfleetError
 │   └── JobError             no such job, a destination that can't be used, a job in the wrong state
 ├── ServiceUnavailable   the command ends (exit 4), a worker tries again: Redis or S3 can't be reached or refuses us
 ├── ImageError           one image; no retry can help: it becomes `failed` with this code
-│   ├── PictureError         what the bytes are: not an image, truncated, too many pixels ...
+│   ├── ContentError         what the bytes are: not an image, truncated, too many pixels ...
 │   ├── SourceError          the S3 object: missing, denied, changed since it was listed
 │   └── OutputError          the destination: its name belongs to another source, denied, no bucket
 ├── TransientError       one image; tried again later with backoff, then `failed` with this code
@@ -57,7 +57,7 @@ class ImageError(CutfleetError):
     code = "image"
 
 
-class PictureError(ImageError):
+class ContentError(ImageError):
     """Codes: not_an_image, unsupported_format, truncated, damaged, too_many_pixels, too_many_bytes, animated,
     too_small, mask_not_finite; of a suspect, which is worked on alone (`workers/process/isolation.py`): crashed_decoder,
     crashed_device, crashed_worker, memory_exhausted, stalled, killed."""
@@ -101,5 +101,5 @@ class DeviceLost(CutfleetError):
         self.on_device = on_device
 
 
-class PictureFailed(Exception):
+class ImageFailed(Exception):
     """Raised by the task after the failure is in the ledger, only so that Flower shows the image as failed."""

@@ -38,12 +38,12 @@ class JobState(enum.StrEnum):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """What the ledger knows of a job. `source` and `destination` are s3:// prefixes; times are seconds since 1970.
-    `weight`: its share of a queue's room against other jobs'. `rate`: most pictures fed a second. `sample`: how many
+    `weight`: its share of a queue's room against other jobs'. `rate`: most images fed a second. `sample`: how many
     are fed before it pauses for a look. `again`: images to be fed once more. `window`: images fed and not final.
     `cancel_cursor`: of a cancelled job, up to where what nobody held is final.
     `spills`: parts of its failures that stand in S3. `judged_*`: counts when a person last unpaused it.
     `watch`: the watch that feeds it. `unrecorded`: live images that stand in no part of its manifest yet.
-    `untold`: events that its webhook could not be told of. `asked`: which pictures of its source, for going on with a
+    `untold`: events that its webhook could not be told of. `asked`: which images of its source, for going on with a
     listing. `to_be_listed`: `cutfleet serve` lists it, since nobody waits for it. `review_of`: the job that this one
     makes previews of, and nothing else.
     """
@@ -64,7 +64,7 @@ class Job:
     asked: str = ""
     to_be_listed: bool = False
     webhook: str = ""
-    webhook_pictures: bool = False
+    webhook_images: bool = False
     review_of: str = ""
     closed: float | None = None
     listed: bool = False
@@ -112,7 +112,7 @@ class Job:
         pace = {"weight": self.weight, "rate": self.rate, "sample": self.sample}
         fields |= {name: str(value) for name, value in pace.items() if value is not None}
         flags = {"asked": self.asked, "webhook": self.webhook, "review_of": self.review_of}
-        flags |= {name: "1" if getattr(self, name) else "" for name in ("webhook_pictures", "to_be_listed")}
+        flags |= {name: "1" if getattr(self, name) else "" for name in ("webhook_images", "to_be_listed")}
         return fields | {name: value for name, value in flags.items() if value}
 
     def summary(self) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def job_from_fields(job: str, fields: Mapping[str, str]) -> Job:
         asked=fields.get("asked", ""),
         to_be_listed="to_be_listed" in fields,
         webhook=fields.get("webhook", ""),
-        webhook_pictures="webhook_pictures" in fields,
+        webhook_images="webhook_images" in fields,
         review_of=fields.get("review_of", ""),
         closed=float(fields["closed"]) if "closed" in fields else None,
         listed="listed" in fields,

@@ -6,7 +6,7 @@ cutfleet_s3_requests_total                      answered or not, after boto3's o
 cutfleet_s3_errors_total{kind}                  of those: S3 failed or refused us; `kind` is the error's code
 cutfleet_redis_requests_total, cutfleet_redis_errors_total{kind}   likewise
 
-What S3 says of one picture (missing, replaced, there already) is an answer, not an error. No label holds a key, a job
+What S3 says of one image (missing, replaced, there already) is an answer, not an error. No label holds a key, a job
 or a worker's name: how many series there are depends on the code alone, and on how many models are served.
 """
 

@@ -16,7 +16,7 @@ from typing import Any
 class Preview:
     """`etag`: of the version of the source that the cutout was made from. `model`, `job`: what made the cutout; `width`
     and `height` are its. `notes`: why something is not to be seen. `edge`: left, top, width and height of the worst
-    edge in the picture. `images`: WebP as base64, each may be missing: `thumb` (the source, faded where it was
+    edge in the image. `images`: WebP as base64, each may be missing: `thumb` (the source, faded where it was
     removed), `after` (the whole cutout, small), `before` (the source like it), `edge_after`, `edge_before` (the worst
     edge at full size).
     """

@@ -1,6 +1,6 @@
-"""Recipe: which model, and which pictures are made of its mask. It is checked in full when it is parsed, without a
+"""Recipe: which model, and which images are made of its mask. It is checked in full when it is parsed, without a
 pixel. Everything that changes pixels is in its fingerprint; what only delivers or judges them (names, headers, rules,
-review) is not, so that changing it makes no picture again.
+review) is not, so that changing it makes no image again.
 
 A recipe is a TOML file, or the name of one that ships in `jobs/recipes/`.
 """
@@ -37,7 +37,7 @@ OWN_FOLDERS = ("cutouts/", "masks/", "_cutfleet/")
 _FIXED = ConfigDict(extra="forbid")
 _FIELD = re.compile(r"\{(\w*)\}")
 _UNIQUE_FIELDS = ("path", "stem", "sku")
-"""A name must hold one of them, else every picture would get the same name."""
+"""A name must hold one of them, else every image would get the same name."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -54,7 +54,7 @@ class Delivery:
 
 @dataclass(frozen=True, kw_only=True, config=_FIXED)
 class Rules:
-    """What a marketplace asks of a picture; each rendition is measured against them. 0: no limit. `source`: where the
+    """What a marketplace asks of an image; each rendition is measured against them. 0: no limit. `source`: where the
     rule was read; `secondary`: not in the marketplace's own words. `fill`: longest side of the subject by the frame's.
     """
 
@@ -71,7 +71,7 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True, config=_FIXED)
 class Rendition:
-    """One more picture made of cutout and mask.
+    """One more image made of cutout and mask.
 
     `canvas`: `source` keeps the frame; `trim` cuts it to the subject with `margin`, a share of the subject's longest
     side, around it; `square` centres the subject and lets its longest side take `fill` of the frame. `min_px`, `max_px`
@@ -114,7 +114,7 @@ class Rendition:
 
 @dataclass(frozen=True, kw_only=True, config=_FIXED)
 class Review:
-    """When a person should look at a picture; figures as `workers/imaging/quality.py` defines them. By default the thresholds
+    """When a person should look at an image; figures as `workers/imaging/quality.py` defines them. By default the thresholds
     flag 8 of 10 bad masks and 3 of 36 good ones (`tests/bench/quality.py`). `max_border` 1: never, since portraits and
     details run out of their frame; marketplaces, which want the whole product, set it. `max_pieces` 2: shoes
     come in pairs.
@@ -267,12 +267,12 @@ def _check_path(rendition: Rendition) -> None:
         raise ValueError(f"path {rendition.path!r} must end with {' or '.join(allowed)}, as the content is")
     if not set(_FIELD.findall(path)) & set(_UNIQUE_FIELDS):
         raise ValueError(
-            f"path {rendition.path!r} would be the same for every picture: use {{path}}, {{stem}} or {{sku}}"
+            f"path {rendition.path!r} would be the same for every image: use {{path}}, {{stem}} or {{sku}}"
         )
 
 
 def _settle(rendition: Rendition) -> str:
-    """Its path with the fields filled that do not depend on the picture."""
+    """Its path with the fields filled that do not depend on the image."""
     extension = EXTENSIONS[rendition.format][0]
     return rendition.path.replace("{rendition}", rendition.name).replace("{ext}", extension)
 

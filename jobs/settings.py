@@ -51,9 +51,9 @@ class Settings(BaseSettings):
     node: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$")] = Field(
         "", description="Name of the worker before `@host`; empty: `gpuN`, or `cpu` with its process id."
     )
-    slots: int = Field(0, ge=0, le=256, description="Pictures a worker has in flight; 0: 24 with a GPU, else 2 a core.")
+    slots: int = Field(0, ge=0, le=256, description="Images a worker has in flight; 0: 24 with a GPU, else 2 a core.")
     batch_limit: int = Field(
-        0, ge=0, le=64, description="Most pictures in one device batch; 0: 8 on a GPU, else 1, of `u2netp` one a core."
+        0, ge=0, le=64, description="Most images in one device batch; 0: 8 on a GPU, else 1, of `u2netp` one a core."
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the model; `auto`: float16 on a GPU, float32 on a CPU."
@@ -64,12 +64,12 @@ class Settings(BaseSettings):
     )
     trust_remote_code: bool = Field(False, description="Allow code from a model repository, with a pinned revision.")
     model_revision: str = Field("", description="The 40-digit revision of a model repository, where one is pinned.")
-    max_pixels_mp: float = Field(100, gt=0, description="Larger pictures are refused before decoding (megapixels).")
+    max_pixels_mp: float = Field(100, gt=0, description="Larger images are refused before decoding (megapixels).")
     max_bytes_mb: float = Field(100, gt=0, description="Larger objects are refused before download (MB).")
     memory_mb: int = Field(
         0,
         ge=0,
-        description="Resident memory above which a worker drains and exits 0 (MB); bounds the pictures in flight. "
+        description="Resident memory above which a worker drains and exits 0 (MB); bounds the images in flight. "
         "0: three quarters of the machine's or container's, shared by its GPUs.",
     )
     lease_s: float = Field(60, ge=1, description="How long a silent worker keeps an image, in seconds.")

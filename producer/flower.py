@@ -1,6 +1,6 @@
 """`python -m producer.flower [--port=5555 ...]`: Flower for this fleet, with every option of Flower's own.
 
-What is set here and may be set otherwise: read-only, a bound on memory, columns that name the picture. What may not:
+What is set here and may be set otherwise: read-only, a bound on memory, columns that name the image. What may not:
 it does not start without a login, since Flower shows the keys of a whole catalogue to whoever asks.
 """
 
@@ -19,10 +19,10 @@ from jobs.errors import CutfleetError, SettingsError
 from jobs.settings import load_settings
 
 DEFAULTS: dict[str, Any] = {
-    "read_only": True,  # the ledger decides what becomes of a picture; revoking a message decides nothing
+    "read_only": True,  # the ledger decides what becomes of an image; revoking a message decides nothing
     "max_tasks": 20_000,  # some 60 MB; what is older is in the ledger and in S3
     "purge_offline_workers": 600,  # seconds; its metrics have the worker's name in a label
-    "inspect_timeout": 3000.0,  # milliseconds; a worker that decodes large pictures answers late
+    "inspect_timeout": 3000.0,  # milliseconds; a worker that decodes large images answers late
     "tasks_columns": "state,args,runtime,worker,received,started,exception,uuid",
 }
 

@@ -3,7 +3,7 @@
 It takes no options: settings are the variables CUTFLEET_* (README).
 
 `python -m workers sheet FOLDER` draws a contact sheet of what a job made, `python -m workers compare` measures models
-on one's own pictures. Whatever needs pixels is a command here: `cutfleet` itself never imports an image library.
+on one's own images. Whatever needs pixels is a command here: `cutfleet` itself never imports an image library.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def serve(settings: Settings) -> int:
     from workers.process.isolation import Room
     from workers.process.kombu_patches import harden
     from workers.process.leases import Leases
-    from workers.process.memory import MemoryBudget, picture_budget, resident_bytes, resident_limit
+    from workers.process.memory import MemoryBudget, image_budget, resident_bytes, resident_limit
     from workers.process.metrics import WorkerMetrics
     from workers.process.nvml import find_gpu
     from workers.process.watchdog import Watchdog
@@ -112,7 +112,7 @@ def serve(settings: Settings) -> int:
         metrics.listen(ledger=ledger, store=store)
         predictor.warm_up()
         limit = resident_limit(settings.memory_mb, on_gpu=on_gpu)
-        budget = picture_budget(limit, own_bytes=resident_bytes())
+        budget = image_budget(limit, own_bytes=resident_bytes())
 
         def facts() -> Facts:
             return worker_facts(model, predictor, rate, slots=slots, draining=draining.is_set())
@@ -143,7 +143,7 @@ def serve(settings: Settings) -> int:
             harden(app, alive)
             register(app, bench)
             seconds = round(time.monotonic() - started, 1)
-            memory = {"memory_mb": limit // 1_000_000, "pictures_mb": budget // 1_000_000}
+            memory = {"memory_mb": limit // 1_000_000, "images_mb": budget // 1_000_000}
             log.info("ready", extra={"action": "start", "node": node, "seconds": seconds, **memory, **facts()})
             return _run(app, bench, slots, name=flower_name(node, facts()))
 

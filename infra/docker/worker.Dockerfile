@@ -16,7 +16,7 @@ RUN /opt/cutfleet/bin/pip install --no-cache-dir --no-deps --no-build-isolation 
 FROM ${BASE}
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="cutfleet-worker" \
-      org.opencontainers.image.description="Cuts pictures out: one process a GPU" \
+      org.opencontainers.image.description="Cuts images out: one process a GPU" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin cutfleet \

@@ -102,7 +102,7 @@ class Event:
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What there is to tell of an image. `reopened`: how often it was opened again, modulo 256; counted where the job's
-    webhook is told of pictures. `failure`: only while the ledger holds it."""
+    webhook is told of images. `failure`: only while the ledger holds it."""
 
     state: ImageState
     reopened: int
@@ -475,7 +475,7 @@ class Ledger:
         self._move("hold", epoch, job, reason)
 
     def check_room(self, epoch: int) -> None:
-        """Raises `ServiceUnavailable` `redis_full` where a new picture would be refused."""
+        """Raises `ServiceUnavailable` `redis_full` where a new image would be refused."""
         self._move("room", epoch)
 
     def resign(self, me: str) -> None:

@@ -7,7 +7,7 @@
 -- cf:jobs                 zset    job -> when created                                              pruned with the job
 -- cf:open                 set     jobs that are not closed                                         until closed
 -- cf:job:JOB              hash    source, destination, recipe, lane, flags, cursor, counts         keep_days after closing
---                                 weight: its share of a queue's room; rate: most pictures fed a second;
+--                                 weight: its share of a queue's room; rate: most images fed a second;
 --                                 sample: how many are fed before it is paused for a look, until unpaused
 --                                 lister: token of who lists it; who lists on takes it over
 -- cf:job:JOB:bits         bits    four bits an image: its state (see STATE)                        as the job
@@ -17,7 +17,7 @@
 -- cf:job:JOB:failures     hash    index -> {key, code, message, tries, at, worker}; many: S3       as the job
 -- cf:job:JOB:again        bits    one bit an image: to be fed once more                            as the job
 -- cf:job:JOB:reopened     bits    eight bits an image: how often it was opened again               as the job
---                                 only where the webhook is told of pictures
+--                                 only where the webhook is told of images
 -- cf:job:JOB:remarks      hash    index -> {key, review, figures, rules}: the first MAX_REMARKS    as the job
 -- cf:job:JOB:tally        hash    of done and skipped images: word -> count (see Remark and Tally)  as the job
 -- cf:waiting              zset    image on a queue, unclaimed -> when to look whether it still is  window only
@@ -153,7 +153,7 @@ local function is_full(receiver)
   return tonumber(call('GET', 'cf:outbox:size') or 0) >= OUTBOX_LIMIT
 end
 
--- The event is due now. False: a picture's, beyond the limit; nothing changed.
+-- The event is due now. False: an image's, beyond the limit; nothing changed.
 local function make_due(receiver, event)
   local outbox = 'cf:outbox:' .. receiver
   if split(event) and is_full(receiver) and not call('ZSCORE', outbox, event) then return false end
@@ -321,7 +321,7 @@ function move.reopen(job, states, ...)
   local key, args, changed = 'cf:job:' .. job, {...}, 0
   if call('EXISTS', key) == 0 then return 0 end
   if call('HEXISTS', key, 'cancelled_at') == 1 then return -1 end
-  local is_told = call('HEXISTS', key, 'webhook_pictures') == 1
+  local is_told = call('HEXISTS', key, 'webhook_images') == 1
   for i = 1, #args do
     local state = state_of(job, args[i])
     if state ~= STATE.open and string.find(states, tostring(state), 1, true) then
@@ -536,7 +536,7 @@ function move.finish(id, token, state, failure, remark, ...)
     end
     local counts = {...}
     for i = 1, #counts, 2 do call('HINCRBY', key .. ':tally', counts[i], counts[i + 1]) end
-    tell(job, id, 'webhook_pictures')
+    tell(job, id, 'webhook_images')
   end
   leave_window(id)
   return counted and 'ok' or 'final'
@@ -650,7 +650,7 @@ end
 -- The events of images [from, to) that are final are due again, up to the first that does not fit. Answers how many, and
 -- where to go on.
 function move.retell(job, from, to)
-  if call('HEXISTS', 'cf:job:' .. job, 'webhook_pictures') == 0 then return {0, tonumber(to)} end
+  if call('HEXISTS', 'cf:job:' .. job, 'webhook_images') == 0 then return {0, tonumber(to)} end
   local receiver, count = receiver_of(job), 0
   for index = from, to - 1 do
     local number = string.format('%d', index)
@@ -723,7 +723,7 @@ function fenced.feed(job, cursor, lease, ...)
       else
         settle(job, number, STATE.failed)
         call('HSET', key .. ':failures', number, args[i + 1])
-        tell(job, job .. ':' .. number, 'webhook_pictures')
+        tell(job, job .. ':' .. number, 'webhook_images')
       end
     end
     index = index + 1

@@ -133,7 +133,7 @@ def destination_prefix(destination: str) -> Location:
 
 
 def image_names(source: str, destination: str, key: str) -> Names:
-    """Whether S3 can hold them, `rendition_names` checks: a picture must be claimed before it can fail."""
+    """Whether S3 can hold them, `rendition_names` checks: an image must be claimed before it can fail."""
     prefix = Location.parse(source)
     to = destination_prefix(destination)
     relative = _relative(key, prefix)
@@ -220,7 +220,7 @@ class Account:
             retries={"mode": "standard", "total_max_attempts": 3},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            # A body is not signed: its SHA-256 costs 6.6 ms of a 12-megapixel picture. TLS protects it where there is
+            # A body is not signed: its SHA-256 costs 6.6 ms of a 12-megapixel image. TLS protects it where there is
             # TLS; without it nothing that we read is protected either. Names, conditions and metadata are signed.
             s3={"addressing_style": "path" if self.endpoint else "auto", "payload_signing_enabled": False},
         )
@@ -325,7 +325,7 @@ class Store:
         return self._guard(lambda: self._read(role, arguments, location, max_bytes), location, role)
 
     def download(self, location: Location, to: Path) -> None:
-        """A whole object into a file; it may be larger than memory. A manifest, not a picture: it may be anywhere."""
+        """A whole object into a file; it may be larger than memory. A manifest, not an image: it may be anywhere."""
         self._guard(
             lambda: self._clients["source"].download_file(location.bucket, location.key, str(to)),
             location,

@@ -1,4 +1,4 @@
-"""The HTTP API: pictures are asked for, followed, cancelled and fetched, each caller within its own prefixes.
+"""The HTTP API: images are asked for, followed, cancelled and fetched, each caller within its own prefixes.
 
 202 only once the ledger has the request. Errors are as `producer/api/errors.py` says; `/docs` and `/openapi.json` describe
 every call.
@@ -19,7 +19,7 @@ from jobs.settings import Settings
 from producer.api import service as requests
 from producer.api.auth import Caller, Callers
 from producer.api.background_listing import Lister
-from producer.records.report import PictureStatus, picture_status
+from producer.records.report import ImageStatus, image_status
 from producer.submission.submit import Request as Submission
 from producer.submission.submit import check_length
 from producer.webhooks.delivery import check_webhook
@@ -44,7 +44,7 @@ JobId = Annotated[str, Path(pattern=r"^[0-9a-z-]{1,64}$")]
 State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "CANCELLED"]
 
 
-class Pictures(BaseModel):
+class ImagesRequest(BaseModel):
     """Everything under `source`, or the keys named (complete, as S3 lists them)."""
 
     model_config = ConfigDict(extra="forbid")
@@ -52,13 +52,13 @@ class Pictures(BaseModel):
     source: S3Uri
     destination: S3Uri
     keys: list[Key] | None = Field(None, min_length=1, max_length=MAX_LIVE)
-    lane: Lane = Field("live", description=f"More than {MAX_LIVE:,} pictures are a backfill in any case.")
+    lane: Lane = Field("live", description=f"More than {MAX_LIVE:,} images are a backfill in any case.")
     recipe: str = Field("default", max_length=64, description="A built-in recipe: `cutfleet recipes`.")
     webhook_url: str = Field("", max_length=2000, description="Told, signed, when the request is completed.")
 
 
 class Status(BaseModel):
-    """COMPLETED: every picture is final, and each has its own state in the results. Failures are no error here.
+    """COMPLETED: every image is final, and each has its own state in the results. Failures are no error here.
     `total` grows while a large prefix is listed. `waits`: why nothing goes on, until the operator sees to it.
     """
 
@@ -80,7 +80,7 @@ class Results(BaseModel):
 
     request_id: str
     status: State
-    pictures: list[requests.Result]
+    images: list[requests.Result]
     next: int | None = None
 
 
@@ -126,7 +126,7 @@ By = Annotated[Caller, Depends(_caller)]
 
 api = FastAPI(
     title="Cutfleet",
-    description="Pictures in S3 become cutouts and masks.",
+    description="ImagesRequest in S3 become cutouts and masks.",
     version="1",
     redirect_slashes=False,
 )
@@ -140,13 +140,13 @@ answers.add_to(api)
     responses=answers.PROBLEMS | answers.CONFLICT | answers.LARGE | answers.LINKS,
 )
 def submit(
-    body: Pictures,
+    body: ImagesRequest,
     by: By,
     using: Using,
     response: Response,
     idempotency_key: Annotated[str, Header(max_length=255, pattern=r"^[\x21-\x7e]*$")] = "",
 ) -> Status:
-    """Has pictures cut out. With the same Idempotency-Key and body, within a day, the same request."""
+    """Has images cut out. With the same Idempotency-Key and body, within a day, the same request."""
     by.check(source=body.source, destination=body.destination)
     for key in body.keys or ():
         by.check(source=str(Location(Location.parse(body.source).bucket, key)))
@@ -190,12 +190,12 @@ def results(
     first: Annotated[int, Query(ge=0, le=2**31)] = 0,
     limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
 ) -> Results:
-    """Each picture of a request, and where its results are."""
+    """Each image of a request, and where its results are."""
     job = using.job(request_id, by)
     rows = requests.results(job, first=first, limit=limit, store=using.store, ledger=using.ledger)
     end = first + len(rows)
     more = rows and (end < job.total or not job.listed)
-    return Results(request_id=job.id, status=_state(job), pictures=rows, next=end if more else None)
+    return Results(request_id=job.id, status=_state(job), images=rows, next=end if more else None)
 
 
 @api.put(
@@ -205,18 +205,18 @@ def results(
     responses=answers.PROBLEMS | answers.GONE | answers.CONFLICT,
 )
 def cancel(request_id: JobId, by: By, using: Using) -> Status:
-    """Pictures in work end, the others become cancelled; what is done stays."""
+    """ImagesRequest in work end, the others become cancelled; what is done stays."""
     job = using.job(request_id, by)
     requests.cancel(job, using.ledger)
     return _status(using.ledger.job(job.id))
 
 
-@api.get("/v1/pictures", responses=answers.PROBLEMS, response_model_exclude_none=True)
-def picture(source: Annotated[S3Uri, Query()], by: By, using: Using) -> PictureStatus:
-    """What became of one source picture, by whichever job; `unknown` when none has it."""
+@api.get("/v1/images", responses=answers.PROBLEMS, response_model_exclude_none=True)
+def image(source: Annotated[S3Uri, Query()], by: By, using: Using) -> ImageStatus:
+    """What became of one source image, by whichever job; `unknown` when none has it."""
     by.check(source=source)
     check_length(Location.parse(source))
-    found = picture_status(Location.parse(source), ledger=using.ledger, store=using.store)
+    found = image_status(Location.parse(source), ledger=using.ledger, store=using.store)
     if found.job is not None:
         by.check(destination=using.ledger.job(found.job).destination)
     return found

@@ -1,4 +1,4 @@
-"""What the HTTP API asks of ledger and store. A request of at most `MAX_LIVE` pictures is a job that is on its queue
+"""What the HTTP API asks of ledger and store. A request of at most `MAX_LIVE` images is a job that is on its queue
 before it is answered; a larger prefix is a backfill that `producer/api/background_listing.py` lists.
 
 `Idempotency-Key` reserves a job's id first, for a day: killed at any line, the same request makes the same job.
@@ -36,7 +36,7 @@ _DONE = (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED)
 
 
 class Result(BaseModel):
-    """One picture. `cutout_url`, `mask_url`, `renditions` (by name): links that anybody may fetch for an hour."""
+    """One image. `cutout_url`, `mask_url`, `renditions` (by name): links that anybody may fetch for an hour."""
 
     index: int
     source: str
@@ -94,7 +94,7 @@ def submit(request: Request, job_id: str, *, store: Store, ledger: Ledger, lease
     check_request(request, ledger, store)
     head = list(itertools.islice(rows_of(request, store), MAX_LIVE + 1))
     if not head:
-        raise SettingsError(f"There are no pictures under {request.source}.", code="source_empty")
+        raise SettingsError(f"There are no images under {request.source}.", code="source_empty")
     if len(head) > MAX_LIVE:
         backfill = draft(dataclasses.replace(request, lane="backfill"), job_id=job_id, store=store)
         ledger.create_job(dataclasses.replace(backfill, to_be_listed=True))
@@ -121,7 +121,7 @@ def cancel(job: Job, ledger: Ledger) -> None:
 
 
 def results(job: Job, *, first: int, limit: int, store: Store, ledger: Ledger) -> list[Result]:
-    """Up to `limit` pictures from index `first` on, fewer at the end of a part: go on behind the last."""
+    """Up to `limit` images from index `first` on, fewer at the end of a part: go on behind the last."""
     if first >= job.total:
         return []
     tasks = find_rows(job, first, limit, part=lambda number: read_part(store, job, number), ledger=ledger)
@@ -141,7 +141,7 @@ def _result(job: Job, task: ImageTask, state: ImageState, links: _Links, ledger:
 
 
 class _Links:
-    """To what was made of a job's pictures."""
+    """To what was made of a job's images."""
 
     def __init__(self, job: Job, store: Store) -> None:
         self._job = job
@@ -157,7 +157,7 @@ class _Links:
         }
 
     def _renditions(self, key: str, cutout: Location) -> dict[str, Location]:
-        """Of a picture without a subject there are none: its cutout says so."""
+        """Of an image without a subject there are none: its cutout says so."""
         if not self._recipe.renditions:
             return {}
         found = self._store.head(cutout, role="output")

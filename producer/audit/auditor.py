@@ -1,6 +1,6 @@
 """Whether S3, the manifest and the ledger agree about a job: the proof that nothing is lost, doubled or silent.
 
-The destination is listed once; a picture that is done must have its mask and cutout there. Only where the listing gives
+The destination is listed once; an image that is done must have its mask and cutout there. Only where the listing gives
 a reason, a mask written after its cutout, or when `deep`, is a cutout asked (one HEAD) whether it was made from its
 source and which mask belongs to it: a file that was replaced has another ETag than the one written there. Pixels are
 not decoded.
@@ -9,13 +9,13 @@ not decoded.
   job_lost         Redis does not know the job, and it was not closed              rebuilds it from S3
   rows_missing     the ledger has fewer images than the manifest                   adds them
   not_recorded     results of this job that the ledger does not know of            records them
-  output_missing   no cutout or no mask of a picture that is done                  has it made again
+  output_missing   no cutout or no mask of an image that is done                  has it made again
   output_wrong     a cutout or mask that is empty, or not the one made for it      has it made again
   books_wrong      counts that do not follow from the states, claims left over     counts anew, takes them away
   manifest_lost    a part of the manifest is not in S3                             nothing
   listing_unknown  the job was being listed, or fed by a watch: what else it had   nothing
-  extra_object     an object that no picture of a job explains                     nothing: it may be somebody's
-  cancelled_left   what a worker that died left of a picture of a cancelled job    nothing: delete it, or submit again
+  extra_object     an object that no image of a job explains                     nothing: it may be somebody's
+  cancelled_left   what a worker that died left of an image of a cancelled job    nothing: delete it, or submit again
 
 Whatever a worker holds is left to it. Safe to repeat, and to run beside everything else.
 """
@@ -53,7 +53,7 @@ _CLOCKS_S = 300.0
 
 @dataclasses.dataclass(frozen=True)
 class Disagreement:
-    """`key`: of the picture or object, where it is about one. `repaired`: what was done about it; empty: nothing."""
+    """`key`: of the image or object, where it is about one. `repaired`: what was done about it; empty: nothing."""
 
     code: str
     what: str
@@ -62,7 +62,7 @@ class Disagreement:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Picture:
+class _Image:
     """`was`, `state`: before the destination was listed, and now. `cutout`, `mask`: as they were listed."""
 
     task: ImageTask
@@ -76,7 +76,7 @@ class _Picture:
 def audit(
     what: str, *, repair: bool, deep: bool, ledger: Ledger, store: Store, seen: Callable[[int], None]
 ) -> Iterator[Disagreement]:
-    """`what`: a job's id, or its folder s3://BUCKET/TO/_cutfleet/JOB/. `seen` is told how many pictures were looked at.
+    """`what`: a job's id, or its folder s3://BUCKET/TO/_cutfleet/JOB/. `seen` is told how many images were looked at.
     Raises `JobError` when there is no such job."""
     books = Books(_folder(what, ledger), ledger=ledger, store=store)
     yield from _audit_books(books, repair=repair)
@@ -156,105 +156,105 @@ class _Auditor:
     def look(
         self, tasks: list[ImageTask], before: Iterable[ImageState], states: Iterable[ImageState]
     ) -> Iterator[Disagreement]:
-        """At the pictures of one part."""
+        """At the images of one part."""
         names = [image_names(self._job.source, self._job.destination, task.key) for task in tasks]
         found = self._destination.find(_all_names(self._job, self._recipe, names))
         rows = zip(tasks, names, before, states, strict=True)
-        pictures = [
-            _Picture(task, name, was, state, found.get(name.cutout.key), found.get(name.mask.key))
+        images = [
+            _Image(task, name, was, state, found.get(name.cutout.key), found.get(name.mask.key))
             for task, name, was, state in rows
         ]
-        final = [picture for picture in pictures if picture.was in _HAVE_RESULTS and picture.state in _HAVE_RESULTS]
+        final = [image for image in images if image.was in _HAVE_RESULTS and image.state in _HAVE_RESULTS]
         yield from self._look_at_results(final)
         if self._books.in_ledger or self._books.is_lost:  # of one closed and forgotten the report says all there is
-            yield from self._look_at_open([picture for picture in pictures if picture.state is ImageState.OPEN], tasks)
-        yield from self._look_at_cancelled([picture for picture in pictures if picture.was is ImageState.CANCELLED])
+            yield from self._look_at_open([image for image in images if image.state is ImageState.OPEN], tasks)
+        yield from self._look_at_cancelled([image for image in images if image.was is ImageState.CANCELLED])
 
-    def _look_at_results(self, pictures: list[_Picture]) -> Iterator[Disagreement]:
-        wrong: dict[int, tuple[_Picture, str, str]] = {}
+    def _look_at_results(self, images: list[_Image]) -> Iterator[Disagreement]:
+        wrong: dict[int, tuple[_Image, str, str]] = {}
         asked = []
-        for picture in pictures:
-            if picture.cutout is None or picture.mask is None:
-                what = "cutout" if picture.mask else "mask" if picture.cutout else "cutout, no mask"
-                wrong[picture.task.index] = picture, "output_missing", f"no {what}"
-            elif not picture.cutout.size or not picture.mask.size:
-                wrong[picture.task.index] = picture, "output_wrong", "cutout or mask is empty"
-            elif self._deep or picture.mask.modified > picture.cutout.modified:
-                asked.append(picture)
-        for picture, fault in zip(asked, self._askers.map(self._fault, asked), strict=True):
+        for image in images:
+            if image.cutout is None or image.mask is None:
+                what = "cutout" if image.mask else "mask" if image.cutout else "cutout, no mask"
+                wrong[image.task.index] = image, "output_missing", f"no {what}"
+            elif not image.cutout.size or not image.mask.size:
+                wrong[image.task.index] = image, "output_wrong", "cutout or mask is empty"
+            elif self._deep or image.mask.modified > image.cutout.modified:
+                asked.append(image)
+        for image, fault in zip(asked, self._askers.map(self._fault, asked), strict=True):
             if fault:
-                wrong[picture.task.index] = picture, "output_wrong", fault
-        reopened = self._reopen([picture for picture, _, _ in wrong.values()]) if self._repair else ""
-        for picture, code, text in wrong.values():
-            yield Disagreement(code, text, picture.task.key, reopened)
+                wrong[image.task.index] = image, "output_wrong", fault
+        reopened = self._reopen([image for image, _, _ in wrong.values()]) if self._repair else ""
+        for image, code, text in wrong.values():
+            yield Disagreement(code, text, image.task.key, reopened)
 
-    def _look_at_open(self, pictures: list[_Picture], part: list[ImageTask]) -> Iterator[Disagreement]:
+    def _look_at_open(self, images: list[_Image], part: list[ImageTask]) -> Iterator[Disagreement]:
         """Those that nobody works on, and that have results of this job."""
         since = self._job.created - _CLOCKS_S
-        there = [picture for picture in pictures if picture.cutout and picture.mask]
-        likely = [picture for picture in there if picture.cutout and picture.cutout.modified >= since]
-        fed = self._books.in_window([picture.task.id for picture in likely])
-        asked = [picture for picture in likely if picture.task.id not in fed]
+        there = [image for image in images if image.cutout and image.mask]
+        likely = [image for image in there if image.cutout and image.cutout.modified >= since]
+        fed = self._books.in_window([image.task.id for image in likely])
+        asked = [image for image in likely if image.task.id not in fed]
         if asked:  # what ended since its state was read has left the window too
             states = zip(part, self._books.states(part), strict=True)
             is_open = {task for task, state in states if state is ImageState.OPEN}
-            asked = [picture for picture in asked if picture.task in is_open]
+            asked = [image for image in asked if image.task in is_open]
         found = zip(asked, self._askers.map(self._state_of_results, asked), strict=True)
-        recorded = {picture.task.index: (picture, state) for picture, state in found if state is not None}
+        recorded = {image.task.index: (image, state) for image, state in found if state is not None}
         if self._repair:
             self._books.restore({index: state for index, (_, state) in recorded.items()})
-        for picture, _ in recorded.values():
+        for image, _ in recorded.values():
             done = "recorded" if self._repair else ""
-            yield Disagreement("not_recorded", "its results are there", picture.task.key, done)
+            yield Disagreement("not_recorded", "its results are there", image.task.key, done)
 
-    def _look_at_cancelled(self, pictures: list[_Picture]) -> Iterator[Disagreement]:
-        """A mask, or a cutout too, of this job alone: a picture may have results of a job before."""
+    def _look_at_cancelled(self, images: list[_Image]) -> Iterator[Disagreement]:
+        """A mask, or a cutout too, of this job alone: an image may have results of a job before."""
         places = [
-            (picture, place)
-            for picture in pictures
-            for place, found in ((picture.names.mask, picture.mask), (picture.names.cutout, picture.cutout))
+            (image, place)
+            for image in images
+            for place, found in ((image.names.mask, image.mask), (image.names.cutout, image.cutout))
             if found is not None and found.modified >= self._job.created - _CLOCKS_S
         ]
         ours = self._askers.map(lambda left: self._is_of_this_job(left[1]), places)
-        for (picture, place), is_ours in zip(places, ours, strict=True):
+        for (image, place), is_ours in zip(places, ours, strict=True):
             if is_ours:
-                yield Disagreement("cancelled_left", f"{place}, of a picture that was cancelled", picture.task.key)
+                yield Disagreement("cancelled_left", f"{place}, of an image that was cancelled", image.task.key)
 
     def _is_of_this_job(self, place: Location) -> bool:
         found = self._store.head(place, role="output")
         return found is not None and found.metadata.get("cf-job") == self._job.id
 
-    def _fault(self, picture: _Picture) -> str:
-        cutout = self._store.head(picture.names.cutout, role="output")
-        mask = self._store.head(picture.names.mask, role="output")
+    def _fault(self, image: _Image) -> str:
+        cutout = self._store.head(image.names.cutout, role="output")
+        mask = self._store.head(image.names.mask, role="output")
         if cutout is None or mask is None:
             return "cutout or mask has just gone"
-        if cutout.metadata.get("cf-source") != source_digest(picture.names.source):
-            return "the cutout was not made from this picture"
+        if cutout.metadata.get("cf-source") != source_digest(image.names.source):
+            return "the cutout was not made from this image"
         return "" if cutout.metadata.get("cf-mask-etag") == mask.etag else "the mask is not the one of its cutout"
 
-    def _state_of_results(self, picture: _Picture) -> ImageState | None:
+    def _state_of_results(self, image: _Image) -> ImageState | None:
         """None unless they are of this job, and of the version that it was to take."""
-        cutout = self._store.head(picture.names.cutout, role="output")
-        if cutout is None or picture.mask is None:
+        cutout = self._store.head(image.names.cutout, role="output")
+        if cutout is None or image.mask is None:
             return None
         told = cutout.metadata
-        if (told.get("cf-job"), told.get("cf-mask-etag")) != (self._job.id, picture.mask.etag):
+        if (told.get("cf-job"), told.get("cf-mask-etag")) != (self._job.id, image.mask.etag):
             return None
-        if told.get("cf-source") != source_digest(picture.names.source):
+        if told.get("cf-source") != source_digest(image.names.source):
             return None
-        if picture.task.etag and told.get("cf-source-etag") != picture.task.etag:
+        if image.task.etag and told.get("cf-source-etag") != image.task.etag:
             return None
         return ImageState.REVIEW if told.get("cf-review") else ImageState.DONE
 
-    def _reopen(self, pictures: list[_Picture]) -> str:
+    def _reopen(self, images: list[_Image]) -> str:
         """What a worker would not overwrite, since it does not say whose it is, is first made an empty file of ours."""
-        if not pictures or self._job.cancelled:
+        if not images or self._job.cancelled:
             return ""
-        for picture in pictures:
-            for place in (picture.names.mask, picture.names.cutout):
-                self._take_over(place, picture.names)
-        return self._books.reopen([picture.task.index for picture in pictures])
+        for image in images:
+            for place in (image.names.mask, image.names.cutout):
+                self._take_over(place, image.names)
+        return self._books.reopen([image.task.index for image in images])
 
     def _take_over(self, place: Location, names: Names) -> None:
         found = self._store.head(place, role="output")
@@ -270,7 +270,7 @@ class _Auditor:
 
 
 def _all_names(job: Job, recipe: Recipe, names: Iterable[Names]) -> Iterator[str]:
-    """Wherever results of these pictures may stand."""
+    """Wherever results of these images may stand."""
     for name in names:
         yield name.cutout.key
         yield name.mask.key

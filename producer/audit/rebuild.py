@@ -1,7 +1,7 @@
 """The books of one job, in S3 and in the ledger; and how the ledger's are written anew from S3's.
 
 A job that Redis lost is rebuilt paused, so that nothing is fed before it is known what is done already. Lost for good:
-that it was cancelled, paused or tuned; failures of a job that was not closed (those pictures are tried again).
+that it was cancelled, paused or tuned; failures of a job that was not closed (those images are tried again).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Books:
         if total is None or (self.job.total >= total and self.job.listed):
             return ""
         if self.job.listed or self.job.total < total:
-            return f"The ledger has {self.job.total} pictures, the manifest {total}."
+            return f"The ledger has {self.job.total} images, the manifest {total}."
         return "The ledger does not know that the manifest is complete."
 
     def how_to_go_on(self) -> str:

@@ -19,7 +19,7 @@ EXAMPLES = 5
 @click.command()
 @click.argument("what", metavar="JOB|s3://TO/_cutfleet/JOB/")
 @click.option("--repair", is_flag=True, help="Put right what can be; the dispatcher and workers do the rest.")
-@click.option("--deep", is_flag=True, help="Ask each cutout for its source and mask: two requests a picture.")
+@click.option("--deep", is_flag=True, help="Ask each cutout for its source and mask: two requests an image.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object a line, for all that disagrees.")
 def audit(what: str, repair: bool, deep: bool, as_json: bool) -> None:
     """Compare a job's manifest, results and ledger. Exit code 0: they agree, or all was put right; 1: they do not."""

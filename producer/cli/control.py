@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("job")
 @click.option("--weight", type=click.IntRange(1, 1000), help="Its share against other jobs'.")
-@click.option("--rate", type=click.FloatRange(min=0), metavar="N", help="At most N pictures a second; 0: no limit.")
+@click.option("--rate", type=click.FloatRange(min=0), metavar="N", help="At most N images a second; 0: no limit.")
 @click.option("--lane", type=click.Choice(["live", "backfill"]), help="Live is always taken first.")
 def tune(job: str, weight: int | None, rate: float | None, lane: Lane | None) -> None:
     """Change how fast a running job is fed; what is on its queue already is not touched."""
@@ -32,19 +32,19 @@ def tune(job: str, weight: int | None, rate: float | None, lane: Lane | None) ->
 @click.argument("job")
 @click.option("--code", metavar="C", help="Only those that failed with this code.")
 def retry(job: str, code: str | None) -> None:
-    """Try a job's failed pictures again, from what their sources are now. A closed job is open again."""
+    """Try a job's failed images again, from what their sources are now. A closed job is open again."""
     from producer.console.output import some
     from producer.records import failures as letters
 
     with open_services() as (_, ledger, store):
         count = letters.retry(ledger.job(job), code, ledger=ledger, store=store)
-    click.echo(f"To be tried again: {some(count, 'picture')} of {job}.", err=True)
+    click.echo(f"To be tried again: {some(count, 'image')} of {job}.", err=True)
 
 
 @click.command()
 @click.argument("job")
 def cancel(job: str) -> None:
-    """Cancel a job: pictures in work end, the others become cancelled. What is done stays."""
+    """Cancel a job: images in work end, the others become cancelled. What is done stays."""
     with open_ledger() as (_, ledger):
         ledger.job(job)
         if not ledger.cancel(job):

@@ -1,7 +1,7 @@
 """The `cutfleet` command: parse, call, print, exit code. Results on stdout, progress and errors on stderr. The commands
 themselves stand in `producer/cli`.
 
-Exit codes: 0 all done, 1 some pictures failed, 2 usage or settings, 3 deadline passed, 4 a service can't be reached.
+Exit codes: 0 all done, 1 some images failed, 2 usage or settings, 3 deadline passed, 4 a service can't be reached.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="cutfleet")
 def main() -> None:
-    """Point it at a bucket; get a cutout and a mask back for every picture, with the truth about each one."""
+    """Point it at a bucket; get a cutout and a mask back for every image, with the truth about each one."""
 
 
 for _group in (submitting, status, steering, auditing, services, fleet):

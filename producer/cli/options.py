@@ -1,4 +1,4 @@
-"""Options that belong together, as one value each: which pictures, what is made of them, how fast, who is told."""
+"""Options that belong together, as one value each: which images, what is made of them, how fast, who is told."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def gathers(name: str, build: Callable[..., Any], *options: Callable[..., Any]) 
 
 @dataclasses.dataclass(frozen=True)
 class Sought:
-    """Which pictures are asked for, in the options' own terms."""
+    """Which images are asked for, in the options' own terms."""
 
     source: str
     keys: tuple[str, ...]
@@ -140,7 +140,7 @@ class Made:
 
 
 MADE = (
-    click.option("--recipe", metavar="NAME|FILE", default="default", help="Which pictures to make: see `recipes`."),
+    click.option("--recipe", metavar="NAME|FILE", default="default", help="Which images to make: see `recipes`."),
     click.option(
         "--model", metavar="NAME", help="Which model cuts them out.  [default: the recipe's, or CUTFLEET_MODEL]"
     ),
@@ -172,7 +172,7 @@ PACE = (
         "--weight", type=click.IntRange(1, 1000), default=1, show_default=True, help="Its share against other jobs'."
     ),
     click.option(
-        "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Feed at most N pictures a second."
+        "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Feed at most N images a second."
     ),
     click.option(
         "--sample", type=click.IntRange(min=1), metavar="N", help="Pause after the first N; `unpause` goes on."
@@ -185,12 +185,12 @@ class Told:
     """Who is told of the end."""
 
     webhook: str
-    webhook_pictures: bool
+    webhook_images: bool
 
 
 TOLD = (
     click.option("--webhook", metavar="URL", default="", help="Told, signed, when the job is closed."),
-    click.option("--webhook-pictures", is_flag=True, help="Told of every picture, too."),
+    click.option("--webhook-images", is_flag=True, help="Told of every image, too."),
 )
 
 

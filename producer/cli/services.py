@@ -34,13 +34,13 @@ def webhooks() -> None:
 @webhooks.command()
 @click.argument("job")
 def replay(job: str) -> None:
-    """Send a job's webhooks again: that it is closed, and of its pictures if it was submitted so."""
+    """Send a job's webhooks again: that it is closed, and of its images if it was submitted so."""
     from producer.console.output import some
     from producer.webhooks.delivery import replay as send_again
 
     with open_ledger() as (settings, ledger):
         found = ledger.job(job)
-        check_webhook(found.webhook, found.webhook_pictures, settings)
+        check_webhook(found.webhook, found.webhook_images, settings)
         click.echo(f"Due again: {some(send_again(found, ledger=ledger), 'webhook')} of job {job}.", err=True)
 
 
@@ -51,7 +51,7 @@ def replay(job: str) -> None:
 @click.option("--queue", metavar="URL", help="SQS queue that S3 sends its event notifications to; it is emptied.")
 @click.option("--listen", metavar="HOST:PORT", help="Take event notifications by POST /events (CUTFLEET_WATCH_TOKEN).")
 @click.option("--webhook", metavar="URL", default="", help="Told, signed, when a day's job is closed.")
-@click.option("--webhook-pictures", is_flag=True, help="Told of every picture, too.")
+@click.option("--webhook-images", is_flag=True, help="Told of every image, too.")
 @click.option("--existing", is_flag=True, help="Where it remembers no listing, take what is there too.")
 @click.option(
     "--sweep-every",
@@ -69,7 +69,7 @@ def watch(
     queue: str | None,
     listen: str | None,
     webhook: str,
-    webhook_pictures: bool,
+    webhook_images: bool,
     existing: bool,
     sweep_every_s: float,
 ) -> None:
@@ -82,7 +82,7 @@ def watch(
     stop = told_to_stop()
     with open_services() as (settings, ledger, store):
         set_up_logs(settings.log_format)
-        check_webhook(webhook, webhook_pictures, settings)
+        check_webhook(webhook, webhook_images, settings)
         request = Request(
             source=source,
             destination=destination,
@@ -91,7 +91,7 @@ def watch(
             name=f"watch {source}",
             keys=None,
             webhook=webhook,
-            webhook_pictures=webhook_pictures,
+            webhook_images=webhook_images,
         )
         watcher = Watcher(request, store=store, ledger=ledger, lease_s=settings.lease_s)
         watcher.begin(existing=existing)
@@ -102,7 +102,7 @@ def watch(
 @click.command()
 @click.option("--listen", metavar="HOST:PORT", default="127.0.0.1:8080", show_default=True, help="Put TLS before it.")
 def serve(listen: str) -> None:
-    """Serve the HTTP API: pictures are asked for, followed, cancelled and fetched. Runs until it is stopped."""
+    """Serve the HTTP API: images are asked for, followed, cancelled and fetched. Runs until it is stopped."""
     from jobs.logs import set_up_logs
     from producer.api.app import serve as serve_api
 
@@ -117,7 +117,7 @@ def serve(listen: str) -> None:
 @click.option("--keep", is_flag=True, help="Leave the local system running afterwards, until Ctrl-C.")
 def demo(photos: Path | None, out: Path, keep: bool) -> None:
     """The whole system on this machine, once: servers, dispatcher, worker, a job, a contact sheet. PHOTOS: a folder of
-    your own pictures instead of the ones that come along."""
+    your own images instead of the ones that come along."""
     from producer.demo.demo import run_demo
 
     sys.exit(run_demo(photos, out, keep=keep))

@@ -63,13 +63,13 @@ def told_to_stop() -> threading.Event:
     return stop
 
 
-def check_webhook(url: str, pictures: bool, settings: Settings) -> None:
+def check_webhook(url: str, images: bool, settings: Settings) -> None:
     from producer.webhooks.delivery import check_webhook as check
 
     if url:
         check(url, settings)
-    elif pictures:
-        raise SettingsError("Say whom to tell of the pictures: --webhook URL.")
+    elif images:
+        raise SettingsError("Say whom to tell of the images: --webhook URL.")
 
 
 def wait_until_closed(job_id: str, ledger: Ledger, *, timeout_s: float | None) -> int:
@@ -80,7 +80,7 @@ def wait_until_closed(job_id: str, ledger: Ledger, *, timeout_s: float | None) -
     job, tally, workers = ledger.look(job_id)
     show_job(job, tally, workers, err=True)
     if job.closed is None:
-        click.echo(f"cutfleet: still {some(job.open, 'picture')} open after {timeout_s:g} s [deadline]", err=True)
+        click.echo(f"cutfleet: still {some(job.open, 'image')} open after {timeout_s:g} s [deadline]", err=True)
         return DEADLINE
     return SOME_FAILED if job.failed else ALL_DONE
 

@@ -1,4 +1,4 @@
-"""What became of jobs and pictures: status, jobs, wait, dead, review."""
+"""What became of jobs and images: status, jobs, wait, dead, review."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("what", metavar="JOB|s3://BUCKET/KEY")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--failed", is_flag=True, help="List the pictures that failed: key, code, reason.")
-@click.option("--flagged", is_flag=True, help="List the pictures to look at: key, why, rules that were not passed.")
+@click.option("--failed", is_flag=True, help="List the images that failed: key, code, reason.")
+@click.option("--flagged", is_flag=True, help="List the images to look at: key, why, rules that were not passed.")
 @click.option("--watch", "live", is_flag=True, help="A live screen until the job is closed.")
 def status(what: str, as_json: bool, failed: bool, flagged: bool, live: bool) -> None:
-    """What became of a job, or of one source picture."""
+    """What became of a job, or of one source image."""
     from dataclasses import asdict
 
     if live and (as_json or failed or flagged or what.startswith("s3://")):
         raise SettingsError("--watch shows a job, and goes with no other option.")
     if what.startswith("s3://"):
-        _picture_status(what, as_json)
+        _image_status(what, as_json)
         return
     if live:
         _watch_job(what)
@@ -72,7 +72,7 @@ def jobs(as_json: bool) -> None:
 @click.argument("job")
 @click.option("--timeout", "timeout_s", type=float, metavar="S", help="Give up after S seconds (exit code 3).")
 def wait(job: str, timeout_s: float | None) -> None:
-    """Wait until a job is closed: exit code 0 when all is done, 1 when some pictures failed."""
+    """Wait until a job is closed: exit code 0 when all is done, 1 when some images failed."""
     with open_ledger() as (_, ledger):
         ledger.job(job)
         sys.exit(wait_until_closed(job, ledger, timeout_s=timeout_s))
@@ -85,7 +85,7 @@ def wait(job: str, timeout_s: float | None) -> None:
 @click.option("--sample", type=click.IntRange(min=1), metavar="N", help="N more, drawn at random of all cutouts.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=".", show_default=True)
 def review(job: str, flagged: bool, failed: bool, sample: int | None, out: Path) -> None:
-    """Make a page to look at a job's pictures: before and after, the worst edge at 100 %, figures, reasons; approve and
+    """Make a page to look at a job's images: before and after, the worst edge at 100 %, figures, reasons; approve and
     reject. Any CPU worker makes the previews. Prints the page's path."""
     from producer.review.select import Wanted, write_review
 
@@ -107,7 +107,7 @@ def review(job: str, flagged: bool, failed: bool, sample: int | None, out: Path)
 @click.argument("job")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
 def dead(job: str, as_json: bool) -> None:
-    """The dead letters of a job: every picture that failed, its code, tries, time, worker and reason."""
+    """The dead letters of a job: every image that failed, its code, tries, time, worker and reason."""
     from producer.console.output import dead_line
     from producer.records.failures import failures_of, json_row
 
@@ -136,12 +136,12 @@ def _watch_job(job: str) -> None:
         watch_job(job, ledger, console=Console())
 
 
-def _picture_status(uri: str, as_json: bool) -> None:
+def _image_status(uri: str, as_json: bool) -> None:
     from jobs.s3.client import Location
-    from producer.records.report import picture_status
+    from producer.records.report import image_status
 
     with open_services() as (_, ledger, store):
-        found = picture_status(Location.parse(uri), ledger=ledger, store=store)
+        found = image_status(Location.parse(uri), ledger=ledger, store=store)
     if as_json:
         click.echo(json.dumps(found.summary(), ensure_ascii=False))
         return

@@ -1,4 +1,4 @@
-"""Asking for pictures: plan, submit, render, and the recipes they name."""
+"""Asking for images: plan, submit, render, and the recipes they name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     default=100_000,
     show_default=True,
     metavar="N",
-    help="Show the plan and ask before more than N pictures.",
+    help="Show the plan and ask before more than N images.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option(
@@ -60,7 +60,7 @@ def submit(
     if resume is None and destination is None:
         raise SettingsError("Say where the results go: --to s3://BUCKET/PREFIX.")
     with sought.here() as sought, open_services() as (settings, ledger, store):
-        check_webhook(told.webhook, told.webhook_pictures, settings)
+        check_webhook(told.webhook, told.webhook_images, settings)
         request = _request(sought, made, settings, destination, pace=pace, told=told, name=name)
         if resume is None and not yes:
             _confirm(request, settings, store, ledger, over=confirm_over)
@@ -83,7 +83,7 @@ def submit(
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="[default: those that serve the model now]")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def plan(sought: Sought, made: Made, workers: int | None, as_json: bool) -> None:
-    """What a submission would take: pictures, bytes, time and cost. Nothing is submitted."""
+    """What a submission would take: images, bytes, time and cost. Nothing is submitted."""
     from producer.submission.estimate import plan as plan_for
 
     with sought.here() as sought, open_services() as (settings, ledger, store):
@@ -110,7 +110,7 @@ def _confirm(request: Request, settings: Settings, store: Store, ledger: Ledger,
         return
     if not sys.stdin.isatty():
         raise SettingsError(
-            f"There are more than {over:,} pictures. What they take: cutfleet plan {request.source}. To go on: --yes, "
+            f"There are more than {over:,} images. What they take: cutfleet plan {request.source}. To go on: --yes, "
             "or --confirm-over with a larger number.",
             code="needs_confirmation",
         )
@@ -148,7 +148,7 @@ def _request(
         rate=pace.rate,
         sample=pace.sample,
         webhook=told.webhook,
-        webhook_pictures=told.webhook_pictures,
+        webhook_images=told.webhook_images,
     )
 
 
@@ -208,7 +208,7 @@ def _tell(text: str) -> None:
 def _tell_submitted(job: Job, ledger: Ledger) -> None:
     from producer.console.output import some
 
-    click.echo(f"{some(job.total, 'picture')} from {job.source} to {job.destination}, model {job.model}", err=True)
+    click.echo(f"{some(job.total, 'image')} from {job.source} to {job.destination}, model {job.model}", err=True)
     tell_unserved(job, ledger)
 
 

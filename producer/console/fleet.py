@@ -10,13 +10,13 @@ from jobs.catalogue import PRESETS, RENDER, describe_state
 from producer.console.output import print_columns
 
 _NUMBERS: Mapping[str, type[int] | type[float]] = {
-    **dict.fromkeys(("batch_limit", "slots", "in_flight", "pictures", "waiting", "pid"), int),
+    **dict.fromkeys(("batch_limit", "slots", "in_flight", "images", "waiting", "pid"), int),
     **dict.fromkeys(("rate", "idle_s"), float),
 }
 
 
 def count_served(workers: Mapping[str, Mapping[str, str]]) -> collections.Counter[str]:
-    """How many workers take pictures for each model; one on a CPU also makes renditions again."""
+    """How many workers take images for each model; one on a CPU also makes renditions again."""
     served = collections.Counter(facts["model"] for facts in workers.values())
     return served + collections.Counter({RENDER: sum(facts.get("renders") == "1" for facts in workers.values())})
 
@@ -28,12 +28,12 @@ def show_workers(workers: Mapping[str, Mapping[str, str]], *, as_json: bool) -> 
             typed = {name: _NUMBERS.get(name, str)(value) for name, value in facts.items()}
             print(json.dumps({"node": node, **typed, "draining": facts["draining"] == "1"}))
         return
-    rows = [["worker", "device", "dtype", "batch", "model", "revision", "in flight", "pictures", "a second", "state"]]
+    rows = [["worker", "device", "dtype", "batch", "model", "revision", "in flight", "images", "a second", "state"]]
     for node, facts in workers.items():
         state = "draining" if facts["draining"] == "1" else "serving"
         held = f"{facts['in_flight']} of {facts['slots']}"
         what = [facts["hardware"], facts["dtype"], facts["batch_limit"], facts["model"], facts["revision"][:12]]
-        rows.append([node, *what, held, facts["pictures"], facts["rate"], state])
+        rows.append([node, *what, held, facts["images"], facts["rate"], state])
     print_columns(rows)
 
 

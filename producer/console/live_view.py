@@ -38,7 +38,7 @@ class Pace:
 
     @property
     def rate(self) -> float | None:
-        """Pictures a second; None before the second look."""
+        """Images a second; None before the second look."""
         (first, before), (last, after) = self._looks[0], self._looks[-1]
         return (after - before) / (last - first) if last > first else None
 
@@ -99,9 +99,9 @@ def screen(
 
 
 def _workers(workers: Mapping[str, Mapping[str, str]], model: str) -> Table:
-    table = Table("worker", "in flight", "pictures", "a second", box=None, pad_edge=False)
+    table = Table("worker", "in flight", "images", "a second", box=None, pad_edge=False)
     for node, facts in workers.items():
         if facts["model"] == model:
-            told = [facts.get(name, "") for name in ("in_flight", "pictures", "rate")]
+            told = [facts.get(name, "") for name in ("in_flight", "images", "rate")]
             table.add_row(node, *told)
     return table

@@ -63,14 +63,14 @@ def wait_for(job_id: str, ledger: Ledger, *, timeout_s: float | None) -> Job:
 
 
 def job_lines(job: Job, *, served: bool = True, tally: Tally | None = None) -> Iterator[str]:
-    """A job in a few lines. `served`: a running worker has its model. `tally`: of its done pictures."""
+    """A job in a few lines. `served`: a running worker has its model. `tally`: of its done images."""
     yield f"job:       {job.id}" + (f"  ({job.name})" if job.name != job.source else "")
     yield f"from, to:  {job.source}  ->  {job.destination}"
     yield f"model:     {job.model}, {job.lane}" + ("" if served else "; no running worker serves it: the job waits")
     doing = "its report is being written" if job.listed and not job.open and job.closed is None else job.paused
     yield f"state:     {job.state}" + (f" ({doing})" if doing else "")
     counts = f"{job.done} done, {job.failed} failed, {job.skipped} skipped, {job.cancelled_images} cancelled"
-    yield f"pictures:  {job.total} = {job.open} open, {counts}" + (f"; {job.review} to review" if job.review else "")
+    yield f"images:  {job.total} = {job.open} open, {counts}" + (f"; {job.review} to review" if job.review else "")
     if tally and tally.review:
         yield "review:    " + ", ".join(f"{count} {reason}" for reason, count in tally.review.items())
     for name, verdicts in tally.rules.items() if tally else ():
@@ -105,7 +105,7 @@ def dead_line(failure: Failure) -> str:
 
 
 def some(count: int, what: str) -> str:
-    """`1 picture`, `2,000 pictures`."""
+    """`1 image`, `2,000 images`."""
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
@@ -132,7 +132,7 @@ class _Bar:
             disable=not sys.stderr.isatty(),
             transient=True,
         )
-        self._task = self._progress.add_task("pictures", total=None)
+        self._task = self._progress.add_task("images", total=None)
         self._next = time.monotonic() + SILENT_S
         self._said = ""
 

@@ -1,6 +1,6 @@
 """`cutfleet demo`: the whole system on this machine, once, on real photographs; what it makes stays in a folder.
 
-OUT/sources, OUT/cutouts, OUT/masks: the pictures; OUT/contact-sheet.png: all of them side by side; OUT/system: logs.
+OUT/sources, OUT/cutouts, OUT/masks: the images; OUT/contact-sheet.png: all of them side by side; OUT/system: logs.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SOURCE, DESTINATION = "s3://catalogue/photos/", "s3://results/"
 MODEL = "u2netp"
 TIMEOUT_S = 600.0
 MAX_BYTES = 500_000_000
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif", ".jp2"}
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif", ".jp2"}
 
 
 def run_demo(photos: Path | None, out: Path, *, keep: bool) -> int:
-    """Exit code: 0 when every picture is done."""
+    """Exit code: 0 when every image is done."""
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: what was started is ended
     _clear(out)
@@ -52,12 +52,12 @@ def run_demo(photos: Path | None, out: Path, *, keep: bool) -> int:
         worker.stop() if not keep else _serve(stack)
     _draw_sheet(out)
     click.echo(f"cutouts:   {out / 'cutouts'}\nmasks:     {out / 'masks'}\nlook at:   {out / 'contact-sheet.png'}")
-    click.echo("go on:     cutfleet demo PHOTOS --keep   your own pictures, and the system stays up to play with")
+    click.echo("go on:     cutfleet demo PHOTOS --keep   your own images, and the system stays up to play with")
     return 0 if job.closed is not None and job.done + job.skipped == job.total else 1
 
 
 def _clear(out: Path) -> None:
-    """An earlier demo's pictures go, told by its system beside them; a folder of the user's own stays as it is."""
+    """An earlier demo's images go, told by its system beside them; a folder of the user's own stays as it is."""
     if (out / "system").is_dir():
         for name in ("sources", "cutouts", "masks"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -65,7 +65,7 @@ def _clear(out: Path) -> None:
 
 
 def _upload(photos: Path | None, out: Path, store: Store) -> list[str]:
-    """Puts the pictures into the source bucket and beside the results. Returns their names."""
+    """Puts the images into the source bucket and beside the results. Returns their names."""
     for uri in (SOURCE, DESTINATION):
         store.create_bucket(Location.parse(uri).bucket)
     source = Location.parse(SOURCE)
@@ -84,10 +84,10 @@ def _read_photos(photos: Path | None) -> dict[str, bytes]:
         found = [(entry.name, entry.read_bytes()) for entry in samples.iterdir()]
     else:
         found = [(path.name, path.read_bytes()) for path in photos.iterdir() if path.is_file()]
-    pictures = {name: body for name, body in sorted(found) if Path(name).suffix.lower() in PICTURES}
-    if not pictures:
-        raise click.UsageError(f"There are no pictures in {photos}.")
-    return pictures
+    images = {name: body for name, body in sorted(found) if Path(name).suffix.lower() in IMAGES}
+    if not images:
+        raise click.UsageError(f"There are no images in {photos}.")
+    return images
 
 
 def _run_job(store: Store, ledger: Ledger) -> Job:
@@ -97,7 +97,7 @@ def _run_job(store: Store, ledger: Ledger) -> Job:
     job = submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
     started = time.monotonic()
     job = wait_for(job.id, ledger, timeout_s=TIMEOUT_S)
-    click.echo(f"{job.total} pictures in {time.monotonic() - started:.1f} s", err=True)
+    click.echo(f"{job.total} images in {time.monotonic() - started:.1f} s", err=True)
     return job
 
 

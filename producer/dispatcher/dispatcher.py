@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 LOCK_S = 10
 PAUSE_S = 1.0
 JUDGED_FROM = 100
-"""Pictures of a job that must be final before their failures say anything about the rest."""
+"""Images of a job that must be final before their failures say anything about the rest."""
 CANCELS_A_TURN = 128
-"""Moves, each of `CANCEL_ROWS` pictures: two million pictures, in a tenth of a second."""
+"""Moves, each of `CANCEL_ROWS` images: two million images, in a tenth of a second."""
 SMALL_JOB = 2 * PART_ROWS
 SMALL_REPORTS = 4
 """Reports of small jobs that are written at once, and beside that of a large one, which takes minutes."""

@@ -26,16 +26,16 @@ from producer.doctor.findings import REMEDIES, Finding, caught, error, failed, o
 from producer.submission.submit import check_places
 
 PINGS = 20
-SLOW_REDIS_MS = 10.0  # a picture costs some ten round trips
+SLOW_REDIS_MS = 10.0  # an image costs some ten round trips
 OLDEST_REDIS = (7, 2)
 CLOCK_S = 5.0
 FULL, NEARLY_FULL = 0.95, 0.8
 MIN_FREE_GB = 1.0  # a manifest of ten million keys is sorted in about this
 STUCK_S = 120.0
-"""A worker with pictures before its device makes progress far more often, even on a loaded CPU."""
+"""A worker with images before its device makes progress far more often, even on a loaded CPU."""
 LIVE_WAITS_S = 60.0
 CPU_MODEL_M = 10.0
-"""Millions of weights; what is larger takes many seconds a picture on a CPU."""
+"""Millions of weights; what is larger takes many seconds an image on a CPU."""
 
 
 def examine(
@@ -90,7 +90,7 @@ def _redis(ledger: Ledger, now: Callable[[], float]) -> Iterator[Finding]:
             "redis",
             "redis_slow",
             f"Half of its answers take over {statistics.median(pings):.0f} ms.",
-            "Move Redis nearer to the workers: a picture costs some ten round trips.",
+            "Move Redis nearer to the workers: an image costs some ten round trips.",
         )
     yield from _redis_version(info["redis_version"])
     yield from _redis_kind(info)
@@ -149,7 +149,7 @@ def _redis_memory(info: Mapping[str, Any]) -> Iterator[Finding]:
             "redis",
             "redis_evicts",
             f"When it is full it drops keys: maxmemory-policy {info['maxmemory_policy']}.",
-            "Set maxmemory-policy noeviction: a key that is dropped is a job or a picture that is lost.",
+            "Set maxmemory-policy noeviction: a key that is dropped is a job or an image that is lost.",
         )
 
 
@@ -199,7 +199,7 @@ def _source(store: Store, source: str) -> Iterator[Finding]:
             yield warning(
                 "s3",
                 "source_empty",
-                f"There are no pictures under {prefix}, so nothing could be read.",
+                f"There are no images under {prefix}, so nothing could be read.",
                 "Correct the prefix: it matches as S3 does, from the first letter on.",
             )
         case [S3Object(key=key)]:
@@ -251,7 +251,7 @@ def _worker(node: str, facts: Mapping[str, str]) -> Iterator[Finding]:
     state = ", draining" if facts["draining"] == "1" else ""
     yield ok(
         "workers",
-        f"{node}: {facts['model']} on {facts['device']} in {facts['dtype']}, {facts['pictures']} pictures, "
+        f"{node}: {facts['model']} on {facts['device']} in {facts['dtype']}, {facts['images']} images, "
         f"{facts['in_flight']} in flight, last progress {idle_s:.0f} s ago{state}.",
     )
     if theirs != ours:
@@ -265,8 +265,8 @@ def _worker(node: str, facts: Mapping[str, str]) -> Iterator[Finding]:
         yield error(
             "workers",
             "worker_stuck",
-            f"{node} has {waiting} pictures before its device and made no progress.",
-            "Look at its log and at nvidia-smi; restart it: its pictures go to others when their leases end.",
+            f"{node} has {waiting} images before its device and made no progress.",
+            "Look at its log and at nvidia-smi; restart it: its images go to others when their leases end.",
         )
     preset = PRESETS.get(facts["model"])
     if facts["device"] == "cpu" and preset is not None and preset.parameters_m > CPU_MODEL_M:
@@ -288,7 +288,7 @@ def _alike(workers: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
                 "workers",
                 "models_differ",
                 f"Workers serve {model} with different weights: {', '.join(found)}.",
-                "Pin one with CUTFLEET_MODEL_REVISION and restart them: a job's pictures must come from one model.",
+                "Pin one with CUTFLEET_MODEL_REVISION and restart them: a job's images must come from one model.",
             )
 
 
@@ -298,7 +298,7 @@ def _queues(ledger: Ledger, jobs: Sequence[Job], served: set[str]) -> Iterator[F
             yield warning(
                 "queues",
                 "job_paused",
-                f"Job {job.id} is paused with {job.open} pictures open: {job.paused}",
+                f"Job {job.id} is paused with {job.open} images open: {job.paused}",
                 f"Mend the cause, then: cutfleet unpause {job.id}",
             )
     models = {job.model for job in jobs}
@@ -310,19 +310,19 @@ def _queues(ledger: Ledger, jobs: Sequence[Job], served: set[str]) -> Iterator[F
             yield error(
                 "queues",
                 "model_not_served",
-                f"{count} pictures wait for {model}, which no running worker serves.",
+                f"{count} images wait for {model}, which no running worker serves.",
                 "Start a worker on a CPU." if model == RENDER else f"Start a worker with CUTFLEET_MODEL={model}.",
             )
         elif sizes[live][1] > LIVE_WAITS_S:
             yield warning(
                 "queues",
                 "live_waits",
-                f"The oldest live picture for {model} waits {sizes[live][1]:.0f} s.",
+                f"The oldest live image for {model} waits {sizes[live][1]:.0f} s.",
                 "Start more workers, or see above why those that run are slow.",
             )
         else:
             lengths = ", ".join(f"{length} on {queue}" for queue, (length, _) in sizes.items())
-            yield ok("queues", f"{count} pictures open for {model}; {lengths}.")
+            yield ok("queues", f"{count} images open for {model}; {lengths}.")
 
 
 def _newest(jobs: Sequence[Job], name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A watch: pictures that arrive under a prefix become images of one live job a day.
+"""A watch: images that arrive under a prefix become images of one live job a day.
 
 It hears of arrivals by SQS, by webhook and, for what both missed, by listing the prefix now and then. All three end in
 `Watcher.take`: an arrival is in the ledger before anybody is told that it was heard, and what the ledger has as the
@@ -138,9 +138,7 @@ class Watcher:
                 return 0
             job = self._todays_job()
             if job.open >= BACKLOG:
-                raise Backlog(
-                    f"{job.open:,} pictures of job {job.id} wait: more are taken when workers have done some."
-                )
+                raise Backlog(f"{job.open:,} images of job {job.id} wait: more are taken when workers have done some.")
             lines = [
                 (_digest(row.key), etag, row.etag, *live_row(job.total + i, dataclasses.replace(row, etag=""), job))
                 for i, (row, etag) in enumerate(fresh)

@@ -1,4 +1,4 @@
-"""What pictures cost: workers' time and requests to S3, at the prices of the settings. Storage and traffic between
+"""What images cost: workers' time and requests to S3, at the prices of the settings. Storage and traffic between
 regions are not in it."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from jobs.settings import Settings
 
 _LISTED_AT_ONCE = 1000
 _PART_FILES = 3 / 10_000
-"""Files of manifest and report a picture."""
+"""Files of manifest and report an image."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Bill:
 
 
 def bill(recipe: Recipe, settings: Settings, *, done: int, skipped: int, worker_s: float) -> Bill:
-    """Of pictures that were done, or will be: listed, looked for at the destination, read, written."""
+    """Of images that were done, or will be: listed, looked for at the destination, read, written."""
     writes = done * (2 + len(recipe.renditions)) + (done + skipped) * (1 / _LISTED_AT_ONCE + _PART_FILES)
     reads = 2 * done + skipped * (2 + len(recipe.renditions))
     s3_usd = (writes * settings.s3_write_usd + reads * settings.s3_read_usd) / 1000

@@ -1,4 +1,4 @@
-"""What stands under a destination, listed once into a temporary file: a question about ten thousand pictures costs no
+"""What stands under a destination, listed once into a temporary file: a question about ten thousand images costs no
 request, and memory stays the same for millions (disk: some 150 bytes an object)."""
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def write_end(job: Job, total: int, store: Store) -> None:
 
 
 def write_reopened(job: Job, store: Store) -> None:
-    """Before pictures of a job that may be closed are open again: what Redis loses then is not what its report says."""
+    """Before images of a job that may be closed are open again: what Redis loses then is not what its report says."""
     summary = store.head(record_location(job.destination, job.id, "report/summary.json"), role="output")
     if summary is not None:
         place = record_location(job.destination, job.id, "report/reopened.json")

@@ -2,7 +2,7 @@
 in part i // PART_ROWS; every part but the last is full, so that no list of offsets is needed.
 
 A backfill's parts are written while it is listed. A live job's lines wait in the ledger, so that nothing stands between
-a new picture and its worker; the dispatcher records them as parts when one is full and before the job closes."""
+a new image and its worker; the dispatcher records them as parts when one is full and before the job closes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of a job, joined from manifest and ledger, and of one picture.
+"""What became of a job, joined from manifest and ledger, and of one image.
 
 In S3 under TO/_cutfleet/JOB/report/: summary.json (counts, rates, cost, quality, verdicts), and one CSV of succeeded
 and of failed images for each part of the manifest, in the columns of S3 Batch Operations reports (no header): Bucket,
@@ -38,8 +38,8 @@ _SUCCEEDED = {ImageState.DONE: "done", ImageState.REVIEW: "done, to be reviewed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PictureStatus:
-    """`state`: open, waiting, leased, retry, done, failed or unknown. `job` None: no job covers the picture."""
+class ImageStatus:
+    """`state`: open, waiting, leased, retry, done, failed or unknown. `job` None: no job covers the image."""
 
     source: str
     state: str
@@ -88,15 +88,15 @@ def write_report(
 
 
 def _summary(job: Job, recipe: Recipe, settings: Settings, tally: Tally) -> dict[str, Any]:
-    """Counts, rates, cost, and in `tally` what there is to say of all pictures together: figures of their masks,
+    """Counts, rates, cost, and in `tally` what there is to say of all images together: figures of their masks,
     reasons for review, verdicts of each rendition's rules. One that was made again counts there each time."""
     closed = time.time()
     seconds = max(1e-3, closed - job.created)
     cost = bill(recipe, settings, done=job.done, skipped=job.skipped, worker_s=tally.worker_s)
     rates = {
         "seconds": round(seconds, 1),
-        "pictures_per_s": round(job.final / seconds, 3),
-        "pictures_per_worker_s": round(job.done / tally.worker_s, 3) if tally.worker_s else None,
+        "images_per_s": round(job.final / seconds, 3),
+        "images_per_worker_s": round(job.done / tally.worker_s, 3) if tally.worker_s else None,
     }
     more = {"rates": rates, "cost": cost.summary(), "tally": dataclasses.asdict(tally)}
     return job.summary() | {"state": "closed", "closed": closed} | more
@@ -120,7 +120,7 @@ def read_report(job: Job, tasks: Sequence[ImageTask], *, store: Store) -> tuple[
     return [ImageState.FAILED if t.index in failures else s for t, s in zip(tasks, states, strict=True)], failures
 
 
-def picture_status(source: Location, *, ledger: Ledger, store: Store) -> PictureStatus:
+def image_status(source: Location, *, ledger: Ledger, store: Store) -> ImageStatus:
     """The jobs whose source covers the key, newest first: in flight from the ledger, done from the output, failed from
     the dead letters. A destination costs one request, whatever the size of its jobs, unless they are open or have
     failures."""
@@ -134,7 +134,7 @@ def picture_status(source: Location, *, ledger: Ledger, store: Store) -> Picture
             status = _status_in(job, source, in_flight.get(job.id), ledger, store, head)
             if status is not None:
                 return status
-    return PictureStatus(source=str(source), state="unknown")
+    return ImageStatus(source=str(source), state="unknown")
 
 
 def _in_flight(source: Location, ledger: Ledger) -> dict[str, str]:
@@ -157,11 +157,11 @@ def _status_in(
     ledger: Ledger,
     store: Store,
     head: Callable[[Location], S3Object | None],
-) -> PictureStatus | None:
+) -> ImageStatus | None:
     names = image_names(job.source, job.destination, source.key)
 
-    def status(state: str, **more: str) -> PictureStatus:
-        return PictureStatus(source=str(source), state=state, job=job.id, **more)
+    def status(state: str, **more: str) -> ImageStatus:
+        return ImageStatus(source=str(source), state=state, job=job.id, **more)
 
     if image is not None:
         return status(ledger.place(image) or "open")

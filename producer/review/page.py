@@ -1,6 +1,6 @@
-"""The review page: one HTML file that holds its pictures, opens from a disk and asks nobody for anything.
+"""The review page: one HTML file that holds its images, opens from a disk and asks nobody for anything.
 
-What the pictures are called and why they are there stands first, worst first; their images come last, a block each, so
+What the images are called and why they are there stands first, worst first; their images come last, a block each, so
 that the page can be used while a browser still reads them. Its policy lets no script run but its own.
 """
 
@@ -32,7 +32,7 @@ _UNSAFE = {ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&\u2028\u2029"}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One picture of the page. `failure`: None where it did not fail."""
+    """One image of the page. `failure`: None where it did not fail."""
 
     key: str
     failure: Failure | None
@@ -110,7 +110,7 @@ def _head(job: Job, told: list[dict[str, Any]], *, of: int) -> str:
 
 
 def _told_of_job(job: Job, count: int, of: int) -> dict[str, str]:
-    drawn = f"{count} pictures" if count == of else f"{count} pictures, drawn at random of {of}"
+    drawn = f"{count} images" if count == of else f"{count} images, drawn at random of {of}"
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     words = ["cutfleet", "submit", job.source, "--to", job.destination]
     recipe = Recipe.from_json(job.recipe)

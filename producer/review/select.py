@@ -1,4 +1,4 @@
-"""`cutfleet review`: the pictures of a job that a person should look at, on one page that needs nothing but a browser.
+"""`cutfleet review`: the images of a job that a person should look at, on one page that needs nothing but a browser.
 
 Their previews are made by workers on a CPU, as a job of its own that writes beside the reviewed one's records
 (`jobs/preview.py`); the page is put together here (`producer/review/page.py`).
@@ -32,7 +32,7 @@ from producer.review.page import Row, write_page
 from producer.submission.submit import Request, submit
 
 MOST = 5_000
-"""Pictures on one page: some 600 MB, which a browser opens in seconds. Of more, as many are drawn at random."""
+"""Images on one page: some 600 MB, which a browser opens in seconds. Of more, as many are drawn at random."""
 MAX_BYTES = 4_000_000
 """Far above what a preview takes."""
 CONNECTIONS = 16
@@ -73,7 +73,7 @@ def write_review(
     choices, of = _choose(job, wanted, store=store, ledger=ledger)
     if not choices:
         raise JobError(
-            f"There is nothing to review in job {job.id}: no picture of it is like that. `--sample N` draws some of "
+            f"There is nothing to review in job {job.id}: no image of it is like that. `--sample N` draws some of "
             "all that are done.",
             code="nothing_to_review",
         )
@@ -84,7 +84,7 @@ def write_review(
             wait_for(made.id, ledger, timeout_s=None)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"review-{job.id}.html"
-    with Counter("pictures on the page") as counter:
+    with Counter("images on the page") as counter:
         rows = _fetch_rows(job, choices, made, store=store, ledger=ledger)
         write_page(job, _counted(rows, counter), page, of=of)
     return page
@@ -178,7 +178,7 @@ def _cancelled_if_left(job: Job, ledger: Ledger) -> Iterator[None]:
 
 
 def _dice(job: Job) -> random.Random:
-    return random.Random(job.id)  # noqa: S311  (draws pictures, keeps no secret)
+    return random.Random(job.id)  # noqa: S311  (draws images, keeps no secret)
 
 
 def _wanted_indexes(job: Job, wanted: Wanted, ledger: Ledger) -> set[int]:

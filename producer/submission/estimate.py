@@ -1,4 +1,4 @@
-"""What a submission would take, before it is made: pictures and bytes as the source has them now, time and cost from
+"""What a submission would take, before it is made: images and bytes as the source has them now, time and cost from
 what this fleet has measured. The source is read as `submit` reads it, and nothing is kept of a row."""
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from producer.records.cost import Bill, bill
 from producer.submission.submit import Request, check_model, rows_of
 
 ASSUMED_RATE = 90.0
-"""Pictures a second of one H100 with BiRefNet at 1024 x 1024, float16, compiled: estimated from its arithmetic (2.5
-TFLOP a picture, a third of 780 TFLOP/s, less what else a picture takes). Nobody has measured it."""
+"""Images a second of one H100 with BiRefNet at 1024 x 1024, float16, compiled: estimated from its arithmetic (2.5
+TFLOP an image, a third of 780 TFLOP/s, less what else an image takes). Nobody has measured it."""
 _TOLD_EVERY = 1000
 MEASURED_FROM = 100
-"""Pictures that must be done before their time says anything."""
+"""Images that must be done before their time says anything."""
 BUSY_SHARE = 0.5
 """Of its slots that a worker must have filled for its rate to be what it can do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Pictures a second of one worker, and where the figure comes from."""
+    """Images a second of one worker, and where the figure comes from."""
 
     rate: float
     said_by: str
@@ -37,12 +37,12 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`unsized`: pictures whose size the source does not say; `size_bytes` is of the others. `serving`: workers that
+    """`unsized`: images whose size the source does not say; `size_bytes` is of the others. `serving`: workers that
     serve the model now; `workers`: those it is planned for."""
 
     source: str
     model: str
-    pictures: int
+    images: int
     size_bytes: int
     unsized: int
     serving: int
@@ -52,12 +52,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self.pictures / (self.speed.rate * self.workers)
+        return self.images / (self.speed.rate * self.workers)
 
     def summary(self) -> dict[str, Any]:
         """What `--json` shows."""
-        told = {name: getattr(self, name) for name in ("source", "model", "pictures", "unsized", "serving", "workers")}
-        told |= {"bytes": self.size_bytes, "pictures_per_worker_s": self.speed.rate, "rate_from": self.speed.said_by}
+        told = {name: getattr(self, name) for name in ("source", "model", "images", "unsized", "serving", "workers")}
+        told |= {"bytes": self.size_bytes, "images_per_worker_s": self.speed.rate, "rate_from": self.speed.said_by}
         return told | {"seconds": round(self.seconds, 1), "cost": self.bill.summary()}
 
     def lines(self, settings: Settings) -> list[str]:
@@ -67,9 +67,9 @@ class Plan:
         cost = self.bill
         return [
             f"source:    {self.source}",
-            f"pictures:  {self.pictures:,}, {_size(self.size_bytes)}{unsized}",
+            f"images:  {self.images:,}, {_size(self.size_bytes)}{unsized}",
             f"model:     {self.model}; {served}, planned for {self.workers}",
-            f"speed:     {self.speed.rate:,.2f} pictures a second and worker ({self.speed.said_by})",
+            f"speed:     {self.speed.rate:,.2f} images a second and worker ({self.speed.said_by})",
             f"workers:   {cost.worker_hours:,.1f} hours at {settings.worker_usd:g} USD = {cost.worker_usd:,.2f} USD",
             f"S3:        {cost.writes:,} PUT and LIST at {settings.s3_write_usd:g} USD a thousand, {cost.reads:,} GET "
             f"and HEAD at {settings.s3_read_usd:g} = {cost.s3_usd:,.2f} USD",
@@ -89,26 +89,26 @@ def plan(
     """`workers`: how many there will be; None: as many as serve the model now, at least one. Raises what `submit`
     raises for a source that can't be listed."""
     check_model(request.recipe.model, ledger)
-    pictures = size_bytes = unsized = 0
+    images = size_bytes = unsized = 0
     for row in rows_of(request, store):
-        pictures += 1
+        images += 1
         size_bytes += max(0, row.size)
         unsized += row.size < 0
-        if pictures % _TOLD_EVERY == 0:
-            listed(pictures)
+        if images % _TOLD_EVERY == 0:
+            listed(images)
     model = request.recipe.model
     speed = find_speed(model, ledger)
     serving = count_served(ledger.workers())[model]
     return Plan(
         source=request.source,
         model=model,
-        pictures=pictures,
+        images=images,
         size_bytes=size_bytes,
         unsized=unsized,
         serving=serving,
         workers=workers or max(1, serving),
         speed=speed,
-        bill=bill(request.recipe, settings, done=pictures, skipped=0, worker_s=pictures / speed.rate),
+        bill=bill(request.recipe, settings, done=images, skipped=0, worker_s=images / speed.rate),
     )
 
 
@@ -127,7 +127,7 @@ def find_speed(model: str, ledger: Ledger) -> Speed:
     rates = [float(facts["rate"]) for facts in ledger.workers().values() if _is_busy(facts, model)]
     if rates:
         return Speed(sum(rates) / len(rates), f"measured now, mean of {len(rates)} busy workers")
-    return Speed(ASSUMED_RATE, "assumed, of an H100 with BiRefNet: run a few hundred pictures first to measure yours")
+    return Speed(ASSUMED_RATE, "assumed, of an H100 with BiRefNet: run a few hundred images first to measure yours")
 
 
 def _is_busy(facts: Mapping[str, str], model: str) -> bool:

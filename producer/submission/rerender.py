@@ -26,7 +26,7 @@ _HAVE_CUTOUT = (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED)
 def render(
     job: Job, recipe: Recipe, *, lane: Lane, store: Store, ledger: Ledger, lease_s: float, listed: Callable[[int], None]
 ) -> Job:
-    """The new job, of the pictures of `job` that have a cutout by now. Of `recipe` counts what needs only that:
+    """The new job, of the images of `job` that have a cutout by now. Of `recipe` counts what needs only that:
     renditions, their names and rules, delivery, review. Raises `JobError` `nothing_to_render`, and what `submit` does.
     """
     made_by = Recipe.from_json(job.recipe)

@@ -1,4 +1,4 @@
-"""Which pictures need no look at the destination, picture by picture, because its listing and the report of the last
+"""Which images need no look at the destination, image by image, because its listing and the report of the last
 job there tell already:
 
   new       nothing stands under the cutout's name: the worker does not look for it
@@ -7,7 +7,7 @@ job there tell already:
   neither   the worker looks, as at everything when nothing can be told
 
 Nothing can be told where no running worker, or several that differ, say which model they serve, or where the last job,
-or one that worked on the same names meanwhile, made its pictures by another recipe, or may have: of a job that Redis
+or one that worked on the same names meanwhile, made its images by another recipe, or may have: of a job that Redis
 lost, or whose record can't be read, nobody knows. Listing and report are kept in a temporary file. The store's clock
 and the dispatcher's must agree to a second.
 """
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 MAX_JOBS = 500
 """Jobs that a destination may remember; with more, their records are not read."""
 WORTH = 50
-"""Objects listed at the destination for each picture that is asked for, at most: a request lists a thousand."""
+"""Objects listed at the destination for each image that is asked for, at most: a request lists a thousand."""
 _CLOCK_S = 2.0
 """A listing's times are cut to seconds, and clocks may be one apart."""
 _MAX_BYTES = 64_000_000
@@ -68,7 +68,7 @@ class _Unreadable(CutfleetError):
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What a job left of itself. `closed` None: it has no summary yet. `made`: the fingerprints it made pictures by."""
+    """What a job left of itself. `closed` None: it has no summary yet. `made`: the fingerprints it made images by."""
 
     job: str
     source: str
@@ -107,7 +107,7 @@ class Known:
         self._written_before = closed - _CLOCK_S
 
     def hint(self, row: S3Object) -> Hint:
-        """What is known of a picture. One that is archived is so only where it is new: another may be done."""
+        """What is known of an image. One that is archived is so only where it is new: another may be done."""
         if self._is_empty:
             return row.hint or "new"
         names = image_names(self._job.source, self._job.destination, row.key)
@@ -134,7 +134,7 @@ class Known:
 
 @contextmanager
 def look_up(job: Job, store: Store, ledger: Ledger, *, at_least: int, whole: bool) -> Iterator[Known | None]:
-    """What can be told of the pictures of `job`, which has `at_least` so many, and no more if they are the `whole`.
+    """What can be told of the images of `job`, which has `at_least` so many, and no more if they are the `whole`.
     None when listing the destination would cost more than it tells. Without conditional writes nothing is told: what is
     new now may not be so when its turn comes."""
     recipe = Recipe.from_json(job.recipe)
@@ -148,7 +148,7 @@ def look_up(job: Job, store: Store, ledger: Ledger, *, at_least: int, whole: boo
         if not _list_outputs([_folder(job, "cutouts")], table, store, limit):
             yield None
             return
-        tells_nothing = job.webhook_pictures or _is_empty(table)
+        tells_nothing = job.webhook_images or _is_empty(table)
         fingerprint = "" if tells_nothing else served_fingerprint(recipe, ledger)
         closed = None
         if fingerprint:
@@ -221,13 +221,13 @@ def _read_last(
         _read_made(job, last, table, store)
         return last.closed
     except _Unreadable as exc:
-        log.warning("looked at picture by picture: %s", exc, extra={"action": "list", "job": job.id, "code": exc.code})
+        log.warning("looked at image by image: %s", exc, extra={"action": "list", "job": job.id, "code": exc.code})
         return None
 
 
 def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Record | None:
     """The newest closed job on the same names, if it and all that worked on them meanwhile, or do now, made their
-    pictures by this fingerprint. Who is open is asked first: a job that closes then is one that has a summary. Raises
+    images by this fingerprint. Who is open is asked first: a job that closes then is one that has a summary. Raises
     `_Unreadable`."""
     working = {other.id: other for other in ledger.open_jobs()}
     to = destination_prefix(job.destination)
@@ -272,7 +272,7 @@ def _makes_by(fingerprint: str, other: Job, job: Job, ledger: Ledger) -> bool:
 
 
 def _began(record: _Record, job: Job, store: Store) -> bool:
-    """Whether an unknown job may have made pictures: what was never listed was never fed."""
+    """Whether an unknown job may have made images: what was never listed was never fed."""
     if record.lane == "live":
         return True
     manifest = record_location(job.destination, record.job, "manifest/")

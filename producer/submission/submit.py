@@ -65,7 +65,7 @@ class Request:
     rate: float | None = None
     sample: int | None = None
     webhook: str = ""
-    webhook_pictures: bool = False
+    webhook_images: bool = False
     review_of: str = ""
 
 
@@ -87,7 +87,7 @@ def submit(
     rows = rows_of(request, store)
     head = list(itertools.islice(rows, MAX_LIVE + 1))
     if not head:
-        raise SettingsError(f"There are no pictures under {request.source}.", code="source_empty")
+        raise SettingsError(f"There are no images under {request.source}.", code="source_empty")
     job = _new_job(request, conditional=True)
     at_once = request.lane == "live" and request.rate is None and request.sample is None and len(head) <= MAX_LIVE
     job = dataclasses.replace(job, conditional=write_record(job, store, rows=head if at_once else ()))
@@ -132,7 +132,7 @@ def resume(
     waiting: Waiting = None,
 ) -> Job:
     """Lists on from where a killed `submit` stopped; one that still runs ends by `job_busy`. Of `request` counts which
-    pictures it asks for: raises `JobError` `other_source` when they are others than the job's, `job_cancelled`. Safe to
+    images it asks for: raises `JobError` `other_source` when they are others than the job's, `job_cancelled`. Safe to
     repeat; nothing happens to a job that is listed."""
     job = ledger.job(job_id)
     if job.cancelled:
@@ -170,7 +170,7 @@ def _check_asked(job: Job, request: Request) -> None:
 
 
 def _asked(request: Request) -> str:
-    """Which pictures of the source, in words that are the same only for the same ones. A manifest of this machine is
+    """Which images of the source, in words that are the same only for the same ones. A manifest of this machine is
     known by its content, one in S3 by its name."""
     if request.keys is not None:
         return f"keys {hashlib.sha256(json.dumps(sorted(set(request.keys))).encode()).hexdigest()[:16]}"
@@ -195,7 +195,7 @@ def check_request(request: Request, ledger: Ledger, store: Store) -> None:
 
 
 def rows_of(request: Request, store: Store, *, after: str = "") -> Iterator[S3Object]:
-    """The pictures asked for, each once, streamed. Named keys and manifests in the order of keys, those behind `after`
+    """The images asked for, each once, streamed. Named keys and manifests in the order of keys, those behind `after`
     only; a listing in no order, and whole."""
     source = Location.parse(request.source)
     if request.manifest is not None:
@@ -290,7 +290,7 @@ def _new_job(request: Request, *, conditional: bool) -> Job:
         model=request.recipe.model,
         lane=request.lane,
         webhook=request.webhook,
-        webhook_pictures=request.webhook_pictures,
+        webhook_images=request.webhook_images,
         review_of=request.review_of,
         conditional=conditional,
         created=now,

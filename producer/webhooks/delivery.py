@@ -1,4 +1,4 @@
-"""Webhooks: tells a job's receiver that the job is closed and, if asked for, what became of each picture.
+"""Webhooks: tells a job's receiver that the job is closed and, if asked for, what became of each image.
 
 As Standard Webhooks has it: `webhook-id` (the same for each delivery and replay of one event, another when it happens
 once more: what a receiver has seen it can drop), `webhook-timestamp`, `webhook-signature` (`v1,` and the HMAC-SHA256 of
@@ -83,7 +83,7 @@ def replay(job: Job, *, ledger: Ledger) -> int:
         )
     count = int(ledger.retell_job(job.id))
     first = 0
-    while job.webhook_pictures and first < job.total:
+    while job.webhook_images and first < job.total:
         told, reached = ledger.retell(job.id, first, min(first + MAX_ROWS, job.total))
         if reached == first:
             time.sleep(PAUSE_S)
@@ -190,21 +190,21 @@ class Deliverer:
         return status, f"the receiver answered {status}"
 
     def _message(self, event: Event, job: Job, outcome: Outcome | None) -> tuple[str, bytes]:
-        """The event's id for its receiver, and its body. `outcome`: of a picture."""
+        """The event's id for its receiver, and its body. `outcome`: of an image."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if outcome is None:
             kind, event_id = "job.closed", f"{job.id}-closed-{round(1000 * (job.closed or 0))}"
             data = job.summary() | {"report": str(record_location(job.destination, job.id, "report/"))}
         else:
             index = int(event.id.rpartition(":")[2])
-            data = self._picture(job, index, outcome)
-            kind, event_id = f"picture.{data['state']}", f"{job.id}-{index}-{data['state']}"
+            data = self._image(job, index, outcome)
+            kind, event_id = f"image.{data['state']}", f"{job.id}-{index}-{data['state']}"
             if outcome.reopened:
                 event_id += f"-{outcome.reopened}"
         body = json.dumps({"type": kind, "timestamp": now, "data": data}, ensure_ascii=False)
         return event_id, body.encode()
 
-    def _picture(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
+    def _image(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
         state, failure = outcome.state, outcome.failure
         (task,) = find_rows(job, index, 1, part=lambda number: self._part(job.id, number), ledger=self._ledger)
         names = image_names(job.source, job.destination, task.key)

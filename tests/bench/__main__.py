@@ -2,7 +2,7 @@
 
     python -m tests.bench [PART ...] [--json FILE] [--markdown FILE] [--keep]
 
-Parts: pictures, queue, worker, processes, interpreter, inference, start, memory; each is a module here with a command
+Parts: images, queue, worker, processes, interpreter, inference, start, memory; each is a module here with a command
 line of its own. `--keep` appends the ratios of this run to `results.jsonl`. Every run is held against what was kept on
 such a machine: a ratio more than 10 % below the median of the last five is named, and the exit code is 1. Ratios only:
 times say more about a machine's day.
@@ -27,7 +27,7 @@ from producer.demo.local_stack import told_afterwards
 from tests.bench.report import TERMINATED, Row, from_json, machine_facts, progress, to_json, to_markdown
 
 PARTS: Mapping[str, Sequence[str]] = {
-    "pictures": ("--rounds", "3"),
+    "images": ("--rounds", "3"),
     "queue": (),
     "worker": ("--rounds", "2"),
     "processes": ("--rounds", "2"),

@@ -1,9 +1,9 @@
-"""The picture path alone, as a worker's threads would run it: no broker, no store, files in memory, a device that costs
+"""The image path alone, as a worker's threads would run it: no broker, no store, files in memory, a device that costs
 nothing. What a worker reaches is compared with this.
 
-    python -m tests.bench.bare PHOTO --threads N --pictures N [--edges on]
+    python -m tests.bench.bare PHOTO --threads N --images N [--edges on]
 
-Prints pictures a second and CPU milliseconds a picture.
+Prints images a second and CPU milliseconds an image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("photo", type=Path)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--pictures", type=int, required=True)
+    parser.add_argument("--images", type=int, required=True)
     parser.add_argument("--edges", choices=("off", "estimate"), default="off")
     options = parser.parse_args()
     os.environ["BENCH_DEVICE_MS"] = "0"
@@ -37,9 +37,9 @@ def main() -> None:
 
         list(pool.map(one, range(2 * options.threads)))
         wall, cpu = time.perf_counter(), time.process_time()
-        list(pool.map(one, range(options.pictures)))
+        list(pool.map(one, range(options.images)))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(options.pictures / wall, cpu / options.pictures * 1000)
+    print(options.images / wall, cpu / options.images * 1000)
 
 
 if __name__ == "__main__":

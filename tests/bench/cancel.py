@@ -1,9 +1,9 @@
 """How long a large job takes to be cancelled, and who has to wait for it meanwhile.
 
-    nice python -m tests.bench.cancel [--pictures N] [--json FILE]
+    nice python -m tests.bench.cancel [--images N] [--json FILE]
 
 Real Valkey, ledger and dispatcher, the latter a process of its own; a folder in the place of S3, and workers that say
-they are there but take nothing. In every third part of the manifest each tenth picture is skipped already.
+they are there but take nothing. In every third part of the manifest each tenth image is skipped already.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ NOTED_US = 200
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=10_000_000)
+    parser.add_argument("--images", type=int, default=10_000_000)
     tell(parser, measure)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     with valkey_alone() as stack, stack.ledger() as ledger:
-        yield from _measure(stack, ledger, stack.folder / "store", options.pictures)
+        yield from _measure(stack, ledger, stack.folder / "store", options.images)
 
 
 def _measure(stack: LocalStack, ledger: Ledger, folder: Path, count: int) -> Iterator[Row]:
@@ -100,7 +100,7 @@ def _cancel(ledger: Ledger, job_id: str, url: str) -> Iterator[Row]:
         closed_s = time.perf_counter() - started
     assert job.final == job.total == job.cancelled_images + job.skipped, job
     assert not ledger.check(job_id, repair=False).counts
-    yield fact("pictures cancelled, every count exact", job.cancelled_images, "")
+    yield fact("images cancelled, every count exact", job.cancelled_images, "")
     yield fact("of them on a queue", fed, "")
     yield fact("until all are final", seconds, "s")
     yield fact("longest step of Redis", max((found["duration"] for found in slow), default=NOTED_US) / 1000, "ms")

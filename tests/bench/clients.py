@@ -1,9 +1,9 @@
-"""What a picture's three requests to S3 cost a worker: our Store (boto3) against obstore.
+"""What an image's three requests to S3 cost a worker: our Store (boto3) against obstore.
 
     pip install obstore && python -m tests.bench.clients [--rounds N] [--json FILE]
 
 GET of the source, PUT of mask and cutout, the cutout on condition that nothing is there; one after the other, bodies as
-large as those of a photograph. A second client would have to be worth one and a half times a worker's whole picture.
+large as those of a photograph. A second client would have to be worth one and a half times a worker's whole image.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jobs.s3.client import Location, Store
 from producer.demo.local_stack import LocalStack
 from tests.bench.report import Row, row, tell
 
-BUCKET = "pictures"
+BUCKET = "images"
 SIZES = {"12MP": (2_900_000, 170_000, 9_600_000), "2MP": (500_000, 30_000, 1_700_000)}
 """Bytes of source, mask and cutout."""
-PICTURES = {"12MP": 8, "2MP": 30}
+IMAGES = {"12MP": 8, "2MP": 30}
 
 Do = Callable[[str, bytes, bytes], None]
 
@@ -51,12 +51,12 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             for _ in range(options.rounds):
                 for name, way in ways.items():
                     began = time.process_time()
-                    for _ in range(PICTURES[size]):
+                    for _ in range(IMAGES[size]):
                         way(f"p{next(numbers)}", *bodies)
-                    costs[name].append((time.process_time() - began) * 1000 / PICTURES[size])
+                    costs[name].append((time.process_time() - began) * 1000 / IMAGES[size])
             ours, theirs = costs.values()
-            yield row(f"{size}: requests of a picture by our Store", ours, "CPU ms/picture")
-            yield row(f"{size}: the same by obstore", theirs, "CPU ms/picture", against="our Store", others=ours)
+            yield row(f"{size}: requests of an image by our Store", ours, "CPU ms/image")
+            yield row(f"{size}: the same by obstore", theirs, "CPU ms/image", against="our Store", others=ours)
 
 
 def _by_store(store: Store) -> Do:

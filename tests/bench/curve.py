@@ -2,7 +2,7 @@
 
     python -m tests.bench.curve [--workers N] ... [--seconds S] [--json FILE]
 
-Real Valkey, ledger, dispatcher and messages. A worker is an H100 at a tenth of its pace: 9 pictures a second, in
+Real Valkey, ledger, dispatcher and messages. A worker is an H100 at a tenth of its pace: 9 images a second, in
 batches of 8, 24 slots; two processes play all of them, and their store is a folder. `fed`: the share of what the
 workers could have done. Processor time tells who reaches the end of a core first.
 """
@@ -28,7 +28,7 @@ from tests.bench.scale import run_dispatcher
 from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, FolderStore, say_alive
 
 PACE = 9.0
-"""Pictures a second of a worker: an H100's 90, at 1:10."""
+"""Images a second of a worker: an H100's 90, at 1:10."""
 BATCH = 8
 SLOTS = 24
 WORKERS = (8, 16, 32, 64, 128, 256, 512)
@@ -84,8 +84,8 @@ def _point(stack: LocalStack, folder: Path, count: int, seconds: float) -> Itera
             for process in (*players, dispatcher):
                 process.join()
     rate = (job.done - before) / took
-    progress(f"{count} workers: {rate:.0f} of {most:.0f} pictures/s")
-    yield fact(f"{count} workers, that can do {most:.0f} pictures/s", rate, "pictures/s")
+    progress(f"{count} workers: {rate:.0f} of {most:.0f} images/s")
+    yield fact(f"{count} workers, that can do {most:.0f} images/s", rate, "images/s")
     yield fact(f"{count} workers, fed", 100 * rate / most, "%")
     for name, share in busy.items():
         yield fact(f"{count} workers, {name}", 100 * share, "% of a core")

@@ -1,4 +1,4 @@
-"""A worker whose device is a stand-in that takes a fixed time for each picture, whatever is in it, and no processor
+"""A worker whose device is a stand-in that takes a fixed time for each image, whatever is in it, and no processor
 time at all: what remains is everything that is not the model. All else is the worker as it ships.
 
     BENCH_DEVICE_MS=11 [BENCH_DEVICE_SIDE=1024] python -m tests.bench.device_worker
@@ -17,25 +17,25 @@ from torch import Tensor
 
 import workers.models
 import workers.models.batcher
-from tests.bench.pictures import SIDE, make_mask
+from tests.bench.image_path import SIDE, make_mask
 from workers.__main__ import main
 from workers.models import LoadedModel
 from workers.models.batcher import Predictor
 
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 
 
 class StandIn(Predictor):
     """Gathers and answers as the real one does; only the forward pass is a pause."""
 
     def __init__(self, model: LoadedModel, *, batch_limit: int) -> None:
-        self.picture_s = device_ms() / 1000
+        self.image_s = device_ms() / 1000
         self.mask = make_mask()[:: SIDE // device_side(), :: SIDE // device_side()].copy()
         super().__init__(model, batch_limit=batch_limit)
 
-    def _forward(self, rgb: Picture, size: int) -> list[Picture | None]:
-        if self.picture_s:
-            time.sleep(self.picture_s * size)
+    def _forward(self, rgb: Image, size: int) -> list[Image | None]:
+        if self.image_s:
+            time.sleep(self.image_s * size)
         return [self.mask] * size
 
 

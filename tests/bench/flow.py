@@ -1,4 +1,4 @@
-"""A job through a whole fleet, measured while it flows: pictures a second, and the processor time that each process
+"""A job through a whole fleet, measured while it flows: images a second, and the processor time that each process
 took for them. The start and the end of the job, when not every slot is busy, are left out.
 """
 
@@ -28,8 +28,8 @@ DEADLINE_S = 300.0
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """`rate`: pictures a second while it flows. `whole_rate`: of the whole job, from before it is submitted until the
-    last picture is done. `cpu_ms`: processor time a picture, by process. `peak_mb`: resident memory of all workers
+    """`rate`: images a second while it flows. `whole_rate`: of the whole job, from before it is submitted until the
+    last image is done. `cpu_ms`: processor time an image, by process. `peak_mb`: resident memory of all workers
     together, the most that was seen. `idle`: share of this machine's cores that did nothing, 0 to 1."""
 
     rate: float
@@ -48,7 +48,7 @@ class _Sample(NamedTuple):
 
 
 class Fleet:
-    """A local stack with a dispatcher, and one source bucket for each kind of picture."""
+    """A local stack with a dispatcher, and one source bucket for each kind of image."""
 
     def __init__(self, folder: Path) -> None:
         self.stack = LocalStack(folder)
@@ -98,7 +98,7 @@ class Fleet:
             deadline = time.monotonic() + DEADLINE_S
             while True:
                 job = ledger.job(job.id)
-                assert not job.failed, f"pictures failed in job {job.id}; see {self.stack.folder}"
+                assert not job.failed, f"images failed in job {job.id}; see {self.stack.folder}"
                 samples.append(
                     _Sample(time.monotonic(), job.done, _cpu_s(pids), _resident_mb(pids["worker"]), _idle_s())
                 )
@@ -176,7 +176,7 @@ def _flow(samples: Sequence[_Sample], slots: int, *, began: float) -> Flow:
     flowing = [sample for sample in samples if slots <= sample.done <= total - slots]
     first, last = flowing[0], flowing[-1]
     count, seconds = last.done - first.done, last.at - first.at
-    assert count, "too few pictures for this many slots"
+    assert count, "too few images for this many slots"
 
     return Flow(
         rate=count / seconds,

@@ -1,6 +1,6 @@
-"""Flower while thousands of pictures go through, in headless Chromium: its memory, and its pages as pictures.
+"""Flower while thousands of images go through, in headless Chromium: its memory, and its pages as images.
 
-    python -m tests.bench.flower [--pictures N] [--out infra/flower]
+    python -m tests.bench.flower [--images N] [--out infra/flower]
 
 The device is a stand-in that takes no time; everything else is a worker, and Flower, as they are.
 """
@@ -24,7 +24,7 @@ from jobs.s3.client import Location
 from tests.bench.flow import resident_mb
 from tests.bench.report import Row, fact, to_markdown
 from tests.faults.fleet import Fleet, Zygote, submit_here
-from tests.support.factories import Places, picture, program, wait_until
+from tests.support.factories import Places, program, sample_image, wait_until
 from tests.support.flower import Flower, Pages, opened
 
 KEPT = 1000
@@ -34,7 +34,7 @@ PLACES = Places("s3://shop/photos/", "s3://shop-cutouts/")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--out", type=Path, default=Path("infra/flower"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cutfleet-flower-") as folder:
@@ -42,14 +42,14 @@ def main() -> None:
         with Fleet(Path(folder) / "stack", zygote) as fleet:
             flower = Flower(fleet.stack, f"--max_tasks={KEPT}")
             try:
-                print(to_markdown(measure(fleet, flower, options.pictures, options.out)))
+                print(to_markdown(measure(fleet, flower, options.images, options.out)))
             finally:
                 flower.process.stop(timeout_s=10)
         zygote.stop()
 
 
-def measure(fleet: Fleet, flower: Flower, pictures: int, out: Path) -> list[Row]:
-    upload(fleet, pictures)
+def measure(fleet: Fleet, flower: Flower, images: int, out: Path) -> list[Row]:
+    upload(fleet, images)
     for number in range(2):
         fleet.workers.start(node=f"cpu{number}", slots="8", batch_limit="8", lease_s="60", drain_s="20")
     fleet.dispatchers.start(lease_s="60")
@@ -65,18 +65,18 @@ def measure(fleet: Fleet, flower: Flower, pictures: int, out: Path) -> list[Row]
             shoot(pages, out / "tasks.png")
             pages.workers()
             shoot(pages, out / "workers.png")
-            wait_for(fleet, job, pictures)
+            wait_for(fleet, job, images)
             took_s = time.monotonic() - began
-            wait_until(lambda: processed(pages) >= pictures, what="Flower has seen them all")
+            wait_until(lambda: processed(pages) >= images, what="Flower has seen them all")
             seen = processed(pages)
         chromium.close()
     late_mb, kept = resident_mb(flower.process.pid), len(flower.tasks("cutfleet.image"))
     assert found
     return [
-        fact("went through", pictures, "pictures"),
-        fact("that Flower saw, a message delivered twice counted twice", seen, "pictures"),
-        fact("that it still knows (--max_tasks)", kept, "pictures"),
-        fact("rate", pictures / took_s, "pictures/s"),
+        fact("went through", images, "images"),
+        fact("that Flower saw, a message delivered twice counted twice", seen, "images"),
+        fact("that it still knows (--max_tasks)", kept, "images"),
+        fact("rate", images / took_s, "images/s"),
         fact(f"its memory after {2 * KEPT}", early_mb, "MB"),
         fact("its memory at the end", late_mb, "MB"),
     ]
@@ -86,20 +86,20 @@ def processed(pages: Pages) -> int:
     return sum(int(row["Processed"].replace(",", "")) for row in pages.workers())
 
 
-def upload(fleet: Fleet, pictures: int) -> None:
+def upload(fleet: Fleet, images: int) -> None:
     for uri in (PLACES.source, PLACES.to):
         fleet.store.create_bucket(Location.parse(uri).bucket)
-    body = picture()
+    body = sample_image()
 
     def put(number: int) -> None:
         fleet.store.put(PLACES.key(f"shoes/red-{number:04}.jpg"), body, content_type="image/jpeg")
 
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(put, range(pictures)))
+        list(threads.map(put, range(images)))
 
 
 def wait_for(fleet: Fleet, job: str, done: int) -> None:
-    wait_until(lambda: fleet.ledger.job(job).final >= done, within_s=PATIENCE_S, what=f"{done} pictures")
+    wait_until(lambda: fleet.ledger.job(job).final >= done, within_s=PATIENCE_S, what=f"{done} images")
 
 
 def shoot(pages: Pages, to: Path) -> None:

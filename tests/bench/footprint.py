@@ -1,4 +1,4 @@
-"""What a picture takes of memory between decoding and publishing, in bytes a pixel: what `workers/process/memory.py` counts.
+"""What an image takes of memory between decoding and publishing, in bytes a pixel: what `workers/process/memory.py` counts.
 
     python -m tests.bench.footprint [--megapixels 12]
 
@@ -29,7 +29,7 @@ def main() -> None:
     if options.case:
         print(f"{bytes_per_pixel(*options.case, options.megapixels):.1f}")
         return
-    print("| picture | recipe | bytes a pixel |\n|---|---|---|")
+    print("| image | recipe | bytes a pixel |\n|---|---|---|")
     for case in CASES:
         command = [sys.executable, "-m", "tests.bench.footprint", "--megapixels", str(options.megapixels), "--case"]
         told = subprocess.run([*command, *case], capture_output=True, text=True, check=True)

@@ -3,7 +3,7 @@
     python -m tests.bench.inference [--rounds N] [--compile] [--int8] [--json FILE]
 
 A way is chosen only if it is faster and its masks are the same. `--compile`: `torch.compile` too, which takes a C++
-compiler and minutes. `--int8`: onnxruntime's static quantisation too, calibrated on the very picture that is measured.
+compiler and minutes. `--int8`: onnxruntime's static quantisation too, calibrated on the very image that is measured.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     limit_threads(1)
-    x = picture()
+    x = image()
     ways = dict(_ways(compiled=options.compile))
     if options.int8:
         ways["onnxruntime, int8"] = _int8(x)
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             costs[name].append((time.process_time() - started) * 1000)
     for name, spent in costs.items():
         others = [] if name == PLAIN else costs[PLAIN]
-        yield row(f"u2netp: {name}", spent, "CPU ms/picture", against=PLAIN if others else "", others=others)
+        yield row(f"u2netp: {name}", spent, "CPU ms/image", against=PLAIN if others else "", others=others)
     for name, mask in masks.items():
         apart = (mask - masks[PLAIN]).abs() * 255
         yield fact(f"u2netp: {name}: mask apart, mean", apart.mean().item(), "grey levels")
@@ -78,12 +78,12 @@ def _half(dtype: str) -> Way:
 
 
 def _int8(x: Tensor) -> Way:
-    """A scale for each channel of the weights; activations by the least and greatest that the picture gives."""
+    """A scale for each channel of the weights; activations by the least and greatest that the image gives."""
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Pictures(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    class Images(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:
             self.left = [{"input": view.numpy()} for view in (x, x.flip(3))]
 
@@ -97,14 +97,14 @@ def _int8(x: Tensor) -> Way:
         quantised.parent.mkdir()
         quant_pre_process(str(exported), str(prepared))
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-        quantize_static(str(prepared), str(quantised), Pictures(), per_channel=True, **types)
+        quantize_static(str(prepared), str(quantised), Images(), per_channel=True, **types)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(str(quantised), options, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
 
 
-def picture() -> Tensor:
+def image() -> Tensor:
     """A photograph, normalised: what numbers are like decides how far lower precision is off."""
     bgr = cv2.imread(str(PHOTO))
     assert bgr is not None

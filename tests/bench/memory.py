@@ -1,4 +1,4 @@
-"""Memory of a worker under a flood of 12-megapixel pictures, with a device that costs nothing: the most it takes, and
+"""Memory of a worker under a flood of 12-megapixel images, with a device that costs nothing: the most it takes, and
 whether it grows.
 
     python -m tests.bench.memory [--minutes 1] [--slots N] [--limit-mb N] [--mixed] [--json FILE]
@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from jobs.recipe import Recipe, load_recipe
 from tests.bench.flow import fleet
 from tests.bench.footprint import make
-from tests.bench.pictures import SIZES, make_photo
+from tests.bench.image_path import SIZES, make_photo
 from tests.bench.report import Row, fact, progress, row, tell
 from tests.bench.worker import SLOTS, start_stand_in
 
-PICTURES = 60
+IMAGES = 60
 MIX = ("jpeg", "webp", "png-alpha")
 
 
@@ -39,7 +39,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     with fleet() as here:
         worker, model = start_stand_in(here, 0, slots=str(options.slots), memory_mb=str(options.limit_mb))
         photos = [make(form, 12) for form in MIX] if options.mixed else [make_photo(*SIZES["12 MP"])]
-        here.upload("flood", max(PICTURES, 3 * options.slots), *photos)
+        here.upload("flood", max(IMAGES, 3 * options.slots), *photos)
         recipe = load_recipe("amazon-main", model=model) if options.mixed else Recipe(model=model, edges="off")
         began = time.monotonic()
         while time.monotonic() < began + 60 * options.minutes or len(peaks) < 4:
@@ -49,7 +49,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     yield fact(f"12MP flood, {options.slots} slots: peak memory", max(peaks), "MB")
     early, late = statistics.median(peaks[1 : half + 1]), peaks[half:]
     yield row("12MP flood: memory in its second half", late, "MB", against="first half", others=[early])
-    yield fact("12MP flood: pictures", len(peaks) * max(PICTURES, 3 * options.slots), "pictures")
+    yield fact("12MP flood: images", len(peaks) * max(IMAGES, 3 * options.slots), "images")
 
 
 if __name__ == "__main__":

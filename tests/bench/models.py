@@ -1,4 +1,4 @@
-"""CPU seconds a picture, peak memory and FLOPs of the models in float32:
+"""CPU seconds an image, peak memory and FLOPs of the models in float32:
 
     python -m tests.bench.models [--model birefnet-lite ...] [--size 1024] [--compile]
 
@@ -43,7 +43,7 @@ def main() -> None:
         print(measure(PRESETS[models[0]], arguments.size, compiled=arguments.compile))
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, best of {ROUNDS}")
-    print(f"{'model':20} {'input':>11} {'TFLOP':>7} {'s/picture':>10} {'CPU s':>8} {'first s':>8} {'peak GiB':>9}")
+    print(f"{'model':20} {'input':>11} {'TFLOP':>7} {'s/image':>10} {'CPU s':>8} {'first s':>8} {'peak GiB':>9}")
     for name in models:
         options = ["--size", str(arguments.size)] if arguments.size else []
         options += ["--compile"] if arguments.compile else []
@@ -81,7 +81,7 @@ def build(preset: Preset) -> nn.Module:
 
 
 def count_flop(preset: Preset, size: tuple[int, int]) -> int:
-    """Multiplications and additions of one picture, counted without computing; deformable convolutions included."""
+    """Multiplications and additions of one image, counted without computing; deformable convolutions included."""
     with torch.device("meta"):
         network, x = build(preset).eval(), torch.empty(1, 3, *size)
     deformable = {torch.ops.torchvision.deform_conv2d: _deformable_flop}

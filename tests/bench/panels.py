@@ -1,7 +1,7 @@
 """The dashboard's panels, drawn from what Prometheus recorded of a load on this machine: u2netp on its processor.
 
 pip install matplotlib
-python -m tests.bench.panels [--pictures N] [--out infra/monitoring/dashboard.png]
+python -m tests.bench.panels [--images N] [--out infra/monitoring/dashboard.png]
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ SETTINGS = {"lease_s": "10", "retry_base_s": "1", "log_format": "json"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=300, help="of the backfill; a quarter as many are live")
+    parser.add_argument("--images", type=int, default=300, help="of the backfill; a quarter as many are live")
     parser.add_argument("--out", type=Path, default=MONITORING / "dashboard.png")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cutfleet-panels-") as folder:
-        answers = measure(Path(folder), options.pictures)
+        answers = measure(Path(folder), options.images)
     draw(answers, options.out)
 
 
-def measure(folder: Path, pictures: int) -> Answers:
+def measure(folder: Path, images: int) -> Answers:
     with LocalStack(folder / "stack") as stack, watched(stack, folder, workers=2) as load:
-        progress(f"{pictures} pictures and their faults ...")
+        progress(f"{images} images and their faults ...")
         since = load.run(
-            pictures,
+            images,
             model="u2netp",
             start_dispatcher=lambda **settings: stack.start_dispatcher(**SETTINGS, **settings).pid,
             start_worker=lambda **settings: (

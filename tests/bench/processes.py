@@ -1,9 +1,9 @@
-"""Throughput against worker processes on this machine, and what the queue costs a picture meanwhile.
+"""Throughput against worker processes on this machine, and what the queue costs an image meanwhile.
 
     python -m tests.bench.processes [--rounds N] [--most 3] [--json FILE]
 
-2-megapixel pictures, edges off, a device that costs nothing. The last rows say where Valkey, the dispatcher and one
-worker's interpreter would bend: each runs on one core, so at 1000 ms of processor time a second, if a picture costs it
+2-megapixel images, edges off, a device that costs nothing. The last rows say where Valkey, the dispatcher and one
+worker's interpreter would bend: each runs on one core, so at 1000 ms of processor time a second, if an image costs it
 under load what it costs here. That is on the safe side: the busier they are, the more each of their turns takes along.
 """
 
@@ -15,11 +15,11 @@ from collections.abc import Iterator
 
 from jobs.recipe import Recipe
 from tests.bench.flow import Flow, fleet
-from tests.bench.pictures import SIZES, make_photo
+from tests.bench.image_path import SIZES, make_photo
 from tests.bench.report import Row, fact, progress, row, tell
 from tests.bench.worker import SLOTS, start_stand_in
 
-PICTURES = 240
+IMAGES = 240
 SINGLE = {"broker": "Valkey", "dispatcher": "the dispatcher"}
 
 
@@ -33,7 +33,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     flows: dict[int, list[Flow]] = {}
     with fleet() as here:
-        here.upload("flood", PICTURES, make_photo(*SIZES["2 MP"]))
+        here.upload("flood", IMAGES, make_photo(*SIZES["2 MP"]))
         counts = range(1, options.most + 1)
         fleets = {}
         for count in counts:
@@ -56,13 +56,13 @@ def _rows(flows: dict[int, list[Flow]]) -> Iterator[Row]:
         rates = [flow.rate for flow in measured]
         name = f"{count} worker process{'es' if count > 1 else ''}, {SLOTS} slots together"
         others = single if count > 1 else []
-        yield row(name, rates, "pictures/s", against="one process" if others else "", others=others, better="more")
-        yield row(f"{name}: all workers", [flow.cpu_ms["worker"] for flow in measured], "CPU ms/picture")
+        yield row(name, rates, "images/s", against="one process" if others else "", others=others, better="more")
+        yield row(f"{name}: all workers", [flow.cpu_ms["worker"] for flow in measured], "CPU ms/image")
     every = [flow for measured in flows.values() for flow in measured]
     for process, name in SINGLE.items():
         spent = [flow.cpu_ms[process] for flow in every]
-        yield row(f"queue, {name}", spent, "CPU ms/picture")
-        yield fact(f"{name} alone on its core would bend at", 1000 / statistics.median(spent), "pictures/s")
+        yield row(f"queue, {name}", spent, "CPU ms/image")
+        yield fact(f"{name} alone on its core would bend at", 1000 / statistics.median(spent), "images/s")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m tests.bench.quality PHOTOS [--model NAME] [--rows]
 
-PHOTOS holds manifest.csv with columns image and mask, and the files that it names. `--rows` prints a line a picture.
+PHOTOS holds manifest.csv with columns image and mask, and the files that it names. `--rows` prints a line an image.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the queue costs a picture: feeding, claiming and committing against plain `task.delay` and Celery's own result.
+"""What the queue costs an image: feeding, claiming and committing against plain `task.delay` and Celery's own result.
 
-    python -m tests.bench.queue [--pictures N] [--json FILE]
+    python -m tests.bench.queue [--images N] [--json FILE]
 
 Real Valkey, real ledger and messages; a bare consumer stands in for Celery's worker, and work takes no time.
 """
@@ -28,16 +28,16 @@ MODEL = "bench"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=5000, help="in each round")
+    parser.add_argument("--images", type=int, default=5000, help="in each round")
     tell(parser, measure)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     with valkey_alone() as stack:
-        rates = _measure(stack, options.pictures)
+        rates = _measure(stack, options.images)
     plain = rates.pop("delay")
     for name, values in rates.items():
-        yield row(name, values, "pictures/s", against="Celery's `delay`", others=plain, better="more")
+        yield row(name, values, "images/s", against="Celery's `delay`", others=plain, better="more")
 
 
 def _measure(stack: LocalStack, count: int) -> dict[str, list[float]]:

@@ -2,7 +2,7 @@
 
     python -m tests.bench.review [COUNT ...]
 
-The pictures are made here, of 12 megapixels; each page has COUNT rows (500 and 5,000), their previews taken in
+The images are made here, of 12 megapixels; each page has COUNT rows (500 and 5,000), their previews taken in
 turn from a few.
 """
 
@@ -21,8 +21,8 @@ from jobs.job import Job
 from jobs.preview import Preview
 from jobs.recipe import Recipe
 from producer.review.page import Row, write_page
-from tests.bench.pictures import make_mask, make_photo
-from workers.imaging.decode import Limits, decode_picture
+from tests.bench.image_path import make_mask, make_photo
+from workers.imaging.decode import Limits, decode_image
 from workers.imaging.edges import clean_edges
 from workers.imaging.encode import encode_cutout_png
 from workers.imaging.pipeline import limit_threads
@@ -45,29 +45,29 @@ def main(counts: Sequence[int]) -> None:
             started = time.perf_counter()
             write_page(JOB, rows(previews, count), path, of=count)
             wrote = time.perf_counter() - started
-            print(f"{count} pictures: {path.stat().st_size / 1e6:.0f} MB, written in {wrote:.1f} s")
+            print(f"{count} images: {path.stat().st_size / 1e6:.0f} MB, written in {wrote:.1f} s")
             for turn in ("first", "second"):
                 page = browser.new_page(viewport={"width": 1280, "height": 800})
                 started = time.perf_counter()
                 page.goto(path.as_uri(), wait_until="commit")
-                wait_until(lambda page=page: page.evaluate(IS_SHOWN), what="the first picture")  # type: ignore[misc]
+                wait_until(lambda page=page: page.evaluate(IS_SHOWN), what="the first image")  # type: ignore[misc]
                 usable = time.perf_counter() - started
                 page.wait_for_load_state("load", timeout=120_000)
                 loaded = time.perf_counter() - started
                 page.close()
-                print(f"  opened, {turn} time: first picture after {usable:.2f} s, all read after {loaded:.2f} s")
+                print(f"  opened, {turn} time: first image after {usable:.2f} s, all read after {loaded:.2f} s")
         browser.close()
 
 
 def make_preview(height: int, width: int) -> Preview:
     photo, mask = make_photo(height, width), enlarge(make_mask(), (height, width))
-    picture = decode_picture(photo, limits=Limits(), animation="first")
-    clean_edges(picture.rgb, mask)
-    cutout = encode_cutout_png(picture.rgb, mask, text={})
+    image = decode_image(photo, limits=Limits(), animation="first")
+    clean_edges(image.rgb, mask)
+    cutout = encode_cutout_png(image.rgb, mask, text={})
     began = time.process_time()
     shown = Preview(figures=measure_mask(mask), review=("uncertain",))
-    drawn = draw_cutout(decode_picture(cutout, limits=Limits(), animation="first"), shown)
-    done: Drawn = draw_source(decode_picture(photo, limits=Limits(), animation="first"), drawn)
+    drawn = draw_cutout(decode_image(cutout, limits=Limits(), animation="first"), shown)
+    done: Drawn = draw_source(decode_image(photo, limits=Limits(), animation="first"), drawn)
     made = done.finished()
     cost = time.process_time() - began
     kilobytes = sum(map(len, made.images.values())) * 0.75e-3

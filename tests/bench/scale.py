@@ -1,6 +1,6 @@
-"""Ten million pictures through ledger, dispatcher and messages, and what that costs.
+"""Ten million images through ledger, dispatcher and messages, and what that costs.
 
-    python -m tests.bench.scale [--pictures N] [--consumers N | --celery N] [--json FILE]
+    python -m tests.bench.scale [--images N] [--consumers N | --celery N] [--json FILE]
 
 Real Valkey, real submission and manifest, real dispatcher, real messages, claims and commits, each in a process of its
 own. Stand-ins: generated keys, a folder in the place of S3, work of no length; the consumers are bare, or real Celery
@@ -69,7 +69,7 @@ class Samples:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=10_000_000)
+    parser.add_argument("--images", type=int, default=10_000_000)
     parser.add_argument("--consumers", type=int, default=2)
     parser.add_argument("--celery", type=int, default=0, metavar="WORKERS")
     tell(parser, measure)
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _measure(stack: LocalStack, ledger: Ledger, folder: Path, options: argparse.Namespace) -> Iterator[Row]:
-    count, url = options.pictures, stack.environment["CUTFLEET_REDIS_URL"]
+    count, url = options.images, stack.environment["CUTFLEET_REDIS_URL"]
     context = multiprocessing.get_context("spawn")
     told: SimpleQueue[Any] = context.SimpleQueue()
     stop = context.Event()
@@ -168,16 +168,16 @@ def _rows(
     figures: list[Mapping[str, int]],
 ) -> Iterator[Row]:
     twice = sum(found["injected"] for found in figures)
-    yield fact("pictures, every count exact", count, "")
+    yield fact("images, every count exact", count, "")
     yield fact("delivered twice", twice, f"messages ({100 * twice / count:.1f} %)")
     yield fact("whole job", seconds / 60, "minutes")
-    yield fact("listed (while the rest ran)", count / listed_s, "pictures/s")
-    yield fact("fed and committed", count / seconds, "pictures/s")
+    yield fact("listed (while the rest ran)", count / listed_s, "images/s")
+    yield fact("fed and committed", count / seconds, "images/s")
     yield fact("submitting process, greatest resident size", submission["max_mb"], "MB")
-    yield fact("the same after its first 100,000 pictures", submission["early_mb"], "MB")
+    yield fact("the same after its first 100,000 images", submission["early_mb"], "MB")
     yield fact("Redis, greatest memory", samples.memory_mb, "MB")
     yield fact("Redis, greatest resident size", samples.resident_mb, "MB")
-    yield fact("Redis, a picture", samples.memory_mb * 1e6 / count, "bytes")
+    yield fact("Redis, an image", samples.memory_mb * 1e6 / count, "bytes")
     yield fact("Redis, longest step", samples.step_ms, "ms")
     yield fact("status, median", statistics.median(samples.status_ms), "ms")
     yield fact("status, 99th percentile", statistics.quantiles(samples.status_ms, n=100, method="inclusive")[98], "ms")

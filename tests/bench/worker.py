@@ -1,10 +1,10 @@
 """A worker end to end, on this machine's cores that it shares with Valkey and SeaweedFS: with a device that costs
-nothing against the bare picture path in one process, with one of 11 ms a picture, with one so slow that these cores
+nothing against the bare image path in one process, with one of 11 ms an image, with one so slow that these cores
 suffice for it, and with u2netp on the CPU.
 
     python -m tests.bench.worker [--rounds N] [--size 12MP] [--slots N] [--json FILE]
 
-Edges off unless said. What a picture costs each process is told beside the rates: it is what transfers to a machine
+Edges off unless said. What an image costs each process is told beside the rates: it is what transfers to a machine
 with other cores.
 """
 
@@ -21,12 +21,12 @@ from pathlib import Path
 from jobs.recipe import Recipe
 from producer.demo.local_stack import Process
 from tests.bench.flow import Fleet, Flow, fleet
-from tests.bench.pictures import SIZES, make_photo
+from tests.bench.image_path import SIZES, make_photo
 from tests.bench.report import Row, fact, progress, row, tell
 
-PICTURES = {"12MP": 60, "2MP": 240}
+IMAGES = {"12MP": 60, "2MP": 240}
 MODEL_SHARE = 0.25
-"""Of the pictures, for the rounds with u2netp, which takes a few hundred milliseconds each."""
+"""Of the images, for the rounds with u2netp, which takes a few hundred milliseconds each."""
 DEVICE_MS = 11.0
 """What BiRefNet is planned to take on an H100."""
 CORES = len(os.sched_getaffinity(0))
@@ -35,7 +35,7 @@ BATCH = 2
 SLOTS_PER_BATCHED = 3
 """As a GPU's worker has by default, 24 slots and batches of 8: one batch on the device, one before it, one behind."""
 SUFFICES_MS = {"12MP": 400 / CORES, "2MP": 100 / CORES}
-"""The whole fleet, SeaweedFS included, takes some 220 and 55 ms of processor time a picture: these cores are enough."""
+"""The whole fleet, SeaweedFS included, takes some 220 and 55 ms of processor time an image: these cores are enough."""
 FREE, BUSY, MODEL = "device of 0 ms", f"device of {DEVICE_MS:g} ms", "u2netp"
 PROCESSES = ("worker", "store", "broker", "dispatcher")
 
@@ -43,8 +43,8 @@ PROCESSES = ("worker", "store", "broker", "dispatcher")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", choices=PICTURES, action="append", help="default: all")
-    parser.add_argument("--slots", type=int, default=SLOTS, help="pictures in flight, but for the slow device")
+    parser.add_argument("--size", choices=IMAGES, action="append", help="default: all")
+    parser.add_argument("--slots", type=int, default=SLOTS, help="images in flight, but for the slow device")
     tell(parser, measure)
 
 
@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             BUSY: start_stand_in(here, DEVICE_MS, slots=str(options.slots)),
             MODEL: (here.stack.start_worker(slots=str(options.slots), device="cpu", node=MODEL), MODEL),
         }
-        for size in options.size or PICTURES:
+        for size in options.size or IMAGES:
             slots = {"slots": str(SLOTS_PER_BATCHED * BATCH), "batch_limit": str(BATCH)}
             slow = {slow_name(size): start_stand_in(here, SUFFICES_MS[size], **slots)}
             yield from _one_size(here, size, workers | slow, rounds=options.rounds, slots=options.slots)
@@ -79,29 +79,29 @@ def _one_size(
     here: Fleet, size: str, workers: dict[str, tuple[Process, str]], *, rounds: int, slots: int
 ) -> Iterator[Row]:
     photo = make_photo(*SIZES[size.replace("MP", " MP")])
-    few = int(PICTURES[size] * MODEL_SHARE)
-    here.upload(size.lower(), PICTURES[size], photo)
+    few = int(IMAGES[size] * MODEL_SHARE)
+    here.upload(size.lower(), IMAGES[size], photo)
     here.upload(f"{size.lower()}-few", few, photo)
     path = here.stack.folder / f"{size}.jpg"
     path.write_bytes(photo)
     bare: list[tuple[float, float]] = []
     flows: dict[str, list[Flow]] = {}
     for turn in range(rounds):
-        bare.append(run_bare(path, threads=slots, pictures=PICTURES[size]))
+        bare.append(run_bare(path, threads=slots, images=IMAGES[size]))
         for name, (worker, model) in workers.items():
             bucket = f"{size.lower()}-few" if name == MODEL else size.lower()
             held = SLOTS_PER_BATCHED * BATCH if name == slow_name(size) else slots
             flow = here.run(bucket, Recipe(model=model, edges="off"), [worker], slots=held)
             flows.setdefault(name, []).append(flow)
         told = ", ".join(f"{name} {measured[-1].rate:.1f}" for name, measured in flows.items())
-        progress(f"{size}, round {turn + 1}: bare {bare[-1][0]:.1f}, {told} pictures/s")
+        progress(f"{size}, round {turn + 1}: bare {bare[-1][0]:.1f}, {told} images/s")
     yield from _rows(size, bare, flows, slots=slots)
 
 
-def run_bare(photo: Path, *, threads: int, pictures: int) -> tuple[float, float]:
-    """Pictures a second, and CPU milliseconds a picture."""
+def run_bare(photo: Path, *, threads: int, images: int) -> tuple[float, float]:
+    """Images a second, and CPU milliseconds an image."""
     command = [sys.executable, "-m", "tests.bench.bare", str(photo)]
-    numbers = ["--threads", str(threads), "--pictures", str(pictures)]
+    numbers = ["--threads", str(threads), "--images", str(images)]
     ran = subprocess.run([*command, *numbers], check=True, capture_output=True, text=True)
     rate, cpu_ms = map(float, ran.stdout.split())
     return rate, cpu_ms
@@ -109,22 +109,22 @@ def run_bare(photo: Path, *, threads: int, pictures: int) -> tuple[float, float]
 
 def _rows(size: str, bare: list[tuple[float, float]], flows: dict[str, list[Flow]], *, slots: int) -> Iterator[Row]:
     rates, costs = [rate for rate, _ in bare], [cpu_ms for _, cpu_ms in bare]
-    path = "bare picture path"
-    yield row(f"{size}: {path}, {slots} threads", rates, "pictures/s", better="more")
+    path = "bare image path"
+    yield row(f"{size}: {path}, {slots} threads", rates, "images/s", better="more")
     for name, measured in flows.items():
         reached = [flow.rate for flow in measured]
-        yield _against(f"{size}: worker, {name}", reached, "pictures/s", path, rates if name in (FREE, BUSY) else [])
+        yield _against(f"{size}: worker, {name}", reached, "images/s", path, rates if name in (FREE, BUSY) else [])
         for process in PROCESSES:
             spent = [flow.cpu_ms[process] for flow in measured]
-            yield row(f"{size}: {process}, {name}", spent, "CPU ms/picture")
+            yield row(f"{size}: {process}, {name}", spent, "CPU ms/image")
         yield fact(f"{size}: worker, {name}, peak memory", max(flow.peak_mb for flow in measured), "MB")
     free = flows[FREE]
     own = [flow.cpu_ms["worker"] - statistics.median(costs) for flow in free]
-    yield row(f"{size}: worker beside the picture path (Celery, S3, ledger)", own, "CPU ms/picture")
+    yield row(f"{size}: worker beside the image path (Celery, S3, ledger)", own, "CPU ms/image")
     bare_ms = statistics.median(costs)
     for what, names in (("the worker's", PROCESSES[:1]), ("all processes'", PROCESSES)):
         shares = [100 * bare_ms / sum(flow.cpu_ms[name] for name in names) for flow in free]
-        yield row(f"{size}: the picture path's share of {what} processor time", shares, "%", better="more")
+        yield row(f"{size}: the image path's share of {what} processor time", shares, "%", better="more")
     yield row(f"{size}: cores idle, {FREE}", [100 * flow.idle for flow in free], "%")
     left = [100 * flow.rate / (rate * (1 - _taken(flow))) for flow, rate in zip(free, rates, strict=True)]
     yield row(f"{size}: worker, {FREE}, of the {path} on what the other processes leave", left, "%", better="more")

@@ -1,4 +1,4 @@
-"""Flower in a browser: pictures are found by key, job and lane; it is read-only, and keeps no more than it may."""
+"""Flower in a browser: images are found by key, job and lane; it is read-only, and keeps no more than it may."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.faults.fleet import UNHURRIED_S, Fleet, submit_here
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 from tests.support.flower import Flower, Pages, opened
 
-PICTURES, LIVE, KEPT = 150, 12, 100
+IMAGES, LIVE, KEPT = 150, 12, 100
 
 
 @pytest.fixture
@@ -25,15 +25,15 @@ def flower(fleet: Fleet) -> Iterator[Flower]:
 
 
 def test_what_a_person_sees_in_flower(fleet: Fleet, places: Places, flower: Flower, browser: Browser) -> None:
-    names = put_pictures(fleet.store, places, PICTURES + LIVE)
+    names = put_images(fleet.store, places, IMAGES + LIVE)
     node = f"cpu{os.getpid()}"  # another run of these tests may be on this machine
     fleet.workers.start(node=node, slots="8", batch_limit="4", test_device_ms="20", lease_s=UNHURRIED_S)
     wait_until(lambda: bool(flower.workers()), what="Flower knows the worker")
     with fleet.dispatcher(), opened(flower, browser) as pages:
         keys = [places.key(name).key for name in names]
-        shelf = submit_here(fleet, places, *keys[:PICTURES], lane="backfill")
+        shelf = submit_here(fleet, places, *keys[:IMAGES], lane="backfill")
         wait_until(lambda: fleet.ledger.job(shelf).closed is not None, what="the backfill is done")
-        live = submit_here(fleet, places, *keys[PICTURES:], lane="live")
+        live = submit_here(fleet, places, *keys[IMAGES:], lane="live")
         wait_until(lambda: len(flower.tasks("state:SUCCESS lane='live'")) == LIVE, what="Flower saw the last")
         (worker,) = seen_in_the_end(pages, fleet)
         last = str(places.key(names[-1]))
@@ -76,13 +76,13 @@ def seen_in_the_end(pages: Pages, fleet: Fleet) -> list[dict[str, str]]:
 
 
 def answered(fleet: Fleet) -> int:
-    """Messages that the worker took: all pictures, and under load one of them a second time."""
+    """Messages that the worker took: all images, and under load one of them a second time."""
     found = len(re.findall(r"^(?:claimed|refused) ", fleet.workers.text(), re.MULTILINE))
-    assert found >= PICTURES + LIVE
+    assert found >= IMAGES + LIVE
     return found
 
 
 def logged_s(fleet: Fleet, job: str, index: int) -> float:
-    """How long the worker says that it had the picture."""
+    """How long the worker says that it had the image."""
     (found,) = re.findall(rf"action=image job={job} image={index} .*?seconds=([\d.]+)", fleet.workers.text())
     return float(found)

@@ -53,7 +53,7 @@ IMAGES = {"thumb": RED, "before": RED, "after": CLEAR, "edge_before": GREEN, "ed
 
 
 def row(key: str, *review: str, failure: str = "", **told: Any) -> Row:
-    failed = Failure(key, failure, "It is no picture.", 1, 0.0, "cpu") if failure else None
+    failed = Failure(key, failure, "It is no image.", 1, 0.0, "cpu") if failure else None
     shown = {"etag": "e1", "width": 640, "height": 480, "edge": (100, 50, 64, 48), "figures": FIGURES, "images": IMAGES}
     return Row(key, failed, Preview(**({} if failed else shown) | {"review": review} | told))
 
@@ -175,7 +175,7 @@ def test_the_worst_edge_is_shown_at_100_percent_and_larger(open_page: Open) -> N
     def width() -> float:
         return float(page.eval_on_selector("#edge .before", "image => image.getBoundingClientRect().width"))
 
-    assert width() == 300, "a pixel of the picture is a pixel of the page"
+    assert width() == 300, "a pixel of the image is a pixel of the page"
     for level in (2, 4, 1):
         page.keyboard.press("z")
         assert width() == 300 * level
@@ -186,7 +186,7 @@ def test_what_failed_says_why_and_shows_what_there_is(open_page: Open) -> None:
     notes = ("source: The file is a web page. [not_an_image]",)
     page = open_page([row("a.jpg", failure="not_an_image", notes=notes), row("b.jpg")])
 
-    assert page.text_content("#why") == "not_an_imageIt is no picture."
+    assert page.text_content("#why") == "not_an_imageIt is no image."
     assert page.text_content("#unseen") == notes[0]
     assert not page.is_visible("#whole") and not page.is_visible("#edge")
     page.keyboard.press("ArrowRight")
@@ -267,7 +267,7 @@ def test_nothing_is_wider_than_the_screen_or_covers_something_else(open_page: Op
         page.locator(one).click(trial=True)
 
 
-def test_pictures_come_from_the_block_that_is_theirs(open_page: Open) -> None:
+def test_images_come_from_the_block_that_is_theirs(open_page: Open) -> None:
     blue = IMAGES | {"before": webp((0, 0, 255))}
     page = open_page([row("fine.jpg"), row("worst.jpg", "empty", images=blue)])
 

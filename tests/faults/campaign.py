@@ -3,7 +3,7 @@
     SEED=7 python -m tests.faults --minutes 10
     SEED=7 python -m tests.faults --minutes 60 --only worker
 
-Exit code 1 when a picture was lost, doubled or convicted, or when a job does not pass the check of all fault tests.
+Exit code 1 when an image was lost, doubled or convicted, or when a job does not pass the check of all fault tests.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tests.faults.plain import make_plain
 from tests.faults.proxy import Fault, S3Proxy, Wire
 from tests.faults.terms import MODEL
 from tests.faults.truth import masks, prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
-JOB_PICTURES = 200
+JOB_IMAGES = 200
 OPEN_JOBS = 2
 FAULT_S = 3.0
 """Longer than a lease of this fleet."""
@@ -54,7 +54,7 @@ class Campaign:
         self._progress = (-1, time.monotonic())
         self._through = {"redis_url": f"redis://127.0.0.1:{wire.port}/0", "s3_endpoint": s3.url}
         self._source = make_places(fleet)
-        self.names = put_pictures(fleet.store, self._source, JOB_PICTURES)
+        self.names = put_images(fleet.store, self._source, JOB_IMAGES)
 
     def run(self, seconds: float) -> None:
         workers, dispatchers = self.fleet.workers, self.fleet.dispatchers
@@ -64,7 +64,7 @@ class Campaign:
         for _ in range(2):
             dispatchers.start(supervised=True, **self._through)
         self._load()
-        wait_until(lambda: self._done() > JOB_PICTURES / 2)
+        wait_until(lambda: self._done() > JOB_IMAGES / 2)
         self.memory = [memory_mb(self.kept)]
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -89,7 +89,7 @@ class Campaign:
         keys = {found.key for found in self.fleet.store.list_source(Location(bucket, ""))}
         made = {key for key in keys if not key.startswith("_cutfleet/")}
         pairs = [{places.cutout(name).key, places.mask(name).key} for name in self.names]
-        self.found["submitted"] += JOB_PICTURES
+        self.found["submitted"] += JOB_IMAGES
         self.found["lost"] += record.total - sum(pair <= made for pair in pairs)
         self.found["doubled"] += len(made.difference(*pairs)) + max(0, record.final - record.total)
         self.found["failed"] += record.failed
@@ -136,7 +136,7 @@ class Campaign:
             done, now = self._done(), time.monotonic()
             if done != self._progress[0]:
                 self._progress = (done, now)
-            elif done < self.found["submitted"] + len(self.jobs) * JOB_PICTURES:
+            elif done < self.found["submitted"] + len(self.jobs) * JOB_IMAGES:
                 self.longest_stall_s = max(self.longest_stall_s, now - self._progress[1])
             time.sleep(0.1)
 
@@ -318,7 +318,7 @@ def main() -> int:
         print(f"| {kind} | {campaign.caused[kind]} |")
     print(f"\n| | Cutfleet, {seconds / 60:g} min | plain Celery, {control_s / 60:g} min |\n|---|---|---|")
     print(f"| faults | {campaign.caused.total()}, as above | {kills}, workers frozen and killed |")
-    print(f"| pictures (messages) submitted | {found['submitted']:,} | {pushed:,} |")
+    print(f"| images (messages) submitted | {found['submitted']:,} | {pushed:,} |")
     print(f"| lost | {found['lost']} | {lost} |")
     for what in ("doubled", "failed", "run more than once"):
         print(f"| {what} | {found[what]} | |")

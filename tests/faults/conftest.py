@@ -5,7 +5,7 @@ worker: killed at random and at each boundary, frozen, woken late         test_w
 worker: told to go, under load, in a rolling restart, with downloads      test_worker_killed.py, test_restart.py,
   that hang, while it starts                                                test_store.py, functional/test_starting.py
 the same without a ledger; stock kombu                                    test_control.py
-picture: crashes, hangs, exhausts memory, keeps the lock; broken files    test_poison.py, functional/test_hard_files.py
+image: crashes, hangs, exhausts memory, keeps the lock; broken files    test_poison.py, functional/test_hard_files.py
 device: fails, hangs, crashes; out of memory                              test_device_lost.py, unit/test_predictor.py
 Valkey: started again, away, silent, half-open, slow; over TLS            test_valkey.py, test_rights.py
 Valkey: full; lost, or its last seconds; its primary                      test_redis_full.py, test_audit.py,
@@ -27,10 +27,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.fleet import PICTURES, Fleet, Reference, Submit, Zygote, make_places, submit_to
+from tests.faults.fleet import IMAGES, Fleet, Reference, Submit, Zygote, make_places, submit_to
 from tests.faults.terms import MODEL
 from tests.faults.truth import masks, prove
-from tests.support.factories import Places, put_pictures
+from tests.support.factories import Places, put_images
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +71,10 @@ def submit(fleet: Fleet, places: Places) -> Submit:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Reference:
-    """Masks of the first `PICTURES` pictures, from a run without faults."""
+    """Masks of the first `IMAGES` images, from a run without faults."""
     with Fleet(tmp_path_factory.mktemp("reference"), zygote) as fleet:
         places = make_places(fleet)
-        names = put_pictures(fleet.store, places, PICTURES)
+        names = put_images(fleet.store, places, IMAGES)
         with fleet.dispatcher():
             fleet.workers.start()
             prove(fleet, submit_to(fleet, places), places, names=names, reference={})

@@ -33,10 +33,10 @@ from tests.support.systemd_unit import Unit
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-PICTURES = 24
+IMAGES = 24
 LEASE_S = 2.0
 UNHURRIED_S = "20"
-"""A lease where nobody dies and each picture is to be begun once, though the machine stands still for a moment."""
+"""A lease where nobody dies and each image is to be begun once, though the machine stands still for a moment."""
 SETTINGS = {"lease_s": str(LEASE_S), "retry_base_s": "0.2", "drain_s": "10"}
 _numbers = itertools.count()
 

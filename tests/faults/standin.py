@@ -4,11 +4,11 @@
 
 imports everything once, then forks a process for each line on stdin, {"env": {...}, "log": PATH, "command": [...]},
 and writes {"started": PID} and {"ended": PID, "code": N} on stdout. It is `workers.__main__.main` as it is, or, with a
-command, `cutfleet`. Stand-ins are the device (grey level from the picture's own pixels, `CUTFLEET_TEST_DEVICE_MS` a
-picture; what NVML says of it) and long times: of the broker, of the S3 client and of the dispatcher's lock.
+command, `cutfleet`. Stand-ins are the device (grey level from the image's own pixels, `CUTFLEET_TEST_DEVICE_MS` a
+image; what NVML says of it) and long times: of the broker, of the S3 client and of the dispatcher's lock.
 
 `CUTFLEET_TEST_FAILPOINTS=NAME=FILE,...`: the first process that passes the place NAME makes FILE and kills itself with
-SIGKILL; `CUTFLEET_TEST_FREEZEPOINTS`: freezes itself with SIGSTOP. Pictures that hold one of the poisons of `terms` do
+SIGKILL; `CUTFLEET_TEST_FREEZEPOINTS`: freezes itself with SIGSTOP. Images that hold one of the poisons of `terms` do
 what it says, wherever they are decoded. `CUTFLEET_TEST_STALL_S`: what the watchdog, the device and a child's deadline
 call no progress. `CUTFLEET_TEST_VERSION=2`: as a later version could be, whose messages and recipes say more than ours
 can read, and which reads ours.

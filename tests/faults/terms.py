@@ -12,14 +12,14 @@ TURN_S = 0.2
 PLACES = ("after_claim", "after_fetch", "after_model", "after_mask", "after_cutout", "before_commit", "before_ack")
 """Where a failpoint kills."""
 SEGFAULT, HANG, EXHAUST = b"#segfault#", b"#hang#", b"#exhaust#"
-"""Behind the end of a JPEG, where decoders ignore them: what the stand-in's decoder does with the picture."""
+"""Behind the end of a JPEG, where decoders ignore them: what the stand-in's decoder does with the image."""
 LEAK, LEAK_BYTES = b"#leak#", 60_000_000
 """Likewise: its process keeps so much for ever."""
 LOCK = b"#lock#"
 """Likewise: it keeps the interpreter lock for ever."""
 DEVICE_SEGFAULT = 231
-"""A picture all of this level takes the stand-in device's process down."""
+"""An image all of this level takes the stand-in device's process down."""
 DEVICE_GREY = 251
-"""A picture all of this level breaks the stand-in device."""
+"""An image all of this level breaks the stand-in device."""
 DEVICE_HANGS = 241
-"""A picture all of this level hangs it."""
+"""An image all of this level hangs it."""

@@ -19,7 +19,7 @@ from tests.faults.fleet import Fleet, Submit, Zygote
 from tests.faults.proxy import Fault, S3Proxy, Wire
 from tests.faults.terms import MODEL
 from tests.support import prometheus
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 from tests.support.prometheus import Prometheus
 
 MEGABYTE = 2**20
@@ -75,27 +75,27 @@ def test_every_alert_is_fired_here() -> None:
 
 
 def test_a_fleet_that_is_well_alarms_nobody(fleet: Watched, dispatcher: int, places: Places, submit: Submit) -> None:
-    put_pictures(fleet.store, places, 40)
+    put_images(fleet.store, places, 40)
 
     with fleet.worker():
         submit("--wait")
         fleet.prometheus.wait_for_calm(*(rule["alert"] for rule in prometheus.rules()))
 
 
-def test_pictures_that_nobody_serves(fleet: Watched, dispatcher: int, places: Places, submit: Submit) -> None:
-    put_pictures(fleet.store, places, 3)
+def test_images_that_nobody_serves(fleet: Watched, dispatcher: int, places: Places, submit: Submit) -> None:
+    put_images(fleet.store, places, 3)
     gone = {"model": MODEL, "slots": 4}
     fleet.ledger.heartbeat("gone", gone, ttl_s=60)  # submitting asks whether anybody serves the model
     submit("--lane", "live")
     fleet.ledger.heartbeat("gone", gone, ttl_s=1)
 
-    fleet.prometheus.wait_for_alarm("CutfleetLivePictureTooOld", "CutfleetNoProgress", "CutfleetModelNotServed")
+    fleet.prometheus.wait_for_alarm("CutfleetLiveImageTooOld", "CutfleetNoProgress", "CutfleetModelNotServed")
 
     with fleet.worker():
-        fleet.prometheus.wait_for_calm("CutfleetLivePictureTooOld", "CutfleetNoProgress", "CutfleetModelNotServed")
+        fleet.prometheus.wait_for_calm("CutfleetLiveImageTooOld", "CutfleetNoProgress", "CutfleetModelNotServed")
 
 
-def test_a_job_of_broken_pictures(fleet: Watched, dispatcher: int, places: Places, submit: Submit) -> None:
+def test_a_job_of_broken_images(fleet: Watched, dispatcher: int, places: Places, submit: Submit) -> None:
     for number in range(300):
         fleet.store.put(places.key(f"{number:03}.jpg"), b"<html>404</html>", content_type="image/jpeg")
 
@@ -155,18 +155,18 @@ def test_redis_that_fills_up(fleet: Watched, dispatcher: int) -> None:
 
 
 def test_a_store_that_throttles(fleet: Watched, dispatcher: int, places: Places, submit: Submit) -> None:
-    put_pictures(fleet.store, places, 40)
+    put_images(fleet.store, places, 40)
     with S3Proxy(fleet.stack.s3_port) as s3, fleet.worker(s3_endpoint=s3.url, test_device_ms="20"):
         with s3.fault(Fault("answer", status=503, code="SlowDown")):
             job = submit()
             fleet.prometheus.wait_for_alarm("CutfleetS3Errors")
 
         fleet.prometheus.wait_for_calm("CutfleetS3Errors")
-        wait_until(lambda: fleet.ledger.job(job).done == 40, what="no picture was lost to it")
+        wait_until(lambda: fleet.ledger.job(job).done == 40, what="no image was lost to it")
 
 
 def test_redis_out_of_reach(fleet: Watched, places: Places, submit: Submit) -> None:
-    put_pictures(fleet.store, places, 40)
+    put_images(fleet.store, places, 40)
     with Wire(fleet.stack.redis_port) as wire:
         through = {"redis_url": f"redis://127.0.0.1:{wire.port}/0"}
         fleet.dispatchers.start(metrics_port=str(fleet.dispatcher_port), **through)
@@ -178,7 +178,7 @@ def test_redis_out_of_reach(fleet: Watched, places: Places, submit: Submit) -> N
 
             wire.allow()
             fleet.prometheus.wait_for_calm("CutfleetRedisErrors")
-            wait_until(lambda: fleet.ledger.job(job).done == 40, what="no picture was lost to it")
+            wait_until(lambda: fleet.ledger.job(job).done == 40, what="no image was lost to it")
 
 
 def _fill(client: Any, *, up_to: int) -> None:

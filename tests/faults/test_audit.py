@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 from jobs.s3.client import Location
 from producer.audit.rebuild import Books
 from producer.cli.main import main
-from tests.faults.fleet import PICTURES, UNHURRIED_S, Fleet, Reference, Submit, is_stopped
+from tests.faults.fleet import IMAGES, UNHURRIED_S, Fleet, Reference, Submit, is_stopped
 from tests.faults.terms import MODEL
 from tests.faults.truth import prove
-from tests.support.factories import Places, picture, put_pictures, wait_until
+from tests.support.factories import Places, put_images, sample_image, wait_until
 
 SETTINGS = {"test_device_ms": "200"}
 
@@ -83,7 +83,7 @@ def finish(fleet: Fleet, job: str, places: Places, names: list[str], reference: 
 def test_a_job_that_redis_lost_is_rebuilt_from_s3_and_ends_exact(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, lane: str
 ) -> None:
-    names = put_pictures(fleet.store, places, 2 * PICTURES)
+    names = put_images(fleet.store, places, 2 * IMAGES)
     fleet.workers.start(**SETTINGS)
     with fleet.dispatcher():
         job = submit("--lane", lane)
@@ -105,7 +105,7 @@ def test_a_job_that_redis_lost_is_rebuilt_from_s3_and_ends_exact(
 def test_a_repair_that_was_killed_is_taken_up_by_the_next(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 6)
+    names = put_images(fleet.store, places, 6)
     fleet.workers.start()
     job = submit()
     flush(fleet)
@@ -125,7 +125,7 @@ def test_a_job_whose_end_redis_forgot_ends_exact(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     """The append-only file loses its tail, as a crash of the machine cuts it."""
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     file = next((fleet.stack.folder / "valkey" / "appendonlydir").glob("*.incr.aof"))
     before = file.stat().st_size
     fleet.workers.start(**SETTINGS)
@@ -136,7 +136,7 @@ def test_a_job_whose_end_redis_forgot_ends_exact(
 
         audit(fleet, folder(places, job), "--repair", code=0)
 
-        assert finish(fleet, job, places, names, reference)["done"] == PICTURES
+        assert finish(fleet, job, places, names, reference)["done"] == IMAGES
         assert_healthy(fleet, job)
     fleet.workers.dismiss()
 
@@ -150,7 +150,7 @@ def restart_without_the_last(fleet: Fleet, file: Path, size: object) -> None:
 
 
 def test_nothing_is_said_of_jobs_that_are_well(fleet: Fleet, places: Places, submit: Submit) -> None:
-    put_pictures(fleet.store, places, PICTURES)
+    put_images(fleet.store, places, IMAGES)
     worker = fleet.workers.start(**SETTINGS)
     with fleet.dispatcher():
         job = submit()
@@ -170,10 +170,10 @@ def test_nothing_is_said_of_jobs_that_are_well(fleet: Fleet, places: Places, sub
     fleet.workers.dismiss()
 
 
-def test_nothing_is_said_of_a_picture_that_ends_between_two_looks(
+def test_nothing_is_said_of_an_image_that_ends_between_two_looks(
     fleet: Fleet, places: Places, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_pictures(fleet.store, places, 1)
+    put_images(fleet.store, places, 1)
     worker = fleet.workers.start(test_freezepoints=f"before_commit={tmp_path / 'frozen'}", lease_s=UNHURRIED_S)
     look = Books.in_window
 
@@ -195,15 +195,15 @@ def test_nothing_is_said_of_a_picture_that_ends_between_two_looks(
 def test_what_was_deleted_or_changed_is_made_again_and_what_failed_stays_so(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, forgotten: bool
 ) -> None:
-    names = put_pictures(fleet.store, places, 8)
-    fleet.store.put(places.key(names[7]), b"no picture", content_type="image/jpeg")
+    names = put_images(fleet.store, places, 8)
+    fleet.store.put(places.key(names[7]), b"no image", content_type="image/jpeg")
     fleet.workers.start()
     with fleet.dispatcher():
         job = submit()
         assert finish(fleet, job, places, names, reference)["failed"] == 1
         delete(fleet, places.cutout(names[0]))
         delete(fleet, places.mask(names[1]))
-        fleet.store.put(places.mask(names[2]), picture(seed=9, form="PNG"), content_type="image/png")
+        fleet.store.put(places.mask(names[2]), sample_image(seed=9, form="PNG"), content_type="image/png")
         fleet.store.put(places.mask(names[3]), b"", content_type="image/png")
         fleet.store.put(places.cutout(names[4]), b"something else", content_type="image/png")
         if forgotten:
@@ -228,7 +228,7 @@ def test_what_was_deleted_or_changed_is_made_again_and_what_failed_stays_so(
 def test_a_mask_that_is_younger_than_its_cutout_is_looked_at_without_being_asked(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 3)
+    names = put_images(fleet.store, places, 3)
     fleet.workers.start()
     with fleet.dispatcher():
         job = submit()
@@ -236,7 +236,7 @@ def test_a_mask_that_is_younger_than_its_cutout_is_looked_at_without_being_asked
         attempts = itertools.count()
 
         def replaced() -> bool:
-            other = picture(seed=next(attempts), form="PNG")
+            other = sample_image(seed=next(attempts), form="PNG")
             fleet.store.put(places.mask(names[1]), other, content_type="image/png")
             return call(fleet, "audit", job).exit_code == 1
 
@@ -248,7 +248,7 @@ def test_a_mask_that_is_younger_than_its_cutout_is_looked_at_without_being_asked
 def test_an_object_that_no_job_explains_is_named_and_left_alone(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     fleet.workers.start()
     with fleet.dispatcher():
         job = submit()
@@ -271,7 +271,7 @@ def test_an_object_that_no_job_explains_is_named_and_left_alone(
 def test_counts_and_claims_that_do_not_follow_from_the_states_are_put_right(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     fleet.workers.start()
     with fleet.dispatcher(), client_of(fleet) as client:
         job = submit()
@@ -289,7 +289,7 @@ def test_counts_and_claims_that_do_not_follow_from_the_states_are_put_right(
 
 
 def test_a_job_lost_while_it_was_listed_says_how_to_go_on(fleet: Fleet, places: Places, reference: Reference) -> None:
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     fleet.workers.start()
     flag = str(fleet.stack.folder / f"flag-{Location.parse(places.to).bucket}")
     killed = fleet.submits.start_for(places, test_failpoints=f"after_add_part={flag}")
@@ -323,13 +323,13 @@ def test_a_folder_that_is_no_jobs_and_a_job_that_redis_does_not_know_are_told_ap
 def test_a_closed_job_whose_retries_redis_lost_is_tried_again(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 3)
+    names = put_images(fleet.store, places, 3)
     fleet.store.put(places.key(names[1]), b"<html>", content_type="image/jpeg")
     fleet.workers.start()
     with fleet.dispatcher():
         job = submit()
         assert finish(fleet, job, places, names, reference)["failed"] == 1
-        fleet.store.put(places.key(names[1]), picture(seed=1), content_type="image/jpeg")
+        fleet.store.put(places.key(names[1]), sample_image(seed=1), content_type="image/jpeg")
         fleet.workers.dismiss()
         assert fleet.run("retry", job).returncode == 0
         flush(fleet)
@@ -338,7 +338,7 @@ def test_a_closed_job_whose_retries_redis_lost_is_tried_again(
         fleet.workers.start()
         finish(fleet, job, places, names, {})
         [(_, failure)] = fleet.ledger.failures(job)
-        assert failure.code == "source_changed", "its manifest names the version that was no picture"
+        assert failure.code == "source_changed", "its manifest names the version that was no image"
         flush(fleet)
         assert_healthy(fleet, folder(places, job))
     fleet.workers.dismiss()

@@ -15,7 +15,7 @@ from tests.faults.fleet import Fleet, make_places, submit_here
 from tests.faults.proxy import S3Proxy
 from tests.faults.terms import MODEL
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 pytestmark = pytest.mark.usefixtures("asleep")
 SOME = 4
@@ -43,8 +43,8 @@ def test_what_is_not_allowed_fails_by_its_code_untouched_and_its_neighbours_are_
 ) -> None:
     """Messages with foreign keys, a job with a foreign source, and one with a foreign destination."""
     theirs, ours = make_places(fleet), Places(f"{places.source}ours/", places.to)
-    names = put_pictures(fleet.store, ours, SOME)
-    put_pictures(fleet.store, theirs, 1)
+    names = put_images(fleet.store, ours, SOME)
+    put_images(fleet.store, theirs, 1)
     mixed = submit_here(fleet, ours, lane="live")
     from_theirs = submit_here(fleet, Places(theirs.source, places.to), lane="live")
     to_theirs = submit_here(fleet, Places(ours.source, theirs.to), lane="live")
@@ -74,7 +74,7 @@ def test_what_is_not_allowed_fails_by_its_code_untouched_and_its_neighbours_are_
 
 
 def test_a_message_that_no_worker_can_read_fails_its_image_and_no_other(fleet: Fleet, places: Places) -> None:
-    names = put_pictures(fleet.store, places, SOME)
+    names = put_images(fleet.store, places, SOME)
     job = submit_here(fleet, places, lane="live")
     with redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker:
         forge(broker, f"{job}:1", size=-5)
@@ -90,7 +90,7 @@ def test_a_message_that_no_worker_can_read_fails_its_image_and_no_other(fleet: F
 
 
 def test_a_backfill_to_where_the_dispatcher_may_not_read_is_paused_and_says_why(fleet: Fleet, places: Places) -> None:
-    put_pictures(fleet.store, places, 1)
+    put_images(fleet.store, places, 1)
     job = submit_here(fleet, places, lane="backfill")
 
     with fleet.dispatcher(destinations="s3://somewhere-else/"):

@@ -14,7 +14,7 @@ MINUTES, SEED = "4", "7"
 
 
 @pytest.mark.timeout(900)
-def test_random_faults_under_load_cost_no_picture() -> None:
+def test_random_faults_under_load_cost_no_image() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "tests.faults", "--minutes", MINUTES],
         env=os.environ | {"SEED": SEED},

@@ -10,7 +10,7 @@ import redis
 
 from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, Zygote, came_back
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 MINUTES_10, HOURS_3 = 600, 3 * 3600
 """S3 takes a clock that is a quarter of an hour off."""
@@ -27,10 +27,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     zygote.stop()
 
 
-def test_clocks_that_are_minutes_off_cost_no_picture_and_bring_no_message_back(
+def test_clocks_that_are_minutes_off_cost_no_image_and_bring_no_message_back(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 48)
+    names = put_images(fleet.store, places, 48)
     unhurried = {"lease_s": UNHURRIED_S, "test_visibility_s": "20"}
     for clock in (f"+{MINUTES_10}", f"-{MINUTES_10}", "+0"):
         fleet.workers.start(test_clock=clock, slots="6", test_device_ms="250", **unhurried)
@@ -53,10 +53,10 @@ def test_clocks_that_are_minutes_off_cost_no_picture_and_bring_no_message_back(
 
 
 @pytest.mark.parametrize("clock", [f"+{HOURS_3}", f"-{HOURS_3}"])
-def test_a_clock_that_the_store_refuses_fails_nothing_and_others_do_its_pictures(
+def test_a_clock_that_the_store_refuses_fails_nothing_and_others_do_its_images(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, clock: str
 ) -> None:
-    names = put_pictures(fleet.store, places, 12)
+    names = put_images(fleet.store, places, 12)
     refused = fleet.workers.text().count("store_denied")
     astray = fleet.workers.start(test_clock=clock, slots="2", test_hold_s="1")
     with fleet.dispatcher():

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.faults.fleet import Fleet, Reference, Submit, children, is_stopped
 from tests.faults.terms import DEVICE_GREY, DEVICE_HANGS, DEVICE_SEGFAULT
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 EXIT_DEVICE_LOST = 70
 MOST_DEATHS = 3
@@ -33,10 +33,10 @@ def grey(level: int) -> bytes:
 
 
 @pytest.mark.parametrize(("level", "words"), [(DEVICE_GREY, "illegal memory access"), (DEVICE_HANGS, "no progress")])
-def test_the_same_fault_of_the_device_again_convicts_the_picture_and_no_other_of_its_batch(
+def test_the_same_fault_of_the_device_again_convicts_the_image_and_no_other_of_its_batch(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, level: int, words: str
 ) -> None:
-    names = put_pictures(fleet.store, places, 10)
+    names = put_images(fleet.store, places, 10)
     fleet.store.put(places.key(names[4]), grey(level), content_type="image/png")
     known = fleet.workers.ends()
     fleet.workers.start(supervised=True, slots="6", batch_limit="4", test_stall_s="8", test_device_ms="20", lease_s="5")
@@ -54,11 +54,11 @@ def test_the_same_fault_of_the_device_again_convicts_the_picture_and_no_other_of
     assert set(deaths) == {EXIT_DEVICE_LOST}
 
 
-def test_a_picture_on_which_the_device_library_crashes_is_named_after_three_deaths(
+def test_an_image_on_which_the_device_library_crashes_is_named_after_three_deaths(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     """Two last words make it a suspect, the third, alone, convicts it."""
-    names = put_pictures(fleet.store, places, 6)
+    names = put_images(fleet.store, places, 6)
     fleet.store.put(places.key(names[2]), grey(DEVICE_SEGFAULT), content_type="image/png")
     known = fleet.workers.ends()
     fleet.workers.start(supervised=True, slots="4", batch_limit="4", lease_s="5")
@@ -79,14 +79,14 @@ def test_a_worker_that_crashes_stays_until_the_ledger_knows_whom_to_blame(
     fleet: Fleet, places: Places, submit: Submit, tmp_path: Path
 ) -> None:
     """As the first process of a container, it takes the one that tells the ledger with it."""
-    names = put_pictures(fleet.store, places, 1)
+    names = put_images(fleet.store, places, 1)
     fleet.store.put(places.key(names[0]), grey(DEVICE_SEGFAULT), content_type="image/png")
     flag = tmp_path / "frozen"
     worker = fleet.workers.start(test_freezepoints=f"before_blame={flag}")
 
     with fleet.dispatcher():
         job = submit()
-        wait_until(flag.exists, what="somebody is about to blame the picture")
+        wait_until(flag.exists, what="somebody is about to blame the image")
         [listener] = children(worker)
         wait_until(lambda: is_stopped(listener))
         fleet.let_dispatcher_turn(5)

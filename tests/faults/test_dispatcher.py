@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from jobs.s3.client import Location
-from tests.faults.fleet import PICTURES, Fleet, Reference, Submit, is_stopped, make_places, submit_to
+from tests.faults.fleet import IMAGES, Fleet, Reference, Submit, is_stopped, make_places, submit_to
 from tests.faults.truth import prove
-from tests.support.factories import Places, picture, put_pictures, wait_until
+from tests.support.factories import Places, put_images, sample_image, wait_until
 
 EXIT_USAGE = 2
 BOUNDARIES = ("before_feed", "after_feed", "after_report", "before_close_job", "after_close_job")
 
 
-def test_killed_at_every_boundary_a_dispatcher_loses_no_picture(
+def test_killed_at_every_boundary_a_dispatcher_loses_no_image(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
 ) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     fleet.workers.start()
     flags = {place: tmp_path / place for place in BOUNDARIES}
     with fleet.dispatcher(test_failpoints=",".join(f"{place}={flag}" for place, flag in flags.items())):
@@ -28,7 +28,7 @@ def test_killed_at_every_boundary_a_dispatcher_loses_no_picture(
         truth = prove(fleet, job, places, names=names, reference=reference)
         wait_until(lambda: all(flag.exists() for flag in flags.values()))
 
-    assert truth.counts["done"] == PICTURES
+    assert truth.counts["done"] == IMAGES
     assert set(fleet.workers.published(places).values()) == {1}
     assert list(fleet.dispatchers.ends().values()).count(-signal.SIGKILL) == len(BOUNDARIES)
 
@@ -36,7 +36,7 @@ def test_killed_at_every_boundary_a_dispatcher_loses_no_picture(
 def test_of_two_dispatchers_one_works_and_one_that_was_frozen_changes_nothing(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     fleet.workers.start(test_device_ms="100")
     before = fleet.active()
     with fleet.dispatcher() as first:
@@ -51,7 +51,7 @@ def test_of_two_dispatchers_one_works_and_one_that_was_frozen_changes_nothing(
 
             truth = prove(fleet, job, places, names=names, reference=reference)
 
-    assert truth.counts["done"] == PICTURES
+    assert truth.counts["done"] == IMAGES
     assert set(fleet.workers.published(places).values()) == {1}
 
 
@@ -60,7 +60,7 @@ def test_a_dispatcher_that_stood_still_with_its_workers_lets_them_renew_first(
 ) -> None:
     """As on a machine that was suspended, when it is the first to go on."""
     lease_s = 5
-    names = put_pictures(fleet.store, places, 2)
+    names = put_images(fleet.store, places, 2)
     worker = fleet.workers.start(test_device_ms="4000", slots="2", lease_s=str(lease_s))
     with fleet.dispatcher(lease_s=str(lease_s)) as dispatcher:
         job = submit()
@@ -83,7 +83,7 @@ def test_a_dispatcher_that_stood_still_with_its_workers_lets_them_renew_first(
 def test_a_producer_killed_between_part_and_count_is_resumed_or_repeated(
     fleet: Fleet, places: Places, reference: Reference, tmp_path: Path, place: str
 ) -> None:
-    names = put_pictures(fleet.store, places, 8)
+    names = put_images(fleet.store, places, 8)
     before = {job.id for job in fleet.ledger.jobs()}
     fleet.workers.start()
     killed = fleet.submits.start_for(places, test_failpoints=f"{place}={tmp_path / place}")
@@ -103,15 +103,15 @@ def test_a_producer_killed_between_part_and_count_is_resumed_or_repeated(
 def test_a_producer_that_was_frozen_while_another_listed_on_changes_no_part_of_the_manifest(
     fleet: Fleet, places: Places, reference: Reference, tmp_path: Path
 ) -> None:
-    """What both list is not the same: a picture came that is the first by its name."""
-    names = put_pictures(fleet.store, places, 20)
+    """What both list is not the same: an image came that is the first by its name."""
+    names = put_images(fleet.store, places, 20)
     before = {job.id for job in fleet.ledger.jobs()}
     fleet.workers.start()
     freezes = f"after_is_next_part={tmp_path / 'frozen'}"
     frozen = fleet.submits.start_for(places, test_part_rows="8", test_freezepoints=freezes)
     wait_until(lambda: is_stopped(frozen), what="it is about to write the first part")
     (job,) = {job.id for job in fleet.ledger.jobs()} - before
-    fleet.store.put(places.key("a.jpg"), picture(seed=90), content_type="image/jpeg")
+    fleet.store.put(places.key("a.jpg"), sample_image(seed=90), content_type="image/jpeg")
     with fleet.dispatcher(test_part_rows="8"):
         resumed = fleet.submits.start_for(places, "--resume", job, test_part_rows="8")
         assert fleet.submits.wait_for(resumed) == 0
@@ -128,13 +128,13 @@ def test_a_producer_that_was_frozen_while_another_listed_on_changes_no_part_of_t
 def test_a_producer_killed_behind_the_last_part_leaves_a_job_that_ends_with_what_was_listed(
     fleet: Fleet, places: Places, reference: Reference, tmp_path: Path
 ) -> None:
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     before = {job.id for job in fleet.ledger.jobs()}
     fleet.workers.start()
     killed = fleet.submits.start_for(places, test_failpoints=f"after_add_part={tmp_path / 'killed'}")
     assert fleet.submits.wait_for(killed) == -signal.SIGKILL
     (job,) = {job.id for job in fleet.ledger.jobs()} - before
-    fleet.store.put(places.key("later.jpg"), picture(seed=90), content_type="image/jpeg")
+    fleet.store.put(places.key("later.jpg"), sample_image(seed=90), content_type="image/jpeg")
     with fleet.dispatcher():
         ran = fleet.run("submit", places.source, "--to", places.to, "--model", "stand-in", "--resume", job)
         assert ran.returncode == 0, ran.stderr
@@ -148,9 +148,9 @@ def test_a_damaged_manifest_stops_its_own_job_and_no_other(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     """Who may write to a destination may write to its records too."""
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     hurt = make_places(fleet)
-    put_pictures(fleet.store, hurt, 4)
+    put_images(fleet.store, hurt, 4)
     fleet.workers.start()
     damaged = submit_to(fleet, hurt)
     part = f"_cutfleet/{damaged}/manifest/000000.jsonl.gz"
@@ -172,11 +172,11 @@ def test_a_damaged_manifest_stops_its_own_job_and_no_other(
 @pytest.mark.parametrize(
     "place", ["after_cutout", "before_submit_live", "after_submit_live"], ids=["recorded", "before", "after"]
 )
-def test_a_producer_of_live_pictures_that_is_killed_leaves_nothing_to_do_or_all_of_it(
+def test_a_producer_of_live_images_that_is_killed_leaves_nothing_to_do_or_all_of_it(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path, place: str
 ) -> None:
     """`after_cutout`, of an object that is no mask: its first is the job's record."""
-    names = put_pictures(fleet.store, places, 8)
+    names = put_images(fleet.store, places, 8)
     before = {job.id for job in fleet.ledger.jobs()}
     fleet.workers.start()
     killed = fleet.submits.start_for(places, "--lane", "live", test_failpoints=f"{place}={tmp_path / place}")

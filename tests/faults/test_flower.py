@@ -10,10 +10,10 @@ import pytest
 import redis
 
 from producer.demo.local_stack import Process, inherited_environment
-from tests.faults.fleet import PICTURES, Fleet, Reference, Submit
+from tests.faults.fleet import IMAGES, Fleet, Reference, Submit
 from tests.faults.proxy import Wire
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 from tests.support.flower import Flower
 
 LIMIT = "pubsub 262144 262144 0"
@@ -32,7 +32,7 @@ def flower(fleet: Fleet) -> Iterator[Process]:
 def test_a_frozen_flower_is_cut_off_alone_while_the_workers_go_on(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, flower: Process
 ) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     fleet.workers.start()
     with redis.Redis(port=fleet.stack.redis_port) as broker, fleet.dispatcher():
         broker.config_set("client-output-buffer-limit", LIMIT)
@@ -42,7 +42,7 @@ def test_a_frozen_flower_is_cut_off_alone_while_the_workers_go_on(
         known = cut_off(broker)
 
         def floods() -> bool:
-            """Events as of thousands of pictures."""
+            """Events as of thousands of images."""
             with broker.pipeline(transaction=False) as pipe:
                 for _ in range(500):
                     pipe.publish(channel, event)
@@ -56,7 +56,7 @@ def test_a_frozen_flower_is_cut_off_alone_while_the_workers_go_on(
         wait_until(lambda: listeners(broker) == 2, what=f"Flower is back: {flower.last_words()}")
         assert cut_off(broker) == known + 1, "nobody else was"
 
-    assert truth.counts["done"] == PICTURES
+    assert truth.counts["done"] == IMAGES
     assert fleet.workers.dismiss() == [0]
 
 

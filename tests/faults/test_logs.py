@@ -1,4 +1,4 @@
-"""What a worker says of its pictures, for programs to read."""
+"""What a worker says of its images, for programs to read."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 
 from tests.faults.fleet import UNHURRIED_S, Fleet, Submit
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures
+from tests.support.factories import Places, put_images
 
-PICTURES = 6
+IMAGES = 6
 
 
-def test_each_picture_has_one_line_of_json_that_tells_job_picture_and_outcome(
+def test_each_image_has_one_line_of_json_that_tells_job_image_and_outcome(
     fleet: Fleet, places: Places, submit: Submit
 ) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     fleet.store.put(places.key(names[2]), b"<!doctype html>", content_type="image/jpeg")
     fleet.workers.start(log_format="json", lease_s=UNHURRIED_S)
 
@@ -29,7 +29,7 @@ def test_each_picture_has_one_line_of_json_that_tells_job_picture_and_outcome(
         (job, index, name) for index, name in enumerate(names)
     ]
     assert {line["image"]: (line["message"].partition(":")[0], line.get("code")) for line in told} == {
-        index: ("failed", "not_an_image") if index == 2 else ("review", None) for index in range(PICTURES)
+        index: ("failed", "not_an_image") if index == 2 else ("review", None) for index in range(IMAGES)
     }, "the stand-in's even masks are to be reviewed"
     assert all(line["seconds"] >= 0 and line["attempt"] == 1 for line in told)
     assert {line["level"] for line in told} == {"info", "warning"}

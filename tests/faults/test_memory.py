@@ -11,10 +11,10 @@ from PIL import Image
 from tests.faults.fleet import Fleet, Reference, Submit
 from tests.faults.terms import LEAK, LEAK_BYTES
 from tests.faults.truth import prove
-from tests.support.factories import Places, picture, put_pictures
+from tests.support.factories import Places, put_images, sample_image
 
 ROOM_MB = 600
-"""Above what a worker takes by itself: too little for twelve pictures of 12 megapixels at once."""
+"""Above what a worker takes by itself: too little for twelve images of 12 megapixels at once."""
 FAST = {"compress_level": 1}
 
 
@@ -25,14 +25,14 @@ def memory_mb(pid: int, what: str = "VmRSS") -> float:
 
 
 def own_mb(fleet: Fleet) -> float:
-    """What a worker takes before its first picture."""
+    """What a worker takes before its first image."""
     worker = fleet.workers.start()
     taken = memory_mb(worker)
     fleet.workers.kill(worker)
     return taken
 
 
-def large_pictures() -> Iterator[tuple[str, bytes]]:
+def large_images() -> Iterator[tuple[str, bytes]]:
     """Names and bodies; the formats take from 8 to 16 bytes a pixel."""
     image = Image.linear_gradient("L").resize((4000, 3000)).convert("RGB")
     transparent = image.copy()
@@ -48,18 +48,18 @@ def large_pictures() -> Iterator[tuple[str, bytes]]:
         yield f"p{number:05d}.{ending}", data
 
 
-def test_a_flood_of_large_pictures_stays_under_the_limit(fleet: Fleet, places: Places, submit: Submit) -> None:
-    pictures = dict(large_pictures())
-    for name, body in pictures.items():
+def test_a_flood_of_large_images_stays_under_the_limit(fleet: Fleet, places: Places, submit: Submit) -> None:
+    images = dict(large_images())
+    for name, body in images.items():
         fleet.store.put(places.key(name), body, content_type="image/*")
     limit_mb = own_mb(fleet) + ROOM_MB
     worker = fleet.workers.start(slots="12", memory_mb=str(round(limit_mb)), lease_s="8")
 
     with fleet.dispatcher(lease_s="8"):
-        truth = prove(fleet, submit(), places, names=list(pictures), reference={}, within_s=180)
+        truth = prove(fleet, submit(), places, names=list(images), reference={}, within_s=180)
         most_mb = memory_mb(worker, "VmHWM")
 
-    assert truth.counts["done"] == len(pictures)
+    assert truth.counts["done"] == len(images)
     assert most_mb < limit_mb
     assert fleet.workers.dismiss() == [0]
     assert fleet.workers.ends()[worker] == 0, "it was not replaced"
@@ -68,9 +68,9 @@ def test_a_flood_of_large_pictures_stays_under_the_limit(fleet: Fleet, places: P
 def test_a_worker_above_its_limit_drains_and_is_replaced_and_nothing_is_lost_or_done_twice(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 16)
+    names = put_images(fleet.store, places, 16)
     for number, name in enumerate(names):
-        fleet.store.put(places.key(name), picture(seed=number) + LEAK, content_type="image/jpeg")
+        fleet.store.put(places.key(name), sample_image(seed=number) + LEAK, content_type="image/jpeg")
     limit_mb = own_mb(fleet) + 4 * LEAK_BYTES / 1e6
     known = fleet.workers.ends()
     fleet.workers.start(supervised=True, slots="2", memory_mb=str(round(limit_mb)), test_device_ms="200")

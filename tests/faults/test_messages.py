@@ -1,4 +1,4 @@
-"""Messages come twice, or nobody is there to take them, or what they speak of is another picture by now."""
+"""Messages come twice, or nobody is there to take them, or what they speak of is another image by now."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobs.broker import lane_queue
 from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, is_stopped
 from tests.faults.terms import MODEL
 from tests.faults.truth import prove
-from tests.support.factories import Places, picture, put_pictures, wait_until
+from tests.support.factories import Places, put_images, sample_image, wait_until
 
 pytestmark = pytest.mark.usefixtures("asleep")
 LIVE, BACKFILL = (lane_queue(lane, MODEL) for lane in ("live", "backfill"))
@@ -22,10 +22,10 @@ LEASES = 60
 """Of a minute each, as they are by default."""
 
 
-def test_of_a_hundred_pictures_whose_messages_come_twice_each_is_worked_on_once(
+def test_of_a_hundred_images_whose_messages_come_twice_each_is_worked_on_once(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 100)
+    names = put_images(fleet.store, places, 100)
     job = submit("--lane", "live")
     with redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker:
         double(broker, LIVE)
@@ -58,7 +58,7 @@ def double(broker: redis.Redis, queue: str) -> None:
 def test_without_a_worker_for_an_hour_of_leases_the_queue_does_not_grow(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 16)
+    names = put_images(fleet.store, places, 16)
     with fleet.dispatcher(test_pause_s="0.02"), redis.Redis(port=fleet.stack.redis_port) as broker:
         job = submit()
         wait_until(lambda: broker.zcard("cf:waiting") == len(names))
@@ -80,10 +80,10 @@ def test_without_a_worker_for_an_hour_of_leases_the_queue_does_not_grow(
     assert fleet.workers.dismiss() == [0]
 
 
-def test_a_job_whose_pictures_are_done_faster_than_they_are_listed_stays_open_for_the_rest(
+def test_a_job_whose_images_are_done_faster_than_they_are_listed_stays_open_for_the_rest(
     fleet: Fleet, places: Places, reference: Reference, tmp_path: Path
 ) -> None:
-    names = put_pictures(fleet.store, places, 20)
+    names = put_images(fleet.store, places, 20)
     before = {job.id for job in fleet.ledger.jobs()}
     fleet.workers.start(lease_s=UNHURRIED_S)
     freezes = f"after_add_part={tmp_path / 'frozen'}"
@@ -107,16 +107,16 @@ def test_a_source_that_is_replaced_while_it_waits_or_is_worked_on_is_never_mixed
 ) -> None:
     """On its queue: it fails with its code. Fetched already: what is published is the version that was listed, and says
     so, and the next job makes the new one."""
-    names = put_pictures(fleet.store, places, 2)
+    names = put_images(fleet.store, places, 2)
     waits, works = (places.key(name) for name in names)
     listed = fleet.store.head(works, role="source")
     job = submit("--lane", "live")
-    fleet.store.put(waits, picture(seed=90), content_type="image/jpeg")
+    fleet.store.put(waits, sample_image(seed=90), content_type="image/jpeg")
     worker = fleet.workers.start(
         slots="2", lease_s="60", test_freezepoints=f"after_model={tmp_path / 'frozen'}", ready=False
     )
     wait_until(lambda: is_stopped(worker), what="it has fetched and computed the other one")
-    fleet.store.put(works, picture(seed=91), content_type="image/jpeg")
+    fleet.store.put(works, sample_image(seed=91), content_type="image/jpeg")
     os.kill(worker, signal.SIGCONT)
     with fleet.dispatcher(lease_s="60"):
         truth = prove(fleet, job, places, names=names, reference=reference)

@@ -13,7 +13,7 @@ from producer.dispatcher.feeder import MIN_WINDOW
 from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit
 from tests.faults.terms import MODEL
 from tests.faults.truth import prove
-from tests.support.factories import Places, picture, put_pictures, wait_until
+from tests.support.factories import Places, put_images, sample_image, wait_until
 
 pytestmark = pytest.mark.usefixtures("asleep")
 
@@ -22,7 +22,7 @@ def test_cancelled_at_a_third_a_job_ends_what_is_in_work_and_nothing_else(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
 ) -> None:
     """One worker dies before that, with nothing published: what it would leave else is the next test's."""
-    names = put_pictures(fleet.store, places, 60)
+    names = put_images(fleet.store, places, 60)
     fleet.workers.start(test_device_ms="100", lease_s=UNHURRIED_S)
     leaving = fleet.workers.start(test_device_ms="100", test_failpoints=f"after_model={tmp_path / 'killed'}")
     with fleet.dispatcher():
@@ -39,11 +39,11 @@ def test_cancelled_at_a_third_a_job_ends_what_is_in_work_and_nothing_else(
 
 
 @pytest.mark.parametrize(("place", "left"), [("after_mask", ["mask"]), ("before_commit", ["mask", "cutout"])])
-def test_what_a_worker_that_dies_leaves_of_a_cancelled_picture_is_named_and_made_whole_by_the_next_job(
+def test_what_a_worker_that_dies_leaves_of_a_cancelled_image_is_named_and_made_whole_by_the_next_job(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path, place: str, left: list[str]
 ) -> None:
     """Cancelled, it is nobody's to do again, and nothing is ever deleted."""
-    [name] = put_pictures(fleet.store, places, 1)
+    [name] = put_images(fleet.store, places, 1)
     worker = fleet.workers.start(test_failpoints=f"{place}={tmp_path / place}")
     with fleet.dispatcher():
         job = submit()
@@ -68,7 +68,7 @@ def test_what_a_worker_that_dies_leaves_of_a_cancelled_picture_is_named_and_made
 def test_paused_a_job_ends_what_is_fed_and_is_closed_only_after_the_rest(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, MIN_WINDOW + 16)
+    names = put_images(fleet.store, places, MIN_WINDOW + 16)
     with fleet.dispatcher():
         job = submit()
         wait_until(lambda: fleet.ledger.job(job).cursor == MIN_WINDOW)
@@ -91,7 +91,7 @@ def test_paused_a_job_ends_what_is_fed_and_is_closed_only_after_the_rest(
 def test_moved_to_the_live_lane_a_job_overtakes_what_was_there_before(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, MIN_WINDOW + 16)
+    names = put_images(fleet.store, places, MIN_WINDOW + 16)
     few = names[:6]
     urgent = Places(places.source, f"{places.to}urgent/")
     with fleet.dispatcher(lease_s=UNHURRIED_S):
@@ -116,7 +116,7 @@ def test_moved_to_the_live_lane_a_job_overtakes_what_was_there_before(
 def test_failures_that_are_mended_and_tried_again_are_done_though_their_worker_dies(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
 ) -> None:
-    names = put_pictures(fleet.store, places, 8)
+    names = put_images(fleet.store, places, 8)
     for name in names[:3]:
         fleet.store.put(places.key(name), b"<html>404</html>", content_type="image/jpeg")
     with fleet.dispatcher():
@@ -126,7 +126,7 @@ def test_failures_that_are_mended_and_tried_again_are_done_though_their_worker_d
         assert (failed.counts["failed"], failed.counts["done"]) == (3, 5)
         fleet.workers.dismiss()
         for seed, name in enumerate(names[:3]):
-            fleet.store.put(places.key(name), picture(seed=seed), content_type="image/jpeg")
+            fleet.store.put(places.key(name), sample_image(seed=seed), content_type="image/jpeg")
         assert fleet.run("retry", job).returncode == 0
         worker = fleet.workers.start(supervised=True, test_failpoints=f"before_commit={tmp_path / 'killed'}")
         assert fleet.workers.wait_for(worker) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Pictures that take their worker down: each is named after at most three deaths, and its neighbours are done."""
+"""Images that take their worker down: each is named after at most three deaths, and its neighbours are done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.job import Failure
 from tests.faults.fleet import Fleet, Reference, Submit, children, make_places, submit_to
 from tests.faults.terms import EXHAUST, HANG, LOCK, MODEL, SEGFAULT
 from tests.faults.truth import prove
-from tests.support.factories import Places, picture, put_pictures, wait_until
+from tests.support.factories import Places, put_images, sample_image, wait_until
 
 pytestmark = pytest.mark.usefixtures("asleep")
 MOST_DEATHS = 3
@@ -43,11 +43,11 @@ def failures(fleet: Fleet, job: str) -> list[Failure]:
         (LOCK, "stalled", EXIT_LOCKED),
     ],
 )
-def test_a_picture_that_takes_workers_down_is_named_and_its_neighbours_are_done(
+def test_an_image_that_takes_workers_down_is_named_and_its_neighbours_are_done(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, poison: bytes, code: str, exit_code: int
 ) -> None:
-    names = put_pictures(fleet.store, places, 10)
-    fleet.store.put(places.key(names[5]), picture(seed=5) + poison, content_type="image/jpeg")
+    names = put_images(fleet.store, places, 10)
+    fleet.store.put(places.key(names[5]), sample_image(seed=5) + poison, content_type="image/jpeg")
     known = fleet.workers.ends()
     fleet.workers.start(supervised=True, **SETTINGS, **(STALL_S if code == "stalled" else {}))
 
@@ -67,8 +67,8 @@ def test_a_picture_that_takes_workers_down_is_named_and_its_neighbours_are_done(
 def test_a_worker_that_is_told_to_go_takes_its_suspect_back_unconvicted(
     fleet: Fleet, places: Places, submit: Submit
 ) -> None:
-    names = put_pictures(fleet.store, places, 1)
-    fleet.store.put(places.key(names[0]), picture(seed=0) + HANG, content_type="image/jpeg")
+    names = put_images(fleet.store, places, 1)
+    fleet.store.put(places.key(names[0]), sample_image(seed=0) + HANG, content_type="image/jpeg")
     with fleet.dispatcher():
         job = submit()
         make_suspects(fleet, job, names)
@@ -83,12 +83,12 @@ def test_a_worker_that_is_told_to_go_takes_its_suspect_back_unconvicted(
         wait_until(lambda: fleet.ledger.job(job).closed is not None)
 
 
-def test_a_decoder_that_is_killed_twice_convicts_its_picture_and_once_does_not(
+def test_a_decoder_that_is_killed_twice_convicts_its_image_and_once_does_not(
     fleet: Fleet, places: Places, submit: Submit
 ) -> None:
     """As the kernel does for memory."""
-    names = put_pictures(fleet.store, places, 1)
-    fleet.store.put(places.key(names[0]), picture(seed=0) + HANG, content_type="image/jpeg")
+    names = put_images(fleet.store, places, 1)
+    fleet.store.put(places.key(names[0]), sample_image(seed=0) + HANG, content_type="image/jpeg")
     with fleet.dispatcher():
         job = submit()
         make_suspects(fleet, job, names)
@@ -106,13 +106,13 @@ def test_a_decoder_that_is_killed_twice_convicts_its_picture_and_once_does_not(
     assert fleet.workers.dismiss() == [0]
 
 
-def test_a_suspect_does_not_wait_for_the_end_of_a_backfill_while_live_pictures_come(
+def test_a_suspect_does_not_wait_for_the_end_of_a_backfill_while_live_images_come(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 1)
+    names = put_images(fleet.store, places, 1)
     crowd, few = make_places(fleet), make_places(fleet)
-    put_pictures(fleet.store, crowd, CROWD)
-    put_pictures(fleet.store, few, CROWD // 10)
+    put_images(fleet.store, crowd, CROWD)
+    put_images(fleet.store, few, CROWD // 10)
     with fleet.dispatcher():
         job = submit()
         make_suspects(fleet, job, names)
@@ -131,7 +131,7 @@ def test_a_suspect_does_not_wait_for_the_end_of_a_backfill_while_live_pictures_c
 
 
 def decoding(fleet: Fleet, worker: int) -> list[int]:
-    """Children of the worker that hang in a picture."""
+    """Children of the worker that hang in an image."""
     said = fleet.workers.text()
     return [pid for pid in children(worker) if f"hangs in {pid}\n" in said]
 

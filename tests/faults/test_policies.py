@@ -15,7 +15,7 @@ from jobs.s3.client import Location, Store
 from producer.demo.local_stack import SECRET_KEY
 from tests.faults.fleet import ROOT, Fleet, Reference
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 ROLES = ("producer", "dispatcher", "worker")
 VERBS = {"s3:ListBucket": "List", "s3:GetObject": "Read", "s3:PutObject": "Write"}
@@ -68,7 +68,7 @@ def outcome(call: object) -> str:
 
 @pytest.mark.usefixtures("roles")
 def test_every_role_does_its_work_with_its_own_rights(fleet: Fleet, places: Places, reference: Reference) -> None:
-    names = put_pictures(fleet.store, places, SOME)
+    names = put_images(fleet.store, places, SOME)
     env = {"AWS_ACCESS_KEY_ID": "producer"}
     fleet.workers.start(s3_user="worker")
     fleet.dispatchers.start(s3_user="dispatcher")
@@ -86,9 +86,9 @@ def test_every_role_does_its_work_with_its_own_rights(fleet: Fleet, places: Plac
 
 @pytest.mark.usefixtures("roles")
 def test_each_role_is_refused_what_is_not_its(fleet: Fleet, places: Places) -> None:
-    put_pictures(fleet.store, places, 1)
+    put_images(fleet.store, places, 1)
     record = Location(Location.parse(places.to).bucket, "_cutfleet/job/job.json")
-    picture, cutout = places.key("p00000.jpg"), places.cutout("p00000.jpg")
+    image, cutout = places.key("p00000.jpg"), places.cutout("p00000.jpg")
 
     def write(store: Store, place: Location) -> str:
         return outcome(lambda: store.put(place, b"{}", content_type="application/json"))
@@ -97,8 +97,8 @@ def test_each_role_is_refused_what_is_not_its(fleet: Fleet, places: Places) -> N
     for role in ROLES:
         with as_role(fleet, role) as store:
             seen[role] = {
-                "reads a source": outcome(lambda store=store: store.get(picture, role="source", max_bytes=10**6)),
-                "writes a source": write(store, picture),
+                "reads a source": outcome(lambda store=store: store.get(image, role="source", max_bytes=10**6)),
+                "writes a source": write(store, image),
                 "writes a record": write(store, record),
                 "writes a cutout": write(store, cutout),
             }

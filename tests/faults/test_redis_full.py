@@ -18,10 +18,10 @@ import redis
 
 from jobs.s3.client import Location
 from producer.demo.local_stack import free_port, inherited_environment
-from tests.faults.fleet import PICTURES, ROOT, Fleet, Reference, Submit, is_stopped
+from tests.faults.fleet import IMAGES, ROOT, Fleet, Reference, Submit, is_stopped
 from tests.faults.terms import MODEL
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def full(fleet: Fleet) -> Iterator[None]:
 def test_workers_end_what_they_hold_and_leave_and_the_rest_goes_on_when_there_is_room(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     fleet.workers.start(slots="4", test_device_ms="1500", drain_s="30")
     with fleet.dispatcher():
         job = submit()
@@ -52,13 +52,13 @@ def test_workers_end_what_they_hold_and_leave_and_the_rest_goes_on_when_there_is
         fleet.workers.start()
         truth = prove(fleet, job, places, names=names, reference=reference)
 
-    assert truth.counts["done"] == PICTURES
+    assert truth.counts["done"] == IMAGES
     assert max(fleet.workers.published(places).values()) == 1
     assert fleet.workers.dismiss() == [0]
 
 
 def test_a_job_that_ends_while_redis_is_full_is_closed(fleet: Fleet, places: Places, submit: Submit) -> None:
-    put_pictures(fleet.store, places, 4)
+    put_images(fleet.store, places, 4)
     fleet.workers.start(slots="4", test_device_ms="500")
     with fleet.dispatcher():
         job = submit()
@@ -73,7 +73,7 @@ def test_a_job_that_ends_while_redis_is_full_is_closed(fleet: Fleet, places: Pla
 def test_submitting_says_what_it_waits_for_and_goes_on_when_there_is_room(
     fleet: Fleet, places: Places, reference: Reference, tmp_path: Path, lane: str
 ) -> None:
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     fleet.workers.start()
     said = tmp_path / "stderr"
     command = ["submit", places.source, "--to", places.to, "--model", MODEL, "--lane", lane]
@@ -101,7 +101,7 @@ def test_submitting_says_what_it_waits_for_and_goes_on_when_there_is_room(
 def test_a_listing_that_is_interrupted_while_redis_is_full_can_be_resumed(
     fleet: Fleet, places: Places, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     fleet.workers.start()
     flag = fleet.stack.folder / f"frozen-{Location.parse(places.to).bucket}"
     submitting = fleet.submits.start_for(places, test_freezepoints=f"before_add_part={flag}")

@@ -11,7 +11,7 @@ import time
 
 from tests.faults.fleet import Fleet, Reference, is_ready, make_places, submit_here
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 GPUS = 3
 SHELF = 96
@@ -34,7 +34,7 @@ def roll(fleet: Fleet) -> list[int]:
 def test_a_rolling_restart_under_load_loses_and_doubles_nothing(
     fleet: Fleet, places: Places, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, SHELF)
+    names = put_images(fleet.store, places, SHELF)
     for gpu in range(GPUS):
         fleet.workers.start(supervised=True, node=f"gpu{gpu}-{os.getpid()}", test_device_ms=DEVICE_MS)
     for _ in range(2):
@@ -47,14 +47,14 @@ def test_a_rolling_restart_under_load_loses_and_doubles_nothing(
     restart.start()
     while restart.is_alive():
         shelves.fill()
-        (name,) = put_pictures(fleet.store, live, 1, start=len(waits_s))
+        (name,) = put_images(fleet.store, live, 1, start=len(waits_s))
         began = time.monotonic()
         job = submit_here(fleet, live, live.key(name).key, lane="live")
-        wait_until(lambda job=job: fleet.ledger.job(job).done == 1, what=f"live picture {name}")
+        wait_until(lambda job=job: fleet.ledger.job(job).done == 1, what=f"live image {name}")
         waits_s.append(time.monotonic() - began)
     restart.join()
 
-    print(f"{len(waits_s)} live pictures, each from before its submission until it was done:")
+    print(f"{len(waits_s)} live images, each from before its submission until it was done:")
     print(f"median {statistics.median(waits_s):.1f} s, worst {max(waits_s):.1f} s")
     assert len(codes) == GPUS + 2
     assert all(fleet.workers.unit.is_well_after(code) for code in codes), codes

@@ -20,7 +20,7 @@ from jobs.ledger import Ledger
 from producer.demo.local_stack import Process, free_port, valkey_program
 from tests.faults.fleet import ROOT, Fleet
 from tests.faults.proxy import Wire
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 from tests.support.flower import Flower
 
 EXIT_UNREACHABLE = 4
@@ -88,7 +88,7 @@ def is_up(client: redis.Redis) -> bool:
 
 
 def test_every_role_does_its_work_over_tls_with_its_own_rights(fleet: Fleet, places: Places, guarded: Guarded) -> None:
-    put_pictures(fleet.store, places, 4)
+    put_images(fleet.store, places, 4)
     with Ledger(guarded.url("producer"), name="guarded") as ledger:
         fleet.workers.start(redis_url=guarded.url("worker"), ready=False)
         fleet.dispatchers.start(redis_url=guarded.url("dispatcher"))
@@ -122,7 +122,7 @@ def test_a_connection_over_tls_that_is_half_open_for_a_while_costs_only_that(
     fleet: Fleet, places: Places, guarded: Guarded
 ) -> None:
     """Neither side hears of an end: what waits for an answer, and what waits for a message."""
-    put_pictures(fleet.store, places, SOME)
+    put_images(fleet.store, places, SOME)
     with Ledger(guarded.url("producer"), name="guarded") as ledger:
         worker = fleet.workers.start(redis_url=guarded.url("worker"), test_device_ms="100", ready=False)
         fleet.dispatchers.start(redis_url=guarded.url("dispatcher"))

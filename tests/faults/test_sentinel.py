@@ -1,4 +1,4 @@
-"""A primary dies, Sentinels promote its replica: ledger and broker follow them, and every picture arrives."""
+"""A primary dies, Sentinels promote its replica: ledger and broker follow them, and every image arrives."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jobs.ledger import Ledger
 from jobs.ledger.connection import broker_urls, sentinels_of
 from jobs.settings import Settings
 from producer.demo.local_stack import Process, free_port, valkey_program
-from tests.faults.fleet import PICTURES, Fleet, Reference
+from tests.faults.fleet import IMAGES, Fleet, Reference
 from tests.faults.terms import MODEL
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 NAME = "cutfleet"
 
@@ -86,10 +86,10 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
         watched.stop()
 
 
-def test_a_primary_that_is_killed_costs_a_pause_and_no_picture(
+def test_a_primary_that_is_killed_costs_a_pause_and_no_image(
     fleet: Fleet, places: Places, reference: Reference, watched: Watched
 ) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     with Ledger(watched.url, name="watched") as ledger:
         worker = fleet.workers.start(redis_url=watched.url, test_device_ms="150", ready=False)
         fleet.dispatchers.start(redis_url=watched.url)
@@ -104,7 +104,7 @@ def test_a_primary_that_is_killed_costs_a_pause_and_no_picture(
         wait_until(lambda: watched.primary() == watched.ports[1], within_s=120, what="the replica is promoted")
 
         truth = prove(fleet, job, places, names=names, reference=reference, port=watched.ports[1])
-    assert truth.counts["done"] == PICTURES
+    assert truth.counts["done"] == IMAGES
     assert fleet.workers.alive() == [worker], fleet.workers.words()
     assert fleet.workers.dismiss() == [0]
     assert fleet.dispatchers.dismiss() == [0]

@@ -13,14 +13,14 @@ from jobs.s3.client import Location
 from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit
 from tests.faults.proxy import Fault, S3Proxy, Wire
 from tests.faults.truth import prove
-from tests.support.factories import Places, picture, put_pictures, wait_until
+from tests.support.factories import Places, put_images, sample_image, wait_until
 
 SOME = 16
 EXIT_DRAIN_DEADLINE = 75
 AWAY_S = float(os.environ.get("CUTFLEET_TEST_AWAY_S", "0"))
 """How long the store is away at least; 600 by hand, with a longer --timeout."""
 GIVEN_BACK_S = 300
-"""After which a worker that holds gives its pictures back, and takes others or the same."""
+"""After which a worker that holds gives its images back, and takes others or the same."""
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def tries(fleet: Fleet) -> dict[str, str]:
 def test_a_store_that_fails_now_and_then_costs_time_and_nothing_else(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy, fault: Fault
 ) -> None:
-    names = put_pictures(fleet.store, places, SOME)
+    names = put_images(fleet.store, places, SOME)
     fleet.workers.start(s3_endpoint=s3.url)
     with fleet.dispatcher(), s3.fault(fault):
         job = submit()
@@ -64,7 +64,7 @@ def test_a_store_that_fails_now_and_then_costs_time_and_nothing_else(
 def test_while_the_whole_store_is_away_workers_hold_and_no_try_is_used_up(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy, how: str
 ) -> None:
-    names = put_pictures(fleet.store, places, SOME)
+    names = put_images(fleet.store, places, SOME)
     holding = fleet.workers.text().count("holding:")
     with Wire(fleet.stack.s3_port) as wire:
         endpoint = f"http://127.0.0.1:{wire.port}" if how == "refused" else s3.url
@@ -98,10 +98,10 @@ def away_for_a_while(fleet: Fleet, known: int) -> None:
     assert not tries(fleet)
 
 
-def test_a_worker_told_to_go_while_the_store_is_away_gives_its_pictures_back(
+def test_a_worker_told_to_go_while_the_store_is_away_gives_its_images_back(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
 ) -> None:
-    names = put_pictures(fleet.store, places, 8)
+    names = put_images(fleet.store, places, 8)
     holding = fleet.workers.text().count("holding:")
     worker = fleet.workers.start(s3_endpoint=s3.url, drain_s="30")
     with fleet.dispatcher():
@@ -121,7 +121,7 @@ def test_a_worker_told_to_go_while_the_store_is_away_gives_its_pictures_back(
 def test_told_to_go_with_downloads_that_hang_a_worker_leaves_by_the_deadline_and_another_goes_on(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
 ) -> None:
-    names = put_pictures(fleet.store, places, 8)
+    names = put_images(fleet.store, places, 8)
     worker = fleet.workers.start(s3_endpoint=s3.url, drain_s="2")
     with fleet.dispatcher(), s3.fault(Fault("hang", methods=("GET",))):
         job = submit()
@@ -137,10 +137,10 @@ def test_told_to_go_with_downloads_that_hang_a_worker_leaves_by_the_deadline_and
     assert fleet.workers.dismiss() == [0]
 
 
-def test_a_worker_that_alone_can_not_reach_the_store_leaves_its_pictures_to_others(
+def test_a_worker_that_alone_can_not_reach_the_store_leaves_its_images_to_others(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
 ) -> None:
-    names = put_pictures(fleet.store, places, 8)
+    names = put_images(fleet.store, places, 8)
     holding = fleet.workers.text().count("holding:")
     astray = fleet.workers.start(s3_endpoint=s3.url, slots="2", test_hold_s="1")
     with fleet.dispatcher(), s3.fault(Fault("answer", status=403, code="RequestTimeTooSkewed")):
@@ -157,10 +157,10 @@ def test_a_worker_that_alone_can_not_reach_the_store_leaves_its_pictures_to_othe
 def test_one_prefix_that_is_denied_fails_at_once_with_its_code_and_the_others_go_on(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
 ) -> None:
-    names = put_pictures(fleet.store, places, 8)
+    names = put_images(fleet.store, places, 8)
     denied = [f"secret/p{number}.jpg" for number in range(4)]
     for name in denied:
-        fleet.store.put(places.key(name), picture(), content_type="image/jpeg")
+        fleet.store.put(places.key(name), sample_image(), content_type="image/jpeg")
     bucket = Location.parse(places.source).bucket
     fleet.workers.start(s3_endpoint=s3.url)
     with fleet.dispatcher(), s3.fault(Fault("answer", (f"/{bucket}/secret/",), status=403, code="AccessDenied")):
@@ -176,7 +176,7 @@ def test_one_prefix_that_is_denied_fails_at_once_with_its_code_and_the_others_go
 def test_one_object_that_can_not_be_read_uses_up_its_own_tries_alone(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
 ) -> None:
-    names = put_pictures(fleet.store, places, 6)
+    names = put_images(fleet.store, places, 6)
     bucket = Location.parse(places.source).bucket
     fleet.workers.start(s3_endpoint=s3.url, max_tries="3")
     broken = Fault("answer", (f"/{bucket}/{names[2]}",), status=500, code="InternalError")
@@ -196,7 +196,7 @@ def test_a_bucket_that_disappears_fails_its_own_job_which_can_be_repeated_and_no
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
 ) -> None:
     """Lost messages of other jobs are still found while its report can't be written."""
-    names = put_pictures(fleet.store, places, 8)
+    names = put_images(fleet.store, places, 8)
     others = Places(places.source, f"s3://{Location.parse(places.to).bucket}-others/")
     fleet.store.create_bucket(Location.parse(others.to).bucket)
     gone = Fault("answer", (f"/{Location.parse(places.to).bucket}/",), status=404, code="NoSuchBucket")
@@ -224,7 +224,7 @@ def test_a_bucket_that_disappears_fails_its_own_job_which_can_be_repeated_and_no
 def test_a_store_that_is_busy_for_one_job_holds_up_no_other(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, s3: S3Proxy
 ) -> None:
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     others = Places(places.source, f"s3://{Location.parse(places.to).bucket}-others/")
     fleet.store.create_bucket(Location.parse(others.to).bucket)
     fleet.workers.start()

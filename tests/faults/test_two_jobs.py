@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from jobs.recipe import Recipe
-from tests.faults.fleet import PICTURES, Fleet, Reference
+from tests.faults.fleet import IMAGES, Fleet, Reference
 from tests.faults.terms import MODEL
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures
+from tests.support.factories import Places, put_images
 
 
 def submit(fleet: Fleet, places: Places, *more: str) -> str:
@@ -18,23 +18,23 @@ def submit(fleet: Fleet, places: Places, *more: str) -> str:
 
 
 def test_the_same_twice_at_once_is_published_once(fleet: Fleet, places: Places, reference: Reference) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     for _ in range(2):
         fleet.workers.start()
     jobs = [submit(fleet, places), submit(fleet, places)]
     with fleet.dispatcher():
         truths = [prove(fleet, job, places, names=names, reference=reference, alone=False) for job in jobs]
 
-    assert sum(truth.counts["done"] for truth in truths) == PICTURES
-    assert sum(truth.counts["skipped"] for truth in truths) == PICTURES
+    assert sum(truth.counts["done"] for truth in truths) == IMAGES
+    assert sum(truth.counts["skipped"] for truth in truths) == IMAGES
     assert set(fleet.workers.published(places).values()) == {1}
     fleet.workers.dismiss()
 
 
-def test_of_two_recipes_at_once_each_picture_is_whole_by_the_one_that_came_last(
+def test_of_two_recipes_at_once_each_image_is_whole_by_the_one_that_came_last(
     fleet: Fleet, places: Places, reference: Reference, tmp_path: Path
 ) -> None:
-    names = put_pictures(fleet.store, places, 12)
+    names = put_images(fleet.store, places, 12)
     other = tmp_path / "other.toml"
     other.write_text('model = "stand-in"\nedges = "off"\n')
     fleet.workers.start()

@@ -8,10 +8,10 @@ import time
 import pytest
 import redis
 
-from tests.faults.fleet import PICTURES, Fleet, Reference, Submit
+from tests.faults.fleet import IMAGES, Fleet, Reference, Submit
 from tests.faults.proxy import Wire
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 AWAY_S = 6.0
 """Longer than a lease and than clients wait for an answer."""
@@ -19,11 +19,11 @@ AWAY_S = 6.0
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("slots", ["2", "16"], ids=["saturated", "with_free_slots"])
-def test_started_again_valkey_finds_every_worker_and_no_picture_lost(
+def test_started_again_valkey_finds_every_worker_and_no_image_lost(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, slots: str, number: signal.Signals
 ) -> None:
     """Workers with free slots wait in BRPOP: stock kombu would end them."""
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     worker = fleet.workers.start(slots=slots, test_device_ms="100")
     with fleet.dispatcher():
         job = submit()
@@ -32,7 +32,7 @@ def test_started_again_valkey_finds_every_worker_and_no_picture_lost(
 
         truth = prove(fleet, job, places, names=names, reference=reference)
 
-    assert truth.counts["done"] == PICTURES
+    assert truth.counts["done"] == IMAGES
     assert fleet.workers.alive() == [worker]
     assert fleet.workers.dismiss() == [0]
 
@@ -49,7 +49,7 @@ def restart(fleet: Fleet, number: signal.Signals) -> None:
 def test_away_for_longer_than_a_lease_valkey_is_waited_for(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     worker = fleet.workers.start(test_device_ms="100")
     with fleet.dispatcher():
         job = submit()
@@ -63,7 +63,7 @@ def test_away_for_longer_than_a_lease_valkey_is_waited_for(
 
         truth = prove(fleet, job, places, names=names, reference=reference)
 
-    assert truth.counts["done"] == PICTURES
+    assert truth.counts["done"] == IMAGES
     assert fleet.workers.alive() == [worker]
     assert fleet.workers.dismiss() == [0]
 
@@ -72,7 +72,7 @@ def test_away_for_longer_than_a_lease_valkey_is_waited_for(
 def test_a_valkey_that_can_not_be_heard_for_a_while_costs_only_that(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, how: str
 ) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     with Wire(fleet.stack.redis_port) as wire:
         url = f"redis://127.0.0.1:{wire.port}/0"
         worker = fleet.workers.start(redis_url=url, test_device_ms="100")
@@ -82,7 +82,7 @@ def test_a_valkey_that_can_not_be_heard_for_a_while_costs_only_that(
             disturb(fleet, wire, how)
             truth = prove(fleet, job, places, names=names, reference=reference)
 
-        assert truth.counts["done"] == PICTURES
+        assert truth.counts["done"] == IMAGES
         assert fleet.workers.alive() == [worker]
         assert fleet.workers.dismiss() == [0]
 

@@ -12,18 +12,18 @@ import redis
 from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, came_back, is_stopped
 from tests.faults.terms import VISIBILITY_S
 from tests.faults.truth import prove
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 LONGER_S = 1.5 * VISIBILITY_S
 """Where a message must not come back though its worker stands still for some seconds."""
 
 
 @pytest.mark.usefixtures("asleep")
-def test_a_picture_that_takes_longer_than_the_visibility_timeout_is_delivered_once(
+def test_an_image_that_takes_longer_than_the_visibility_timeout_is_delivered_once(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     """kombu itself renews nothing: `workers.process.kombu_patches.VisibilityLease` does."""
-    names = put_pictures(fleet.store, places, 1)
+    names = put_images(fleet.store, places, 1)
     long = {"test_visibility_s": str(LONGER_S), "test_device_ms": str(3000 * LONGER_S), "lease_s": UNHURRIED_S}
     for _ in range(2):  # one more than is needed, so that a message that came back would find a worker
         fleet.workers.start(slots="1", ready=False, **long)  # each has its device warm up
@@ -35,7 +35,7 @@ def test_a_picture_that_takes_longer_than_the_visibility_timeout_is_delivered_on
         wait_until(lambda: broker.hlen("unacked") == 1, what="a worker holds the message")
         began = time.monotonic()
 
-        wait_until(lambda: is_final(fleet, job, broker), what="the picture is done, its message delivered once")
+        wait_until(lambda: is_final(fleet, job, broker), what="the image is done, its message delivered once")
         held_s = time.monotonic() - began
 
         prove(fleet, job, places, names=names, reference=reference)
@@ -47,7 +47,7 @@ def test_a_picture_that_takes_longer_than_the_visibility_timeout_is_delivered_on
 def test_control_a_message_that_nobody_renews_is_delivered_again_and_the_ledger_drops_it(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 1)
+    names = put_images(fleet.store, places, 1)
     for _ in range(2):
         fleet.workers.start(slots="1", test_device_ms=str(3000 * VISIBILITY_S), test_unrenewed="1", lease_s=UNHURRIED_S)
     with fleet.dispatcher(lease_s=UNHURRIED_S):
@@ -63,7 +63,7 @@ def test_a_worker_that_dies_while_it_gives_back_a_dead_ones_messages_keeps_nobod
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
 ) -> None:
     """It dies holding kombu's lock of that."""
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     first = fleet.workers.start(test_freezepoints=f"after_fetch={tmp_path / 'frozen'}")
     with redis.Redis(port=fleet.stack.redis_port) as broker, fleet.dispatcher():
         job = submit()

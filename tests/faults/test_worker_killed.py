@@ -1,4 +1,4 @@
-"""A worker is killed, frozen or sent away, wherever it is with a picture."""
+"""A worker is killed, frozen or sent away, wherever it is with an image."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import redis
 
 from jobs.broker import lane_queue
 from jobs.s3.client import Location
-from tests.faults.fleet import PICTURES, Fleet, Reference, Submit, is_stopped, listening, make_places, submit_to
+from tests.faults.fleet import IMAGES, Fleet, Reference, Submit, is_stopped, listening, make_places, submit_to
 from tests.faults.terms import MODEL, PLACES
 from tests.faults.truth import prove
-from tests.support.factories import Places, picture, put_pictures, wait_until
+from tests.support.factories import Places, put_images, sample_image, wait_until
 
 KILLS = 30
 
 
-def test_killed_at_every_boundary_a_worker_loses_no_picture_and_shows_no_half_one(
+def test_killed_at_every_boundary_a_worker_loses_no_image_and_shows_no_half_one(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
 ) -> None:
-    names = put_pictures(fleet.store, places, PICTURES)
+    names = put_images(fleet.store, places, IMAGES)
     flags = {place: tmp_path / place for place in PLACES}
     failpoints = ",".join(f"{place}={flag}" for place, flag in flags.items())
     fleet.workers.start(supervised=True, slots="2", test_failpoints=failpoints)
@@ -31,17 +31,17 @@ def test_killed_at_every_boundary_a_worker_loses_no_picture_and_shows_no_half_on
         job = submit()
         for deaths in range(1, len(PLACES) + 1):
             wait_until(lambda deaths=deaths: len(fleet.workers.ends()) >= deaths, what="the worker is killed")
-            no_half_picture(fleet, places)
+            no_half_image(fleet, places)
 
         truth = prove(fleet, job, places, names=names, reference=reference)
 
-    assert truth.counts["done"] == PICTURES
+    assert truth.counts["done"] == IMAGES
     assert all(flag.exists() for flag in flags.values())
     assert list(fleet.workers.ends().values()) == [-signal.SIGKILL] * len(PLACES)
     assert fleet.workers.dismiss() == [0]
 
 
-def no_half_picture(fleet: Fleet, places: Places) -> None:
+def no_half_image(fleet: Fleet, places: Places) -> None:
     """Who sees a cutout sees its mask."""
     to = Location.parse(places.to)
     for found in fleet.store.list_source(Location(to.bucket, "cutouts/")):
@@ -53,12 +53,10 @@ def no_half_picture(fleet: Fleet, places: Places) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_thirty_random_kills_lose_no_picture_and_convict_none(
-    fleet: Fleet, places: Places, reference: Reference
-) -> None:
+def test_thirty_random_kills_lose_no_image_and_convict_none(fleet: Fleet, places: Places, reference: Reference) -> None:
     """A third of the workers is frozen first, some for longer than a lease."""
     chance = random.Random(7)
-    names = put_pictures(fleet.store, places, 60)
+    names = put_images(fleet.store, places, 60)
     for _ in range(4):
         fleet.workers.start(supervised=True, slots="4", test_device_ms="300")
     before = len(fleet.workers.ends())
@@ -93,7 +91,7 @@ def test_thirty_random_kills_lose_no_picture_and_convict_none(
 def test_an_idle_worker_that_is_frozen_and_killed_takes_no_message_with_it(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    names = put_pictures(fleet.store, places, 8)
+    names = put_images(fleet.store, places, 8)
     frozen = fleet.workers.start(test_poll_s="60")  # so that it is handed a message though frozen
     known = fleet.dispatchers.text().count("messages were lost")
     with redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker:
@@ -115,7 +113,7 @@ def test_an_idle_worker_that_is_frozen_and_killed_takes_no_message_with_it(
 def test_a_worker_that_wakes_after_a_newer_version_was_published_overwrites_nothing(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
 ) -> None:
-    names = put_pictures(fleet.store, places, 4)
+    names = put_images(fleet.store, places, 4)
     flags = [tmp_path / place for place in ("after_model", "after_mask")]
     freezes = ",".join(f"{flag.name}={flag}" for flag in flags)
     sleeper = fleet.workers.start(slots="4", test_freezepoints=freezes)
@@ -125,7 +123,7 @@ def test_a_worker_that_wakes_after_a_newer_version_was_published_overwrites_noth
         fleet.workers.start()
         prove(fleet, old, places, names=names, reference=reference, alone=False)
         for number, name in enumerate(names, 50):
-            fleet.store.put(places.key(name), picture(seed=number), content_type="image/jpeg")
+            fleet.store.put(places.key(name), sample_image(seed=number), content_type="image/jpeg")
         new = submit()
         truth = prove(fleet, new, places, names=names, reference={}, alone=False)
         newest = {name: fleet.store.head(places.cutout(name), role="output") for name in names}
@@ -143,7 +141,7 @@ def test_told_to_go_under_load_workers_drain_and_nothing_runs_twice(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     """The grace is as in `SETTINGS`: at its end a worker would leave with another code than 0."""
-    names = put_pictures(fleet.store, places, 80)
+    names = put_images(fleet.store, places, 80)
     *leaving, _ = [fleet.workers.start(slots="6", test_device_ms="200") for _ in range(3)]
     with fleet.dispatcher():
         job = submit()

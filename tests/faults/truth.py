@@ -1,7 +1,7 @@
 """The pass condition of every fault, checked from outside: S3 and Redis are read with plain clients, not through us.
 
-Every picture final; done + failed + skipped + cancelled = total; one cutout and one mask for each done picture, that
-belong together, decode, have the picture's size and the level of a run without faults; nothing else under the
+Every image final; done + failed + skipped + cancelled = total; one cutout and one mask for each done image, that
+belong together, decode, have the image's size and the level of a run without faults; nothing else under the
 destination but `_cutfleet/`; no message, claim or lease left over.
 """
 
@@ -47,7 +47,7 @@ def prove(
     alone: bool = True,
     port: int = 0,
 ) -> Truth:
-    """`names`: the pictures below the source, in order of their indexes. Asserts all of the above. `alone`: no other
+    """`names`: the images below the source, in order of their indexes. Asserts all of the above. `alone`: no other
     job is open, so that nothing at all may be left over. `port`: of another Redis than the fleet's."""
     client = redis.Redis(port=port or fleet.stack.redis_port, decode_responses=True)
     try:

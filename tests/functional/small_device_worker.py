@@ -1,4 +1,4 @@
-"""A worker whose device, and nothing else, is a stand-in: its memory holds two pictures and no third."""
+"""A worker whose device, and nothing else, is a stand-in: its memory holds two images and no third."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOLDS = 2
 def load_on_a_small_device(*args: object, **options: object) -> LoadedModel:
     def forward(x: Tensor) -> Tensor:
         if len(x) > HOLDS:
-            raise torch.OutOfMemoryError(f"{len(x)} pictures do not fit")
+            raise torch.OutOfMemoryError(f"{len(x)} images do not fit")
         return x.mean(dim=1, keepdim=True).sigmoid()
 
     return LoadedModel(

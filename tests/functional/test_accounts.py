@@ -12,7 +12,7 @@ from jobs.ledger import Ledger
 from jobs.s3.client import Location, Store
 from producer.demo.local_stack import LocalStack
 from tests.support.environment import Run
-from tests.support.factories import Places, fetch, picture
+from tests.support.factories import Places, fetch, sample_image
 from workers.models import load
 from workers.models.registry import PACKAGED
 
@@ -35,7 +35,7 @@ def theirs(tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch) -> I
         with other.store() as store:
             store.create_bucket(Location.parse(with_source.source).bucket)
             for number in range(3):
-                store.put(with_source.key(f"{number}.jpg"), picture(seed=number), content_type="image/jpeg")
+                store.put(with_source.key(f"{number}.jpg"), sample_image(seed=number), content_type="image/jpeg")
             yield with_source
     finally:
         other.stop()

@@ -22,11 +22,11 @@ from PIL import Image
 from jobs.ledger import Ledger
 from jobs.s3.client import Store
 from producer.api import service as requests
-from producer.api.app import Pictures
+from producer.api.app import Images
 from producer.api.auth import Caller
 from producer.demo.local_stack import LocalStack, Process, free_port, inherited_environment
 from tests.support import listing_server as listed
-from tests.support.factories import WEBHOOK_SECRET, Places, Receiver, decode, program, put_pictures, wait_until
+from tests.support.factories import WEBHOOK_SECRET, Places, Receiver, decode, program, put_images, wait_until
 
 KEY = "only-for-this-test"
 STRANGER = "of-somebody-else"
@@ -93,22 +93,22 @@ def asked(places: Places, **more: object) -> dict[str, object]:
     return {"source": places.source, "destination": places.to, **more}
 
 
-def test_pictures_are_asked_for_followed_and_fetched(
+def test_images_are_asked_for_followed_and_fetched(
     fleet: LocalStack, api: Api, store: Store, places: Places, tmp_path: Path
 ) -> None:
-    put_pictures(store, places, 2)
-    store.put(places.key("x.jpg"), b"no picture", content_type="image/jpeg")
+    put_images(store, places, 2)
+    store.put(places.key("x.jpg"), b"no image", content_type="image/jpeg")
 
     status, made, _ = api.call("POST", "/v1/requests", asked(places))
     wait_until(lambda: api.call("GET", made["status_url"])[1]["status"] == "COMPLETED", what="it is completed")
     found = api.call("GET", made["response_url"])[1]
-    one = api.call("GET", f"/v1/pictures?source={places.source}p00000.jpg")[1]
+    one = api.call("GET", f"/v1/images?source={places.source}p00000.jpg")[1]
 
     assert (status, made["total"]) == (202, 3)
-    assert [row["state"] for row in found["pictures"]] == ["done", "done", "failed"]
-    assert found["pictures"][2]["code"] == "not_an_image"
+    assert [row["state"] for row in found["images"]] == ["done", "done", "failed"]
+    assert found["images"][2]["code"] == "not_an_image"
     assert one["state"] == "done"
-    link = found["pictures"][0]["cutout_url"]
+    link = found["images"][0]["cutout_url"]
     with urllib.request.urlopen(link) as answer:  # noqa: S310
         assert decode(answer.read()).mode == "RGBA"
     log = (tmp_path / "api.log").read_text()
@@ -135,7 +135,7 @@ def test_a_request_reserved_by_a_killed_process_is_made_by_the_next(
 ) -> None:
     body = asked(places, keys=["a.jpg"])
     caller = Caller("shop", (), (), 1)
-    made = requests.reserve(caller, "killed", Pictures(**body).model_dump(), ledger)  # type: ignore[arg-type]  # as text
+    made = requests.reserve(caller, "killed", Images(**body).model_dump(), ledger)  # type: ignore[arg-type]  # as text
 
     again = api.call("POST", "/v1/requests", body, once="killed")[1]["request_id"]
 
@@ -154,7 +154,7 @@ def test_a_key_without_a_right_gets_403_and_nothing_else(
         api.call("GET", made["status_url"], key=STRANGER),
         api.call("GET", made["response_url"], key=STRANGER),
         api.call("PUT", made["cancel_url"], key=STRANGER),
-        api.call("GET", f"/v1/pictures?source={places.source}a.jpg", key=STRANGER),
+        api.call("GET", f"/v1/images?source={places.source}a.jpg", key=STRANGER),
         api.call("POST", "/v1/requests", asked(places, keys=["a.jpg"]), key=STRANGER),
         api.call("POST", "/v1/requests", asked(places) | {"destination": "s3://elsewhere-too/"}),
         api.call("POST", "/v1/requests", asked(places) | {"source": f"{places.source[:-1]}-2/"}),
@@ -173,7 +173,7 @@ def test_bad_requests_are_refused_with_a_code(stack: LocalStack, api: Api, place
         "invalid": api.call("POST", "/v1/requests", b'{"source": "\\ud800"'),
         "unreadable": api.call("POST", "/v1/requests", b"[" * 100_000),
         "destination": api.call("POST", "/v1/requests", asked(places) | {"destination": places.to + "é" * 450}),
-        "source": api.call("GET", f"/v1/pictures?source={places.source}{quote('é' * 520)}"),
+        "source": api.call("GET", f"/v1/images?source={places.source}{quote('é' * 520)}"),
         "body_too_large": api.call("POST", "/v1/requests", b" " * 2_000_001),
         "job_unknown": api.call("GET", "/v1/requests/none/status"),
         "not_found": api.call("GET", "/nowhere"),
@@ -219,7 +219,7 @@ def test_a_request_is_cancelled_once_and_its_webhook_told(
     wait_until(lambda: len(receiver.got) > 0, what="the webhook is told")
 
     assert cancelled[0] == 202
-    assert (found["status"], {row["state"] for row in found["pictures"]}) == ("CANCELLED", {"cancelled"})
+    assert (found["status"], {row["state"] for row in found["images"]}) == ("CANCELLED", {"cancelled"})
     (event,) = receiver.events()
     assert (event["type"], event["data"]["job"]) == ("job.closed", made["request_id"])
     assert event["data"]["cancelled"] == 2
@@ -289,7 +289,7 @@ def test_a_large_prefix_is_listed_though_the_process_that_took_it_is_killed(
     job = ledger.job(made["request_id"])
     assert (status, job.lane, job.total, job.parts) == (202, "backfill", 1001, 1)
     assert (again["request_id"], again["status"], again["total"]) == (job.id, "IN_QUEUE", 1001)
-    assert ([row["source"] for row in last["pictures"]], "next" in last) == ([str(places.key("1000.jpg"))], False)
+    assert ([row["source"] for row in last["images"]], "next" in last) == ([str(places.key("1000.jpg"))], False)
     ledger.cancel(job.id)
 
 
@@ -331,14 +331,14 @@ def test_what_may_wait_is_asked_for_on_the_backfill_lane(
 
 
 def test_renditions_have_links_where_there_are_any(fleet: LocalStack, api: Api, store: Store, places: Places) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     blank = io.BytesIO()
     Image.new("RGB", (64, 64), (128, 128, 128)).save(blank, "PNG")
     store.put(places.key("z blank.png"), blank.getvalue(), content_type="image/png")
 
     made = api.call("POST", "/v1/requests", asked(places, recipe="amazon-main"))[1]
     wait_until(lambda: api.call("GET", made["status_url"])[1]["status"] == "COMPLETED", what="it is completed")
-    disc, empty = api.call("GET", made["response_url"])[1]["pictures"]
+    disc, empty = api.call("GET", made["response_url"])[1]["images"]
 
     (link,) = disc["renditions"].values()
     with urllib.request.urlopen(link) as answer:  # noqa: S310
@@ -379,7 +379,7 @@ def test_the_openapi_page_tells_no_lie(
         include-path-regex = "/v1/requests/.request_id.(/status)?$"
         parameters = {{ "path.request_id" = "{made["request_id"]}" }}
         [[operations]]
-        include-path = "/v1/pictures"
+        include-path = "/v1/images"
         parameters = {{ "query.source" = "{places.source}a.jpg" }}
         """
     )

@@ -1,4 +1,4 @@
-"""A large backfill: killed while it is submitted, and a hundred thousand pictures counted to the last one."""
+"""A large backfill: killed while it is submitted, and a hundred thousand images counted to the last one."""
 
 from __future__ import annotations
 
@@ -139,11 +139,11 @@ def test_a_submission_killed_at_several_moments_of_its_listing_ends_exact(tmp_pa
         assert set(ledger.states(job, 0, len(KEYS))) == {ImageState.DONE}
 
 
-def test_a_hundred_thousand_pictures_some_delivered_twice_are_counted_exactly(tmp_path: Path) -> None:
+def test_a_hundred_thousand_images_some_delivered_twice_are_counted_exactly(tmp_path: Path) -> None:
     told = tmp_path / "rows.json"
 
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.bench.scale", "--pictures", "100000", "--json", str(told)],
+        [sys.executable, "-m", "tests.bench.scale", "--images", "100000", "--json", str(told)],
         cwd=ROOT,
         env=inherited_environment(),
         capture_output=True,
@@ -153,6 +153,6 @@ def test_a_hundred_thousand_pictures_some_delivered_twice_are_counted_exactly(tm
 
     assert ran.returncode == 0, ran.stderr
     rows = {row["name"]: row["value"] for row in json.loads(told.read_text())}
-    assert rows["pictures, every count exact"] == 100_000
+    assert rows["images, every count exact"] == 100_000
     assert 4_000 < rows["delivered twice"] < 6_000
     assert rows["Redis, greatest memory"] < 64

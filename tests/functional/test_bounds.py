@@ -1,4 +1,4 @@
-"""Whatever asks for pictures is refused what `CUTFLEET_SOURCES` and `CUTFLEET_DESTINATIONS` do not allow, before
+"""Whatever asks for images is refused what `CUTFLEET_SOURCES` and `CUTFLEET_DESTINATIONS` do not allow, before
 anything is recorded."""
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from producer.ingest.watcher import Watcher
 from producer.submission.rerender import render
 from producer.submission.submit import Request, draft, resume, submit
 from tests.support.environment import Run
-from tests.support.factories import Places, put_pictures
+from tests.support.factories import Places, put_images
 
 MODEL = "u2net"
-"""Nobody serves it: pictures stay open."""
+"""Nobody serves it: images stay open."""
 USAGE = 2
 
 
@@ -89,7 +89,7 @@ def test_no_way_in_takes_a_source_or_a_destination_beside_those_allowed(
 
 def test_the_command_says_which_setting_and_where_it_is_changed(cutfleet: Run, store: Store, places: Places) -> None:
     ours = Places(f"{places.source}ours/", f"{places.to}ours/")
-    put_pictures(store, ours, 1)
+    put_images(store, ours, 1)
     env = {"CUTFLEET_SOURCES": ours.source, "CUTFLEET_DESTINATIONS": ours.to}
     (refused, climbs, taken) = (
         cutfleet("submit", source, *keys, "--to", ours.to, "--model", MODEL, env=env)
@@ -145,7 +145,7 @@ def test_an_arrival_that_leads_elsewhere_is_left_out_and_the_others_are_taken(
 def test_a_job_of_before_is_not_listed_on_nor_rendered_again(
     bounded: Store, store: Store, ledger: Ledger, places: Places
 ) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     done = submit(asked(places.source, places.to), store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
     claim = ledger.claim(f"{done.id}:0", token="t", output="s3://x/y", lease_s=60)
     ledger.finish(claim, ImageState.DONE)

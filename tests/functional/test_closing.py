@@ -22,7 +22,7 @@ from producer.audit.auditor import audit
 from producer.dispatcher.dispatcher import Dispatcher
 from producer.records import failures as dead
 from producer.records.manifest import read_part
-from producer.records.report import picture_status, read_report, write_report
+from producer.records.report import image_status, read_report, write_report
 from producer.submission.submit import Request, draft, live_row
 from tests.support.factories import Places, make, wait_until
 
@@ -236,7 +236,7 @@ def requested(places: Places) -> Request:
     return Request(source=places.source, destination=places.to, recipe=Recipe(), lane="live", name="", keys=None)
 
 
-def test_a_picture_whose_cutout_has_too_long_a_name_has_the_state_that_it_has(
+def test_an_image_whose_cutout_has_too_long_a_name_has_the_state_that_it_has(
     alone: Ledger, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, head = "k" * 1020, store.head
@@ -252,6 +252,6 @@ def test_a_picture_whose_cutout_has_too_long_a_name_has_the_state_that_it_has(
     alone.finish(claim, ImageState.FAILED, Failure(key, "name_too_long", "too long", 1, 0.0, "w"))
     monkeypatch.setattr(store, "head", strict)
 
-    told = picture_status(places.key(key), ledger=alone, store=store)
+    told = image_status(places.key(key), ledger=alone, store=store)
 
     assert (told.state, told.code) == ("failed", "name_too_long")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from producer.demo.local_stack import LocalStack, inherited_environment
-from tests.support.factories import decode, picture, wait_until
+from tests.support.factories import decode, sample_image, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,12 +51,12 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-def test_own_pictures_come_out_as_cutouts_masks_and_one_sheet(tmp_path: Path) -> None:
+def test_own_images_come_out_as_cutouts_masks_and_one_sheet(tmp_path: Path) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
-    (photos / "a.jpg").write_bytes(picture(seed=1))
-    (photos / "a.png").write_bytes(picture(seed=2, form="PNG"))
-    (photos / "notes.txt").write_text("no picture")
+    (photos / "a.jpg").write_bytes(sample_image(seed=1))
+    (photos / "a.png").write_bytes(sample_image(seed=2, form="PNG"))
+    (photos / "notes.txt").write_text("no image")
 
     with demo(str(photos), out=out) as process:
         said, _ = process.communicate(timeout=100)
@@ -70,10 +70,10 @@ def test_own_pictures_come_out_as_cutouts_masks_and_one_sheet(tmp_path: Path) ->
     assert not processes_of(out)
 
 
-def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_image_that_is_none_is_named(tmp_path: Path) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
-    (photos / "good.jpg").write_bytes(picture(seed=1))
+    (photos / "good.jpg").write_bytes(sample_image(seed=1))
     (photos / "page.jpg").write_bytes(b"<!DOCTYPE html><html></html>")
 
     with demo(str(photos), out=out) as process:

@@ -31,14 +31,14 @@ from producer.doctor.findings import Finding, Level, is_well
 from producer.submission import submit as submission
 from tests.faults.proxy import Fault, S3Proxy, Wire
 from tests.support.environment import Run, alone_url
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 SERVING: dict[str, str | int] = {
     "model": "u2netp",
     "device": "cuda:0",
     "dtype": "float32",
     "revision": "aaaa",
-    "pictures": 7,
+    "images": 7,
     "in_flight": 3,
     "waiting": 0,
     "idle_s": 1,
@@ -98,7 +98,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def reader(stack: LocalStack, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch) -> Places:
     """Credentials that may list and read the source, and do nothing else."""
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     source = Location.parse(places.source).bucket
     identity = {
         "name": READER[0],
@@ -287,7 +287,7 @@ def test_a_disk_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TMPDIR" in finding.remedy
 
 
-def test_a_source_without_pictures(places: Places) -> None:
+def test_a_source_without_images(places: Places) -> None:
     assert "prefix" in found("source_empty", Level.WARNING, source=f"{places.source}misspelt/").remedy
 
 
@@ -310,7 +310,7 @@ def test_a_destination_under_its_source(places: Places) -> None:
 
 
 def test_nobody_dispatches_and_nobody_serves(server: Server, store: Store, places: Places) -> None:
-    put_pictures(store, places, 2)
+    put_images(store, places, 2)
     with Ledger(server.url, name="this test's") as ledger:
         request = submission.Request(
             source=places.source, destination=places.to, recipe=Recipe(model="u2netp"), lane="live", name="", keys=None
@@ -321,12 +321,12 @@ def test_nobody_dispatches_and_nobody_serves(server: Server, store: Store, place
 
     assert "python -m workers" in codes["no_workers"].remedy
     assert "cutfleet dispatch" in codes["no_dispatcher"].remedy
-    assert "2 pictures wait for u2netp" in codes["model_not_served"].what
+    assert "2 images wait for u2netp" in codes["model_not_served"].what
     assert "CUTFLEET_MODEL=u2netp" in codes["model_not_served"].remedy
 
 
 def test_renditions_that_only_workers_on_gpus_are_there_for(server: Server, store: Store, places: Places) -> None:
-    put_pictures(store, places, 3)
+    put_images(store, places, 3)
     request = submission.Request(
         source=places.source, destination=places.to, recipe=Recipe(model=RENDER), lane="backfill", name="", keys=None
     )
@@ -338,7 +338,7 @@ def test_renditions_that_only_workers_on_gpus_are_there_for(server: Server, stor
 
         codes = {finding.code for finding in examine()}
 
-    assert "3 pictures wait for render" in alone.what
+    assert "3 images wait for render" in alone.what
     assert "on a CPU" in alone.remedy
     assert "model_not_served" not in codes
 
@@ -362,7 +362,7 @@ def test_workers_that_are_old_stuck_or_different(server: Server) -> None:
 
 
 def test_places_that_are_not_allowed(places: Places, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     monkeypatch.setenv("CUTFLEET_SOURCES", "s3://photos/")
     monkeypatch.setenv("CUTFLEET_DESTINATIONS", places.to)
 

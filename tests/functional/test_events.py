@@ -12,18 +12,18 @@ from jobs.broker import make_app
 from jobs.s3.client import Store
 from producer.demo.local_stack import LocalStack
 from tests.support.environment import Run
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 
 STEPS = ("task-received", "task-started", "task-succeeded")
 
 
-def test_every_step_of_every_picture_is_told(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
-    names = put_pictures(store, places, 6)
+def test_every_step_of_every_image_is_told(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    names = put_images(store, places, 6)
 
     with _watching(fleet) as events:
         ran = cutfleet("submit", places.source, "--to", places.to, "--wait")
         job = ran.stdout.strip()
-        wait_until(lambda: _steps(events, job)["task-succeeded"] == len(names), what="the last picture is told")
+        wait_until(lambda: _steps(events, job)["task-succeeded"] == len(names), what="the last image is told")
 
     assert ran.returncode == 0, ran.stderr
     assert _steps(events, job) == dict.fromkeys(STEPS, len(names))

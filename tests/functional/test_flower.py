@@ -1,4 +1,4 @@
-"""Flower, started for real: a picture is a task, found by its S3 key, and its fate is the ledger's."""
+"""Flower, started for real: an image is a task, found by its S3 key, and its fate is the ledger's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from jobs.s3.client import Store
 from producer.demo.local_stack import LocalStack
 from tests.support.environment import Run
-from tests.support.factories import Places, picture, wait_until
+from tests.support.factories import Places, sample_image, wait_until
 from tests.support.flower import Flower
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +30,8 @@ def flower(fleet: LocalStack) -> Iterator[Flower]:
         flower.process.stop(timeout_s=10)
 
 
-def test_a_picture_is_found_by_its_key(flower: Flower, cutfleet: Run, store: Store, places: Places) -> None:
-    store.put(places.key("shoes/red 1.jpg"), picture(), content_type="image/jpeg")
+def test_an_image_is_found_by_its_key(flower: Flower, cutfleet: Run, store: Store, places: Places) -> None:
+    store.put(places.key("shoes/red 1.jpg"), sample_image(), content_type="image/jpeg")
     store.put(places.key("page.jpg"), b"<html>404</html>", content_type="image/jpeg")
 
     job = cutfleet("submit", places.source, "--to", places.to, "--wait").stdout.strip()
@@ -40,10 +40,10 @@ def test_a_picture_is_found_by_its_key(flower: Flower, cutfleet: Run, store: Sto
         return [task["state"] in ("SUCCESS", "FAILURE") for task in flower.tasks(search)] == [True]
 
     done, failed = (f'args:"{places.key(name)}"' for name in ("shoes/red 1.jpg", "page.jpg"))
-    wait_until(lambda: is_final(done) and is_final(failed), what="both pictures are final in Flower")
+    wait_until(lambda: is_final(done) and is_final(failed), what="both images are final in Flower")
     (done_task,), (failed_task,) = flower.tasks(done), flower.tasks(failed)
     assert (done_task["state"], done_task["result"]) == ("SUCCESS", "'done'")
-    assert (failed_task["state"], failed_task["exception"]) == ("FAILURE", "PictureFailed('not_an_image')")
+    assert (failed_task["state"], failed_task["exception"]) == ("FAILURE", "ImageFailed('not_an_image')")
     assert done_task["runtime"] > 0
     assert {done_task["uuid"], failed_task["uuid"]} == {f"{job}:0", f"{job}:1"}
     assert "lane='backfill'" in done_task["args"]

@@ -19,7 +19,7 @@ from PIL import Image
 from jobs.s3.client import Location, Store
 from producer.demo.local_stack import LocalStack, Process
 from tests.support.environment import Run
-from tests.support.factories import Places, decode, fetch, picture
+from tests.support.factories import Places, decode, fetch, sample_image
 
 MEMORY_MB = 2000
 REFUSED = {
@@ -57,7 +57,7 @@ def png_of_claimed_size(side: int) -> bytes:
 
 def made_here() -> dict[str, tuple[bytes, str]]:
     """Body, and `done` or the code of its refusal, by name."""
-    image = decode(picture())
+    image = decode(sample_image())
     jpeg = saved(image, "JPEG")
     return {
         "cmyk.jpg": (saved(image.convert("CMYK"), "JPEG"), "done"),

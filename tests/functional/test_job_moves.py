@@ -29,7 +29,7 @@ from producer.records import failures as dead
 from producer.records.manifest import PART_ROWS, write_part
 from producer.submission import submit as submission
 from tests.support.environment import Run
-from tests.support.factories import Places, fetch, put_pictures, wait_until
+from tests.support.factories import Places, fetch, put_images, wait_until
 
 LEASE_S = 60.0
 
@@ -57,7 +57,7 @@ MakeJob = Callable[[int], Job]
 @pytest.fixture
 def make_job(store: Store, ledger: Ledger, places: Places) -> MakeJob:
     def make(count: int) -> Job:
-        put_pictures(store, places, count)
+        put_images(store, places, count)
         request = submission.Request(
             source=places.source, destination=places.to, recipe=Recipe(), lane="backfill", name="", keys=None
         )
@@ -166,7 +166,7 @@ def large(store: Store, ledger: Ledger, places: Places) -> MakeJob:
     return make
 
 
-def test_a_million_pictures_are_cancelled_in_one_turn_but_for_what_is_final_or_held(
+def test_a_million_images_are_cancelled_in_one_turn_but_for_what_is_final_or_held(
     ledger: Ledger, dispatcher: Dispatcher, large: MakeJob
 ) -> None:
     count = 1_000_001
@@ -285,7 +285,7 @@ def test_a_job_that_is_cancelled_while_it_is_listed_is_whole_here_and_in_s3(
     assert not disagreements(f"{places.to}_cutfleet/{job.id}/"), "the part that came too late is no part of it"
 
 
-def test_failed_pictures_are_tried_again_by_code_and_a_closed_job_opens_and_closes_again(
+def test_failed_images_are_tried_again_by_code_and_a_closed_job_opens_and_closes_again(
     ledger: Ledger, store: Store, places: Places, dispatcher: Dispatcher, make_job: MakeJob
 ) -> None:
     job = make_job(6)
@@ -417,7 +417,7 @@ def test_the_live_screen_shows_rate_time_left_queues_workers_failures_and_review
 ) -> None:
     job = make_job(20)
     dispatcher.step()
-    facts = {"model": job.model, "slots": 4, "in_flight": 3, "pictures": 77, "rate": 9.5}
+    facts = {"model": job.model, "slots": 4, "in_flight": 3, "images": 77, "rate": 9.5}
     ledger.heartbeat("gpu0@host", facts, ttl_s=60)
     pace, codes, console = Pace(), Codes(), Console(record=True, width=200, file=io.StringIO())
     pace.look(0, 0)

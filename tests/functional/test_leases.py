@@ -17,7 +17,7 @@ from jobs.s3.client import Store
 from producer.demo.local_stack import LocalStack
 from producer.submission.submit import Request, submit
 from tests.support.environment import alone_url
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 from workers.process.leases import Leases
 
 MODEL = "u2net"
@@ -56,7 +56,7 @@ def slow(stack: LocalStack, alone: Ledger) -> Iterator[Slow]:
 
 @pytest.fixture
 def image(store: Store, alone: Ledger, places: Places) -> str:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     request = Request(
         source=places.source, destination=places.to, recipe=Recipe(model=MODEL), lane="live", name="", keys=None
     )

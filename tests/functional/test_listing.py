@@ -112,7 +112,7 @@ def test_a_listing_that_fails_or_is_left_leaves_no_thread(
 
 
 def test_what_is_archived_fails_without_a_worker(stack: LocalStack, aws: Store) -> None:
-    source, to = Location("pictures", ""), Location("results", "")
+    source, to = Location("images", ""), Location("results", "")
     for place in (source, to):
         aws.create_bucket(place.bucket)
     classes = {
@@ -122,7 +122,7 @@ def test_what_is_archived_fails_without_a_worker(stack: LocalStack, aws: Store) 
         "d.jpg": "GLACIER_IR",
     }
     for key, kind in classes.items():
-        aws._s3.put_object(Bucket="pictures", Key=key, Body=b"x", StorageClass=kind)  # type: ignore[arg-type]  # one of them
+        aws._s3.put_object(Bucket="images", Key=key, Body=b"x", StorageClass=kind)  # type: ignore[arg-type]  # one of them
 
     listed = {found.key: found.hint for found in list_side_by_side(aws, source, role="source")}
     assert listed == {"a.jpg": "archived", "b.jpg": "", "c.jpg": "archived", "d.jpg": ""}

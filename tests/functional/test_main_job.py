@@ -1,4 +1,4 @@
-"""The main job, as a person runs it: pictures in S3 become cutouts and masks, with the truth about each."""
+"""The main job, as a person runs it: images in S3 become cutouts and masks, with the truth about each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from producer.records import manifest
 from producer.submission import submit as submission
 from producer.submission.sources import Only
 from tests.support.environment import Run
-from tests.support.factories import Places, decode, fetch, picture, put_pictures, wait_until
+from tests.support.factories import Places, decode, fetch, put_images, sample_image, wait_until
 from workers.models import load
 from workers.models.registry import PACKAGED
 
@@ -38,9 +38,9 @@ def counts(cutfleet: Run, job: str) -> dict[str, int]:
     return {name: summary[name] for name in names if summary[name] or name == "total"}
 
 
-def pictures_predicted(ledger: Ledger, model: str) -> int:
-    """How many pictures went through the workers of `model` so far (as of their last heartbeats)."""
-    return sum(int(facts["pictures"]) for facts in ledger.workers().values() if facts["model"] == model)
+def images_predicted(ledger: Ledger, model: str) -> int:
+    """How many images went through the workers of `model` so far (as of their last heartbeats)."""
+    return sum(int(facts["images"]) for facts in ledger.workers().values() if facts["model"] == model)
 
 
 def names_under(store: Store, uri: str) -> set[str]:
@@ -48,10 +48,10 @@ def names_under(store: Store, uri: str) -> set[str]:
     return {found.key for found in store.list_source(prefix) if not found.key.startswith("_cutfleet/")}
 
 
-def test_every_picture_gets_a_cutout_and_a_mask(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
-    store.put(places.key("shoes/a.jpg"), picture(seed=1), content_type="image/jpeg")
-    store.put(places.key("shoes/a.png"), picture(seed=2, form="PNG"), content_type="image/png")
-    store.put(places.key("фото (1) é#%+.webp"), picture(seed=3, form="WEBP"), content_type="image/webp")
+def test_every_image_gets_a_cutout_and_a_mask(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    store.put(places.key("shoes/a.jpg"), sample_image(seed=1), content_type="image/jpeg")
+    store.put(places.key("shoes/a.png"), sample_image(seed=2, form="PNG"), content_type="image/png")
+    store.put(places.key("фото (1) é#%+.webp"), sample_image(seed=3, form="WEBP"), content_type="image/webp")
     store.put(places.key("shoes/"), b"", content_type="application/x-directory")
 
     job = submit(cutfleet, places)
@@ -71,7 +71,7 @@ def test_every_picture_gets_a_cutout_and_a_mask(fleet: LocalStack, cutfleet: Run
 
 
 def test_a_cutout_says_where_it_comes_from(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
-    etag = store.put(places.key("a.jpg"), picture(), content_type="image/jpeg")
+    etag = store.put(places.key("a.jpg"), sample_image(), content_type="image/jpeg")
 
     job = submit(cutfleet, places)
 
@@ -89,15 +89,15 @@ def test_a_cutout_says_where_it_comes_from(fleet: LocalStack, cutfleet: Run, sto
 def test_what_is_there_already_is_skipped_without_the_model(
     fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places, tmp_path: Path
 ) -> None:
-    weights = tmp_path / "own.safetensors"  # a model of this test's own: nobody else's pictures are counted
+    weights = tmp_path / "own.safetensors"  # a model of this test's own: nobody else's images are counted
     weights.write_bytes(PACKAGED["u2netp"].read_bytes())
     model = load(str(weights)).served_name
     worker = fleet.start_worker(device="cpu", model=str(weights), slots="2")
-    names = put_pictures(store, places, 5)
+    names = put_images(store, places, 5)
     submit(cutfleet, places, "--model", model)
 
     again = submit(cutfleet, places, "--model", model)
-    store.put(places.key(names[2]), picture(seed=99), content_type="image/jpeg")
+    store.put(places.key(names[2]), sample_image(seed=99), content_type="image/jpeg")
     third = submit(cutfleet, places, "--model", model)
     store.put(places.mask(names[3]), b"not the mask", content_type="image/png")
     fourth = submit(cutfleet, places, "--model", model, code=1)
@@ -105,17 +105,15 @@ def test_what_is_there_already_is_skipped_without_the_model(
     assert counts(cutfleet, again) == {"total": 5, "skipped": 5}
     assert counts(cutfleet, third) == {"total": 5, "skipped": 4, "done": 1}
     assert counts(cutfleet, fourth) == {"total": 5, "skipped": 4, "failed": 1}, "a foreign mask is not overwritten"
-    wait_until(lambda: pictures_predicted(ledger, model) >= 7)
-    assert pictures_predicted(ledger, model) == 7, (
-        "the first five, the one replaced, the one whose mask was not its own"
-    )
+    wait_until(lambda: images_predicted(ledger, model) >= 7)
+    assert images_predicted(ledger, model) == 7, "the first five, the one replaced, the one whose mask was not its own"
     worker.stop()
 
 
-def test_what_is_no_picture_fails_with_code_and_reason(
+def test_what_is_no_image_fails_with_code_and_reason(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places
 ) -> None:
-    put_pictures(store, places, 3)
+    put_images(store, places, 3)
     store.put(places.key("page.jpg"), b"<html>404</html>", content_type="image/jpeg")
     store.put(places.key("empty.png"), b"", content_type="image/png")
 
@@ -133,8 +131,8 @@ def test_what_is_no_picture_fails_with_code_and_reason(
 def test_a_closed_job_leaves_manifest_and_report(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places
 ) -> None:
-    put_pictures(store, places, 2)
-    store.put(places.key("x.jpg"), b"no picture", content_type="image/jpeg")
+    put_images(store, places, 2)
+    store.put(places.key("x.jpg"), b"no image", content_type="image/jpeg")
 
     job = submit(cutfleet, places, code=1)
 
@@ -150,9 +148,9 @@ def test_a_closed_job_leaves_manifest_and_report(
     assert cutout is not None
     assert summary["tally"]["made"] == {cutout.metadata["cf-fingerprint"]: 2}
     assert 0 < summary["tally"]["quality"]["subject_share"] < 1
-    seconds = 3 / summary["rates"]["pictures_per_s"]
+    seconds = 3 / summary["rates"]["images_per_s"]
     assert summary["rates"]["seconds"] == pytest.approx(seconds, rel=0.1, abs=0.06), "to a tenth of a second"
-    assert summary["rates"]["pictures_per_worker_s"] > 0
+    assert summary["rates"]["images_per_worker_s"] > 0
     assert (summary["cost"]["writes"], summary["cost"]["reads"]) == (4, 4), "mask and cutout; looked for, and read"
     assert summary["cost"]["usd"] == pytest.approx(summary["cost"]["worker_usd"] + summary["cost"]["s3_usd"], abs=1e-3)
     assert record("report/succeeded-000000.csv").splitlines() == [
@@ -163,7 +161,7 @@ def test_a_closed_job_leaves_manifest_and_report(
 
 @pytest.mark.parametrize("lane", ["live", "backfill"])
 def test_keys_can_be_named(fleet: LocalStack, cutfleet: Run, store: Store, places: Places, lane: str) -> None:
-    names = put_pictures(store, places, 4)
+    names = put_images(store, places, 4)
 
     ran = cutfleet(
         *["submit", places.source, names[0], "-", "--to", places.to, "--lane", lane, "--wait"],
@@ -178,16 +176,16 @@ def test_keys_can_be_named(fleet: LocalStack, cutfleet: Run, store: Store, place
     assert counts(cutfleet, again.stdout.strip()) == {"total": 2, "skipped": 2}, "in the version that is there now"
 
 
-def test_a_picture_whose_results_could_have_no_name_fails(fleet: LocalStack, cutfleet: Run, places: Places) -> None:
+def test_an_image_whose_results_could_have_no_name_fails(fleet: LocalStack, cutfleet: Run, places: Places) -> None:
     ran = cutfleet("submit", places.source, "k" * 1010 + ".jpg", "--to", places.to, "--wait")
 
     assert ran.returncode == 1, ran.stderr
     assert "\tname_too_long\t" in cutfleet("status", ran.stdout.strip(), "--failed").stdout
 
 
-def test_one_picture_has_a_status_of_its_own(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
-    put_pictures(store, places, 1)
-    store.put(places.key("x.jpg"), b"no picture", content_type="image/jpeg")
+def test_one_image_has_a_status_of_its_own(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
+    put_images(store, places, 1)
+    store.put(places.key("x.jpg"), b"no image", content_type="image/jpeg")
     job = submit(cutfleet, places, code=1)
 
     done = json.loads(cutfleet("status", str(places.key("p00000.jpg")), "--json").stdout)
@@ -202,10 +200,10 @@ def test_one_picture_has_a_status_of_its_own(fleet: LocalStack, cutfleet: Run, s
 def test_an_output_of_another_source_is_never_overwritten(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places
 ) -> None:
-    store.put(places.key("one/a.jpg"), picture(seed=1), content_type="image/jpeg")
-    store.put(places.key("two/a.jpg"), picture(seed=2), content_type="image/jpeg")
+    store.put(places.key("one/a.jpg"), sample_image(seed=1), content_type="image/jpeg")
+    store.put(places.key("two/a.jpg"), sample_image(seed=2), content_type="image/jpeg")
     store.put(places.cutout("foreign.jpg"), b"somebody's own", content_type="image/png")
-    store.put(places.key("foreign.jpg"), picture(), content_type="image/jpeg")
+    store.put(places.key("foreign.jpg"), sample_image(), content_type="image/jpeg")
     first = cutfleet("submit", f"{places.source}one/", "--to", places.to, "--wait")
     before = store.head(places.cutout("a.jpg"), role="output")
 
@@ -224,8 +222,8 @@ def test_a_stopped_submission_is_resumed(
 ) -> None:
     for module in (manifest, submission):
         monkeypatch.setattr(module, "PART_ROWS", 2)
-    put_pictures(store, places, 5)
-    store.put(places.key("p00001/deep.jpg"), picture(seed=7), content_type="image/jpeg")  # lists out of order here
+    put_images(store, places, 5)
+    store.put(places.key("p00001/deep.jpg"), sample_image(seed=7), content_type="image/jpeg")  # lists out of order here
     request = submission.Request(
         source=places.source, destination=places.to, recipe=Recipe(), lane="backfill", name="", keys=None
     )
@@ -254,7 +252,7 @@ def test_a_stopped_submission_is_resumed(
 
 
 def test_jobs_are_listed_newest_first(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     older = submit(cutfleet, places, "--name", "spring catalogue")
     newer = submit(cutfleet, places)
 
@@ -265,7 +263,7 @@ def test_jobs_are_listed_newest_first(fleet: LocalStack, cutfleet: Run, store: S
 
 
 def test_waiting_has_a_deadline(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     ran = cutfleet("submit", places.source, "--to", places.to, "--model", "birefnet")
 
     waited = cutfleet("wait", ran.stdout.strip(), "--timeout", "0.5")
@@ -273,4 +271,4 @@ def test_waiting_has_a_deadline(fleet: LocalStack, cutfleet: Run, store: Store, 
     assert ran.returncode == 0
     assert "No running worker serves model 'birefnet'" in ran.stderr
     assert waited.returncode == 3
-    assert "still 1 picture open" in waited.stderr
+    assert "still 1 image open" in waited.stderr

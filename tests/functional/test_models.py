@@ -1,4 +1,4 @@
-"""Models in real workers: each picture goes to its own model, a checkpoint directory is served as it lies there."""
+"""Models in real workers: each image goes to its own model, a checkpoint directory is served as it lies there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jobs.recipe import Recipe
 from jobs.s3.client import Store
 from producer.demo.local_stack import LocalStack, inherited_environment
 from tests.support.environment import Run
-from tests.support.factories import Places, decode, fetch, put_pictures, wait_until
+from tests.support.factories import Places, decode, fetch, put_images, wait_until
 from workers.imaging.decode import Limits
 from workers.imaging.pipeline import cut_out
 from workers.models import LoadedModel, load
@@ -85,11 +85,11 @@ def test_a_directory_computes_what_the_reference_computes(checkpoint: Path, shar
     torch.testing.assert_close(alpha[0, 0, ::4, ::4], logits.sigmoid(), atol=1e-3, rtol=0)
 
 
-def test_each_picture_goes_to_the_model_of_its_recipe(
+def test_each_image_goes_to_the_model_of_its_recipe(
     fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places, checkpoint: Path
 ) -> None:
     model = load(str(checkpoint), accept_licence=STATED)
-    names = put_pictures(store, places, 4)
+    names = put_images(store, places, 4)
     other = Places(places.source, places.to + "lite/")
     early = cutfleet("submit", places.source, "--to", other.to, "--model", model.served_name)
     worker = fleet.start_worker(device="cpu", model=str(checkpoint), slots="2", accept_licence=STATED)
@@ -111,9 +111,9 @@ def test_each_picture_goes_to_the_model_of_its_recipe(
         assert fact in start
 
 
-def mask_by(model: LoadedModel, picture: bytes) -> np.ndarray:
+def mask_by(model: LoadedModel, image: bytes) -> np.ndarray:
     with Predictor(model, batch_limit=1) as predictor:
-        outputs = cut_out(picture, Recipe(model=model.served_name), predictor, limits=Limits())
+        outputs = cut_out(image, Recipe(model=model.served_name), predictor, limits=Limits())
     return np.asarray(decode(outputs.mask))
 
 
@@ -153,7 +153,7 @@ def test_a_second_worker_of_one_name_ends_with_a_reason(fleet: LocalStack, cutfl
 def test_a_job_for_a_model_that_nobody_serves_says_so_and_waits(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places
 ) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
 
     ran = cutfleet("submit", places.source, "--to", places.to, "--model", "birefnet-hr")
 
@@ -164,10 +164,10 @@ def test_a_job_for_a_model_that_nobody_serves_says_so_and_waits(
     assert "no running worker serves it" in shown.stdout
 
 
-def test_a_device_that_is_too_small_gets_smaller_batches_and_no_picture_is_lost(
+def test_a_device_that_is_too_small_gets_smaller_batches_and_no_image_is_lost(
     stack: LocalStack, fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
 ) -> None:
-    put_pictures(store, places, 40)
+    put_images(store, places, 40)
     worker = fleet.start_worker(
         program=[str(SMALL_DEVICE)], device="cpu", model="small-device", batch_limit="8", slots="8", node="small"
     )

@@ -15,7 +15,7 @@ from jobs.s3.client import Location
 from producer.demo.local_stack import LocalStack, Process, free_port
 from producer.submission import submit as submission
 from tests.support.environment import Run
-from tests.support.factories import Places, picture, wait_until
+from tests.support.factories import Places, sample_image, wait_until
 
 Series = dict[tuple[str, ...], float]
 
@@ -83,11 +83,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         yield stack
 
 
-def test_a_worker_counts_each_picture_and_times_its_stages(watched: Watched) -> None:
+def test_a_worker_counts_each_image_and_times_its_stages(watched: Watched) -> None:
     before = scrape(watched.worker_port)
 
-    watched.run({"a.jpg": picture(seed=1), "b.jpg": picture(seed=2), "c.jpg": b"no picture"})
-    watched.run({"d.jpg": picture(seed=3)}, lane="live")
+    watched.run({"a.jpg": sample_image(seed=1), "b.jpg": sample_image(seed=2), "c.jpg": b"no image"})
+    watched.run({"d.jpg": sample_image(seed=3)}, lane="live")
     live = ("cutfleet_images_total", "live", "done")  # counted when the ledger knows it: a moment later
     wait_until(lambda: scrape(watched.worker_port).get(live, 0) > before.get(live, 0), what="the last is counted")
 
@@ -115,8 +115,8 @@ def model_revision(watched: Watched) -> str:
         return next(iter(ledger.workers().values()))["revision"]
 
 
-def test_no_label_names_a_picture_or_a_job(watched: Watched) -> None:
-    job = watched.run({"secret-shoe.jpg": picture(seed=9), "broken-shoe.jpg": b"no picture"})
+def test_no_label_names_an_image_or_a_job(watched: Watched) -> None:
+    job = watched.run({"secret-shoe.jpg": sample_image(seed=9), "broken-shoe.jpg": b"no image"})
 
     words = {word for port in (watched.worker_port, watched.dispatcher_port) for name in scrape(port) for word in name}
     assert not [word for word in words if job in word or "shoe" in word]
@@ -128,7 +128,7 @@ def test_the_dispatcher_shows_what_there_is_to_do_and_how_long_it_waits(watched:
 
     watched.worker.signal(signal.SIGSTOP)
     try:
-        job = watched.submit({f"w{number}.jpg": picture(seed=number) for number in range(12)}, lane="live")
+        job = watched.submit({f"w{number}.jpg": sample_image(seed=number) for number in range(12)}, lane="live")
         wait_until(lambda: shown("cutfleet_images_open", "live", "u2netp") == 12, what="open images are shown")
         wait_until(lambda: shown("cutfleet_queue_oldest_seconds", "live", "u2netp") > 2, what="the oldest is shown")
 
@@ -147,7 +147,7 @@ def test_the_dispatcher_shows_what_there_is_to_do_and_how_long_it_waits(watched:
 
 
 def test_a_fleet_that_is_well_gets_a_clean_bill_from_the_doctor(watched: Watched, cutfleet: Run) -> None:
-    watched.run({"healthy.jpg": picture(seed=4)})
+    watched.run({"healthy.jpg": sample_image(seed=4)})
     places = ("--source", watched.places.source, "--to", watched.places.to)
 
     ran = cutfleet("doctor", *places, env=watched.environment)

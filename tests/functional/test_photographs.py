@@ -20,7 +20,7 @@ from workers.models import load
 
 SAMPLES = Path(__file__).resolve().parents[2] / "producer" / "samples"
 MEAN_DIFFERENCE = 1.0
-"""Grey levels a picture; a fast path gives 0.2 to 0.65."""
+"""Grey levels an image; a fast path gives 0.2 to 0.65."""
 MEAN_IOU = 0.80
 """u2netp on these photographs; the README states the exact figure."""
 
@@ -35,7 +35,7 @@ def truths_of(folder: Path) -> dict[str, Path]:
 def model_card_mask(path: Path) -> np.ndarray:
     """What the model card's script computes: squashed by Pillow, normalised, resized back by Pillow."""
     model = load("u2netp")
-    picture = Image.open(path).convert("RGB")
+    image = Image.open(path).convert("RGB")
     prepare = transforms.Compose(
         [
             transforms.Resize(model.input_size),
@@ -44,8 +44,8 @@ def model_card_mask(path: Path) -> np.ndarray:
         ]
     )
     with torch.inference_mode():
-        alpha = model(prepare(picture)[None])[0, 0]
-    return np.asarray(transforms.ToPILImage()(alpha).resize(picture.size))
+        alpha = model(prepare(image)[None])[0, 0]
+    return np.asarray(transforms.ToPILImage()(alpha).resize(image.size))
 
 
 @pytest.mark.timeout(400)

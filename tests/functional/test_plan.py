@@ -60,8 +60,8 @@ def test_a_plan_says_how_many_how_large_how_long_and_how_dear(
     shown = cutfleet("plan", places.source, "--model", MODEL, env=env).stdout
 
     planned = json.loads(ran.stdout)
-    assert (planned["pictures"], planned["bytes"], planned["serving"], planned["workers"]) == (4, 4000, 0, 2)
-    assert (planned["pictures_per_worker_s"], planned["seconds"]) == (ASSUMED_RATE, round(4 / ASSUMED_RATE / 2, 1))
+    assert (planned["images"], planned["bytes"], planned["serving"], planned["workers"]) == (4, 4000, 0, 2)
+    assert (planned["images_per_worker_s"], planned["seconds"]) == (ASSUMED_RATE, round(4 / ASSUMED_RATE / 2, 1))
     cost = planned["cost"]
     assert (cost["writes"], cost["reads"]) == (8, 8)
     assert cost["s3_usd"] == pytest.approx(8 + 0.8, rel=0.01)
@@ -115,7 +115,7 @@ def test_looking_whether_there_are_more_reads_no_further_than_it_must(places: Pl
     assert listed <= 5000
 
 
-def test_more_pictures_than_meant_are_not_submitted_where_nobody_can_be_asked(
+def test_more_images_than_meant_are_not_submitted_where_nobody_can_be_asked(
     cutfleet: Run, store: Store, places: Places, env: dict[str, str], alone: Ledger, tmp_path: Path
 ) -> None:
     put(store, places, 3)
@@ -159,7 +159,7 @@ def test_at_a_terminal_the_plan_is_shown_and_asked_about(
         os.close(ours)
         os.close(theirs)
 
-    assert "pictures:  3, 3.0 kB" in ran.stderr
+    assert "images:  3, 3.0 kB" in ran.stderr
     assert "Submit them? [y/N]" in ran.stderr
     assert len(alone.jobs()) == jobs
     assert ran.returncode == (0 if jobs else 2)

@@ -11,7 +11,7 @@ import pytest
 from jobs.s3.client import Location, Store
 from producer.demo.local_stack import LocalStack, inherited_environment
 from tests.support.environment import ROOT, Run
-from tests.support.factories import Places, put_pictures
+from tests.support.factories import Places, put_images
 
 USAGE, UNREACHABLE = 2, 4
 
@@ -51,7 +51,7 @@ def test_wrong_credentials(cutfleet: Run, places: Places) -> None:
 
 
 def test_buckets_that_are_not_there(cutfleet: Run, store: Store, places: Places) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
 
     refused(cutfleet("submit", "s3://nowhere-at-all/", "--to", places.to), USAGE, "nowhere-at-all", "[bucket_missing]")
     refused(
@@ -60,19 +60,19 @@ def test_buckets_that_are_not_there(cutfleet: Run, store: Store, places: Places)
 
 
 def test_a_model_that_nobody_knows(cutfleet: Run, store: Store, places: Places) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
 
     refused(cutfleet("submit", places.source, "--to", places.to, "--model", "u3net"), USAGE, "u3net", "u2netp")
 
 
 def test_a_destination_under_its_own_source(cutfleet: Run, store: Store, places: Places) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
 
     refused(cutfleet("submit", places.source, "--to", f"{places.source}out/"), USAGE, "[destination_under_source]")
 
 
 def test_a_destination_whose_records_could_have_no_name(cutfleet: Run, store: Store, places: Places) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
 
     refused(cutfleet("submit", places.source, "--to", f"{places.to}{'é' * 450}/"), USAGE, "[name_too_long]")
 
@@ -82,12 +82,12 @@ def test_results_that_would_stand_under_their_own_source(cutfleet: Run, places: 
     refused(cutfleet("watch", f"{places.to}cutouts/", "--to", places.to), USAGE, "[destination_under_source]")
 
 
-def test_a_source_without_pictures(cutfleet: Run, places: Places) -> None:
+def test_a_source_without_images(cutfleet: Run, places: Places) -> None:
     refused(cutfleet("submit", f"{places.source}none/", "--to", places.to), USAGE, "[source_empty]")
 
 
 def test_a_destination_that_may_not_be_written(cutfleet: Run, store: Store, places: Places) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     bucket = Location.parse(places.to).bucket
     store._s3.put_bucket_policy(
         Bucket=bucket,

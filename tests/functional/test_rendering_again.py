@@ -10,13 +10,13 @@ from jobs.s3.client import Location, S3Object, Store
 from producer.demo.local_stack import LocalStack
 from producer.submission.submit import Request, draft, live_row
 from tests.support.environment import Run
-from tests.support.factories import Places, decode, fetch, put_pictures, wait_for_midnight, wait_until
+from tests.support.factories import Places, decode, fetch, put_images, wait_for_midnight, wait_until
 
 
 def test_a_new_recipe_is_rendered_from_the_stored_cutouts_without_the_model(
     fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
 ) -> None:
-    names = put_pictures(store, places, 3)
+    names = put_images(store, places, 3)
     store.put(places.key("page.jpg"), b"<html>", content_type="text/html")
     first = cutfleet("submit", places.source, "--to", places.to, "--wait").stdout.strip()
     before = store.head(places.cutout(names[0]), role="output")
@@ -44,10 +44,10 @@ def test_a_new_recipe_is_rendered_from_the_stored_cutouts_without_the_model(
     assert not before.metadata["cf-fingerprint"].endswith(renditions)
 
 
-def test_a_picture_that_was_rendered_again_is_skipped_by_a_submission_of_that_recipe(
+def test_an_image_that_was_rendered_again_is_skipped_by_a_submission_of_that_recipe(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places
 ) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     first = cutfleet("submit", places.source, "--to", places.to, "--wait").stdout.strip()
     cutfleet("render", first, "--recipe", "ebay", "--wait")
 
@@ -59,7 +59,7 @@ def test_a_picture_that_was_rendered_again_is_skipped_by_a_submission_of_that_re
 def test_a_cutout_that_is_gone_is_told_and_a_job_without_cutouts_refused(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places
 ) -> None:
-    names = put_pictures(store, places, 1)
+    names = put_images(store, places, 1)
     first = cutfleet("submit", places.source, "--to", places.to, "--wait").stdout.strip()
     waiting = cutfleet("submit", places.source, "--to", places.to, "--model", "u2net").stdout.strip()
     store._s3.delete_object(Bucket=places.cutout("").bucket, Key=places.cutout(names[0]).key)
@@ -75,7 +75,7 @@ def test_a_cutout_that_is_gone_is_told_and_a_job_without_cutouts_refused(
 
 
 def test_a_live_job_is_rendered_again_too(fleet: LocalStack, cutfleet: Run, store: Store, places: Places) -> None:
-    names = put_pictures(store, places, 1)
+    names = put_images(store, places, 1)
     live = cutfleet("submit", places.source, *names, "--to", places.to, "--lane", "live", "--wait").stdout.strip()
 
     again = cutfleet("render", live, "--recipe", "ebay", "--wait")
@@ -87,7 +87,7 @@ def test_a_live_job_that_is_not_closed_is_rendered_too(
     fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
 ) -> None:
     wait_for_midnight()
-    names = put_pictures(store, places, 2)
+    names = put_images(store, places, 2)
     request = Request(source=places.source, destination=places.to, recipe=Recipe(), lane="live", name="", keys=None)
     day = draft(request, job_id="20260101-rendered-while-open", watch="rendered", store=store)
     rows = [

@@ -11,7 +11,7 @@ from jobs.ledger import Ledger
 from jobs.s3.client import Location, Store
 from producer.demo.local_stack import LocalStack
 from tests.support.environment import Run
-from tests.support.factories import Places, decode, fetch, picture, put_pictures
+from tests.support.factories import Places, decode, fetch, put_images, sample_image
 
 SHOP = """
 key_pattern = '(?P<sku>[a-z]\\d+)'
@@ -61,8 +61,8 @@ def at(places: Places, path: str) -> Location:
 def test_renditions_stand_beside_the_cutout_and_are_told_of(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places, recipe: str
 ) -> None:
-    etag = store.put(places.key("p00000.jpg"), picture(), content_type="image/jpeg")
-    store.put(places.key("p00001.jpg"), picture(seed=1), content_type="image/jpeg")
+    etag = store.put(places.key("p00000.jpg"), sample_image(), content_type="image/jpeg")
+    store.put(places.key("p00001.jpg"), sample_image(seed=1), content_type="image/jpeg")
 
     job = submit(cutfleet, places, "--recipe", recipe)
 
@@ -95,7 +95,7 @@ def test_renditions_stand_beside_the_cutout_and_are_told_of(
 def test_what_has_all_renditions_is_skipped_and_what_lacks_one_is_made_again(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places, recipe: str
 ) -> None:
-    put_pictures(store, places, 2)
+    put_images(store, places, 2)
     submit(cutfleet, places, "--recipe", recipe)
 
     again = summary(cutfleet, submit(cutfleet, places, "--recipe", recipe))
@@ -107,12 +107,12 @@ def test_what_has_all_renditions_is_skipped_and_what_lacks_one_is_made_again(
     assert store.head(at(places, "web/p00001.jpg.webp"), role="output") is not None
 
 
-def test_two_pictures_of_one_name_do_not_overwrite_each_other(
+def test_two_images_of_one_name_do_not_overwrite_each_other(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places, recipe: str
 ) -> None:
-    store.put(places.key("a1/p7.jpg"), picture(seed=1), content_type="image/jpeg")
-    store.put(places.key("a1/p7.png"), picture(seed=2, form="PNG"), content_type="image/png")
-    store.put(places.key("nothing.jpg"), picture(seed=3), content_type="image/jpeg")
+    store.put(places.key("a1/p7.jpg"), sample_image(seed=1), content_type="image/jpeg")
+    store.put(places.key("a1/p7.png"), sample_image(seed=2, form="PNG"), content_type="image/png")
+    store.put(places.key("nothing.jpg"), sample_image(seed=3), content_type="image/jpeg")
 
     job = submit(cutfleet, places, "--recipe", recipe, code=1)
 
@@ -121,7 +121,7 @@ def test_two_pictures_of_one_name_do_not_overwrite_each_other(
     assert len(taken) == 1
     assert rows == {"nothing.jpg": "name_unmatched", taken.pop(): "name_taken"}
     made = {found.key for found in store.list_source(at(places, "")) if not found.key.startswith("_cutfleet/")}
-    assert len(made) == 4, "mask, cutout and two renditions of one picture, and nothing of the refused"
+    assert len(made) == 4, "mask, cutout and two renditions of one image, and nothing of the refused"
 
 
 def test_artist_and_copyright_are_kept_when_asked_for_and_nothing_else(
@@ -134,7 +134,7 @@ def test_artist_and_copyright_are_kept_when_asked_for_and_nothing_else(
     exif = Image.Exif()
     exif[0x8298], exif[0x0110], exif.get_ifd(0x8825)[1] = "(c) A. Turner", "a camera", "N"
     body = BytesIO()
-    decode(picture()).save(body, "JPEG", exif=exif)
+    decode(sample_image()).save(body, "JPEG", exif=exif)
     store.put(places.key("p1.jpg"), body.getvalue(), content_type="image/jpeg")
 
     submit(cutfleet, places, "--recipe", "webp", "--keep-metadata")
@@ -146,7 +146,7 @@ def test_artist_and_copyright_are_kept_when_asked_for_and_nothing_else(
 def test_a_recipe_is_checked_before_anything_is_submitted(
     cutfleet: Run, store: Store, places: Places, ledger: Ledger, tmp_path: Path
 ) -> None:
-    put_pictures(store, places, 1)
+    put_images(store, places, 1)
     (tmp_path / "bad.toml").write_text('edges = "soft"\n[[renditions]]\nname = "a"\nfill = 2')
 
     bad = cutfleet("submit", places.source, "--to", places.to, "--recipe", str(tmp_path / "bad.toml"))

@@ -1,4 +1,4 @@
-"""A job reviewed: pictures chosen by the ledger, previews made by a worker, a page, a new job of what was rejected."""
+"""A job reviewed: images chosen by the ledger, previews made by a worker, a page, a new job of what was rejected."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jobs.preview import Preview
 from jobs.recipe import Recipe
 from jobs.s3.client import Store, preview_location
 from producer.demo.local_stack import LocalStack
-from producer.records.report import picture_status
+from producer.records.report import image_status
 from producer.review.select import Wanted, write_review
 from producer.submission.submit import Request
 from producer.submission.submit import submit as submit_request
 from tests.support.environment import Run
-from tests.support.factories import Places, decode, fetch, picture, put_pictures, wait_until
+from tests.support.factories import Places, decode, fetch, put_images, sample_image, wait_until
 
 EVERYTHING_FLAGGED = "[review]\nmax_subject = 0.0\n"
 WIDTHS = "images => images.map(image => image.naturalWidth)"
@@ -99,7 +99,7 @@ def test_what_is_rejected_on_the_page_is_a_new_job_for_another_model(
     browser: Browser,
     tmp_path: Path,
 ) -> None:
-    etags = {name: store.put(places.key(name), picture(), content_type="image/jpeg") for name in NAMES}
+    etags = {name: store.put(places.key(name), sample_image(), content_type="image/jpeg") for name in NAMES}
     store.put(places.key("page.jpg"), b"<html>", content_type="text/html")
     job = cutfleet("submit", places.source, "--to", places.to, "--recipe", recipe, "--wait").stdout.strip()
 
@@ -136,7 +136,7 @@ def test_what_is_rejected_on_the_page_is_a_new_job_for_another_model(
 
 
 def test_a_preview_shows_what_is_stored(fleet: LocalStack, desk: Desk, store: Store, places: Places) -> None:
-    store.put(places.key("big.jpg"), picture(size=(1600, 1200)), content_type="image/jpeg")
+    store.put(places.key("big.jpg"), sample_image(size=(1600, 1200)), content_type="image/jpeg")
     job = desk.run()
 
     desk.review(job, sample=1)
@@ -163,7 +163,7 @@ def test_a_preview_shows_what_is_stored(fleet: LocalStack, desk: Desk, store: St
 
 
 def test_only_what_is_asked_for_is_on_the_page(fleet: LocalStack, desk: Desk, store: Store, places: Places) -> None:
-    put_pictures(store, places, 12)
+    put_images(store, places, 12)
     store.put(places.key("page.jpg"), b"<html>", content_type="text/html")
     job = desk.run()
 
@@ -179,9 +179,9 @@ def test_only_what_is_asked_for_is_on_the_page(fleet: LocalStack, desk: Desk, st
 def test_what_changed_since_is_told_and_the_rest_is_shown(
     fleet: LocalStack, desk: Desk, store: Store, places: Places
 ) -> None:
-    put_pictures(store, places, 3)
+    put_images(store, places, 3)
     job = desk.run()
-    store.put(places.key("p00000.jpg"), picture(seed=9), content_type="image/jpeg")
+    store.put(places.key("p00000.jpg"), sample_image(seed=9), content_type="image/jpeg")
     store._s3.delete_object(Bucket=places.cutout("").bucket, Key=places.cutout("p00001.jpg").key)
 
     desk.review(job, sample=3)
@@ -195,14 +195,14 @@ def test_what_changed_since_is_told_and_the_rest_is_shown(
 def test_a_review_changes_no_output_and_hides_no_job(
     fleet: LocalStack, desk: Desk, store: Store, ledger: Ledger, places: Places
 ) -> None:
-    (name,) = put_pictures(store, places, 1)
+    (name,) = put_images(store, places, 1)
     job = desk.run()
     before = store.head(places.cutout(name), role="output")
 
     desk.review(job, sample=1)
 
     (made,) = desk.asked
-    told = picture_status(places.key(name), ledger=ledger, store=store)
+    told = image_status(places.key(name), ledger=ledger, store=store)
     assert (made.review_of, made.model) == (job.id, "render")
     assert (told.job, told.state) == (job.id, "done")
     assert store.head(places.cutout(name), role="output") == before
@@ -212,7 +212,7 @@ def test_a_review_changes_no_output_and_hides_no_job(
 def test_what_brought_workers_down_is_not_given_to_them_again(
     desk: Desk, store: Store, ledger: Ledger, places: Places
 ) -> None:
-    (name,) = put_pictures(store, places, 1)
+    (name,) = put_images(store, places, 1)
     job = desk.submit(model="u2net", keys=(name,))  # which nobody serves
     claim = ledger.claim(f"{job.id}:0", token="t", output=str(places.cutout(name)), lease_s=60)
     ledger.finish(claim, ImageState.FAILED, Failure(name, "crashed_decoder", "The decoder crashed.", 1, 0.0, "cpu"))

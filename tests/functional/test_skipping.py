@@ -1,4 +1,4 @@
-"""What is done already is skipped without a request a picture, where listing and last report tell; never wrongly."""
+"""What is done already is skipped without a request an image, where listing and last report tell; never wrongly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from producer.submission.skip_index import look_up, served_fingerprint
 from producer.submission.submit import Request, draft
 from tests.faults.proxy import S3Proxy
 from tests.support.environment import Run
-from tests.support.factories import Places, fetch, make, picture, put_pictures, wait_until
+from tests.support.factories import Places, fetch, make, put_images, sample_image, wait_until
 from workers.models import load
 from workers.models.registry import PACKAGED
 
@@ -82,7 +82,7 @@ def served(fleet: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def counted(served: tuple[str, S3Proxy], cutfleet: Run, ledger: Ledger, store: Store, places: Places) -> Counted:
-    put_pictures(store, places, COUNT + 1)
+    put_images(store, places, COUNT + 1)
     return Counted(*served, cutfleet, ledger, places)
 
 
@@ -109,7 +109,7 @@ def test_what_is_new_costs_no_look_and_what_is_done_costs_no_request(counted: Co
 def test_what_changed_at_either_end_is_never_skipped(counted: Counted, store: Store) -> None:
     places = counted.places
     first = counted.submit_and_close_late()
-    store.put(places.key("p00000.jpg"), picture(seed=77), content_type="image/jpeg")
+    store.put(places.key("p00000.jpg"), sample_image(seed=77), content_type="image/jpeg")
     store._s3.delete_object(Bucket=places.mask("p00001.jpg").bucket, Key=places.mask("p00001.jpg").key)
     store._s3.delete_object(Bucket=places.cutout("p00002.jpg").bucket, Key=places.cutout("p00002.jpg").key)
     assert first.closed is not None
@@ -152,7 +152,7 @@ def test_a_row_of_a_job_that_another_one_overtook_is_not_believed(
     recipe.write_text('edges = "off"\n')
     sample = ["submit", places.source, "--to", places.to, "--model", counted.model, "--sample", str(COUNT)]
     a = counted.cutfleet(*sample).stdout.strip()
-    wait_until(lambda: ledger.job(a).done == COUNT, what="A made its first pictures")
+    wait_until(lambda: ledger.job(a).done == COUNT, what="A made its first images")
     b = counted.cutfleet(*sample, "--recipe", str(recipe)).stdout.strip()
     wait_until(lambda: ledger.job(b).done == COUNT, what="B made them anew")
     done = time.time()
@@ -179,14 +179,14 @@ def test_what_was_tried_again_is_looked_at(counted: Counted, store: Store) -> No
     """A retry takes the version that is there then, which the manifest does not name."""
     places, ledger = counted.places, counted.ledger
     bad = places.key("bad.jpg")
-    first_etag = store.put(bad, b"no picture", content_type="image/jpeg")
+    first_etag = store.put(bad, b"no image", content_type="image/jpeg")
     first, _ = counted.submit()
     assert first.failed == 1
-    store.put(bad, picture(seed=5), content_type="image/jpeg")
+    store.put(bad, sample_image(seed=5), content_type="image/jpeg")
     assert counted.cutfleet("retry", first.id).returncode == 0
     wait_until(lambda: ledger.job(first.id).done == COUNT + 2, what="it is done")
     wait_until(lambda: ledger.job(first.id).closed is not None)
-    assert store.put(bad, b"no picture", content_type="image/jpeg") == first_etag
+    assert store.put(bad, b"no image", content_type="image/jpeg") == first_etag
 
     second, _ = counted.submit()
 
@@ -204,7 +204,7 @@ def test_a_record_that_can_not_be_read_stops_nobody_and_nothing_is_told(
     whole = fetch(store, made)
 
     def look(damaged: Location, body: bytes) -> tuple[set[str], list[bool]]:
-        """What is told of the pictures, and whether each line of the log names the damage."""
+        """What is told of the images, and whether each line of the log names the damage."""
         caplog.clear()
         store.put(damaged, body, content_type="application/json")
         hints = _hints(counted, store, stack, Ledger)
@@ -241,7 +241,7 @@ def _record(counted: Counted, job: Job, name: str) -> Location:
 
 
 def _hints(counted: Counted, store: Store, stack: LocalStack, kind: type[Ledger]) -> set[str]:
-    """What a submission that comes now is told of the pictures."""
+    """What a submission that comes now is told of the images."""
     places = counted.places
     request = Request(
         source=places.source,

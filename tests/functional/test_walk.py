@@ -15,7 +15,7 @@ import pytest
 
 from jobs.s3.client import Location
 from producer.demo.local_stack import LocalStack, Process, free_port, inherited_environment
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 from tests.support.systemd_unit import FOLDER, Unit
 
 ROOT = FOLDER.parents[1]
@@ -67,7 +67,7 @@ def test_from_the_page_to_results_in_nine_commands(own: LocalStack, tmp_path: Pa
     with own.store() as store:
         for uri in (places.source, places.to):
             store.create_bucket(Location.parse(uri).bucket)
-        put_pictures(store, places, 2)
+        put_images(store, places, 2)
     (tmp_path / "etc/systemd/system").mkdir(parents=True)
 
     def run(*lines: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Pictures that arrive: real SQS clients against a server that speaks its protocol, real events of SeaweedFS."""
+"""Images that arrive: real SQS clients against a server that speaks its protocol, real events of SeaweedFS."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from producer.ingest.notifications import Arrival
 from producer.ingest.watcher import Watcher, run_watch
 from producer.submission.submit import Request
 from tests.support.environment import Run
-from tests.support.factories import Places, put_pictures, s3_event, wait_for_midnight, wait_until
+from tests.support.factories import Places, put_images, s3_event, wait_for_midnight, wait_until
 
 ASLEEP = "u2net"
 TOKEN = "only-for-this-test"  # noqa: S105
@@ -202,7 +202,7 @@ def test_a_watch_that_remembers_no_listing_says_how_to_have_what_came_before(
     cutfleet: Run,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    put_pictures(store, places, 3)
+    put_images(store, places, 3)
     watcher = watcher_of(places, store, ledger)
 
     def told() -> list[str]:
@@ -263,18 +263,18 @@ def test_two_watchers_take_a_burst_once(stack: LocalStack, store: Store, places:
 
 
 def test_a_listing_finds_what_no_event_told_of(store: Store, ledger: Ledger, places: Places) -> None:
-    put_pictures(store, places, 3)
+    put_images(store, places, 3)
     watcher = watcher_of(places, store, ledger)
     watcher.begin(existing=True)
 
     found = [watcher.sweep(threading.Event()) for _ in range(2)]
-    put_pictures(store, places, 2, start=3)
+    put_images(store, places, 2, start=3)
     found.append(watcher.sweep(threading.Event()))
 
     assert found == [3, 0, 2]
 
 
-def test_arrivals_wait_while_too_many_pictures_wait(
+def test_arrivals_wait_while_too_many_images_wait(
     store: Store, ledger: Ledger, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "BACKLOG", 2)
@@ -337,11 +337,11 @@ def test_what_is_put_into_seaweedfs_is_cut_out(tmp_path: Path, monkeypatch: pyte
         watching = listening(stack, places, port, tmp_path)
         stack.start_dispatcher()
         stack.start_worker(device="cpu")
-        names = put_pictures(store, places, 2)
-        store.put(places.key("фото (1)+%.jpg"), b"no picture", content_type="image/jpeg")
+        names = put_images(store, places, 2)
+        store.put(places.key("фото (1)+%.jpg"), b"no image", content_type="image/jpeg")
         wait_until(lambda: [job.final for job in jobs_of(ledger, places)] == [3], what="three are final")
         watching.kill()
-        names += put_pictures(store, places, 2, start=2)  # nobody hears of these
+        names += put_images(store, places, 2, start=2)  # nobody hears of these
         watching = listening(stack, places, port, tmp_path)
         wait_until(lambda: [job.final for job in jobs_of(ledger, places)] == [5], what="five are final")
         watching.stop()

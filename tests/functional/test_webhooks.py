@@ -64,7 +64,7 @@ def void(_: object) -> None: ...
 
 
 def submitted(
-    places: Places, store: Store, ledger: Ledger, webhook: str, *, pictures: bool = False, count: int = 1
+    places: Places, store: Store, ledger: Ledger, webhook: str, *, images: bool = False, count: int = 1
 ) -> Job:
     request = submission.Request(
         source=places.source,
@@ -74,16 +74,14 @@ def submitted(
         name="",
         keys=tuple(f"{n} é.jpg" for n in range(count)),
         webhook=webhook,
-        webhook_pictures=pictures,
+        webhook_images=images,
     )
     return submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=void)
 
 
 def finish(job: Job, index: int, ledger: Ledger, state: ImageState = ImageState.DONE) -> None:
     claim = ledger.claim(f"{job.id}:{index}", token=uuid.uuid4().hex, output=f"{job.id}/{index}", lease_s=60)
-    failure = (
-        Failure(f"{index} é.jpg", "not_an_image", "no picture", 1, 0.0, "w") if state == ImageState.FAILED else None
-    )
+    failure = Failure(f"{index} é.jpg", "not_an_image", "no image", 1, 0.0, "w") if state == ImageState.FAILED else None
     assert ledger.finish(claim, state, failure) == "ok"
 
 
@@ -135,10 +133,10 @@ def test_a_receiver_that_fails_twice_gets_its_third_delivery_signed(
         Webhook(SECRET).verify(body, dict(headers) | {"webhook-timestamp": "1"})
 
 
-def test_each_picture_is_told_with_what_became_of_it(
+def test_each_image_is_told_with_what_became_of_it(
     places: Places, store: Store, quiet: Ledger, receiver: Receiver, deliver: Callable[[], None]
 ) -> None:
-    job = submitted(places, store, quiet, receiver.url, pictures=True, count=4)
+    job = submitted(places, store, quiet, receiver.url, images=True, count=4)
     states = [ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED, ImageState.FAILED]
     for index, state in enumerate(states[:2]):
         finish(job, index, quiet, state)
@@ -150,10 +148,10 @@ def test_each_picture_is_told_with_what_became_of_it(
 
     found = {event["data"].get("index"): event for event in receiver.events()}
     assert {index: event["type"] for index, event in found.items()} == {
-        0: "picture.done",
-        1: "picture.done",
-        2: "picture.skipped",
-        3: "picture.failed",
+        0: "image.done",
+        1: "image.done",
+        2: "image.skipped",
+        3: "image.failed",
         None: "job.closed",
     }
     assert found[1]["data"]["review"]
@@ -171,7 +169,7 @@ def test_replay_tells_all_again_under_the_same_ids(
     receiver: Receiver,
     deliver: Callable[[], None],
 ) -> None:
-    job = submitted(places, store, quiet, receiver.url, pictures=True, count=2)
+    job = submitted(places, store, quiet, receiver.url, images=True, count=2)
     finish(job, 0, quiet)
     finish(job, 1, quiet, ImageState.FAILED)
     close(job, quiet, store)
@@ -189,7 +187,7 @@ def test_replay_tells_all_again_under_the_same_ids(
 def test_what_happens_once_more_after_a_retry_has_an_id_of_its_own(
     places: Places, store: Store, quiet: Ledger, receiver: Receiver, deliver: Callable[[], None]
 ) -> None:
-    job = submitted(places, store, quiet, receiver.url, pictures=True, count=2)
+    job = submitted(places, store, quiet, receiver.url, images=True, count=2)
     finish(job, 0, quiet, ImageState.FAILED)
     finish(job, 1, quiet)
     close(job, quiet, store)
@@ -202,7 +200,7 @@ def test_what_happens_once_more_after_a_retry_has_an_id_of_its_own(
     close(job, quiet, store)
     deliver()
     again = set(ids(receiver))
-    assert sorted(event["type"] for event in receiver.events()) == ["job.closed", "picture.failed"]
+    assert sorted(event["type"] for event in receiver.events()) == ["job.closed", "image.failed"]
     receiver.got.clear()
     assert replay(quiet.job(job.id), ledger=quiet) == 3
     deliver()
@@ -214,10 +212,10 @@ def test_what_happens_once_more_after_a_retry_has_an_id_of_its_own(
     assert f"{job.id}-1-done" in first, "of the other nothing is new"
 
 
-def test_a_picture_that_is_open_again_is_told_when_it_is_final_once_more(
+def test_an_image_that_is_open_again_is_told_when_it_is_final_once_more(
     places: Places, store: Store, quiet: Ledger, receiver: Receiver, deliver: Callable[[], None]
 ) -> None:
-    job = submitted(places, store, quiet, receiver.url, pictures=True)
+    job = submitted(places, store, quiet, receiver.url, images=True)
     finish(job, 0, quiet, ImageState.FAILED)
     retry(job, quiet, store)
 
@@ -226,14 +224,14 @@ def test_a_picture_that_is_open_again_is_told_when_it_is_final_once_more(
     finish(job, 0, quiet)
     deliver()
 
-    assert [event["type"] for event in receiver.events()] == ["picture.done"]
+    assert [event["type"] for event in receiver.events()] == ["image.done"]
     assert quiet.job(job.id).untold == 0
 
 
 def test_a_replay_with_little_room_leaves_nothing_out(
     places: Places, store: Store, quiet: Ledger, quiet_url: str, receiver: Receiver, deliver: Callable[[], None]
 ) -> None:
-    job = submitted(places, store, quiet, receiver.url, pictures=True, count=6)
+    job = submitted(places, store, quiet, receiver.url, images=True, count=6)
     for index in range(job.total):
         finish(job, index, quiet)
     close(job, quiet, store)
@@ -257,7 +255,7 @@ def test_a_replay_with_little_room_leaves_nothing_out(
 def test_an_event_that_waits_already_needs_no_room(
     places: Places, store: Store, quiet: Ledger, quiet_url: str, receiver: Receiver
 ) -> None:
-    job = submitted(places, store, quiet, receiver.url, pictures=True, count=2)
+    job = submitted(places, store, quiet, receiver.url, images=True, count=2)
     finish(job, 0, quiet, ImageState.FAILED)
     with redis.Redis.from_url(quiet_url) as server:
         server.zadd(outbox_of(receiver), {f"gone:{number}": time.time() + 3600 for number in range(20_000)})
@@ -300,7 +298,7 @@ def test_what_can_not_be_told_is_counted_and_never_shown(
 def test_an_event_that_happens_again_during_its_delivery_is_told_again(
     places: Places, store: Store, quiet: Ledger
 ) -> None:
-    job = submitted(places, store, quiet, "http://127.0.0.1:9/", pictures=True)
+    job = submitted(places, store, quiet, "http://127.0.0.1:9/", images=True)
     finish(job, 0, quiet)
     (receiver,) = quiet.receivers_due(limit=10)
     (event,) = quiet.take_events(receiver, limit=10, lease_s=60)
@@ -326,11 +324,11 @@ def test_a_receiver_that_never_answers_keeps_no_other_waiting(
     with socket.create_server(("127.0.0.1", 0)) as silent, delivering(quiet, store, SETTINGS, threading.Event()):
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         for _ in range(2):  # jobs of one receiver share its turn
-            slow = submitted(places, store, quiet, url, pictures=True, count=40)
+            slow = submitted(places, store, quiet, url, images=True, count=40)
             for index in range(slow.total):
                 finish(slow, index, quiet)
         asked, _ = silent.accept()
-        job = submitted(places, store, quiet, receiver.url, pictures=True, count=40)
+        job = submitted(places, store, quiet, receiver.url, images=True, count=40)
         for index in range(job.total):
             finish(job, index, quiet)
         wait_until(lambda: len(set(ids(receiver))) == job.total, what="the other is told all")
@@ -344,7 +342,7 @@ def test_a_receiver_that_never_answers_keeps_no_other_waiting(
 def test_a_receiver_that_is_away_does_not_fill_redis(
     places: Places, store: Store, quiet: Ledger, quiet_url: str, receiver: Receiver, deliver: Callable[[], None]
 ) -> None:
-    job = submitted(places, store, quiet, receiver.url, pictures=True, count=3)
+    job = submitted(places, store, quiet, receiver.url, images=True, count=3)
     outbox = outbox_of(receiver)
     with redis.Redis.from_url(quiet_url, decode_responses=True) as server:
         server.zadd(outbox, {f"gone:{number}": time.time() + 60 for number in range(20_000)})

@@ -1,4 +1,4 @@
-"""What a CUDA machine does: pictures a second and memory for batch 1 to 16, eager and compiled, in each precision:
+"""What a CUDA machine does: images a second and memory for batch 1 to 16, eager and compiled, in each precision:
 
     python -m tests.gpu.models [--model birefnet ...] [--no-compile]
 
@@ -65,7 +65,7 @@ def describe(preset: Preset, cell: Cell, device: torch.device) -> str:
 
 @torch.inference_mode()
 def measure(preset: Preset, cell: Cell, device: torch.device) -> tuple[float, int]:
-    """Seconds a batch, the copy of the picture in and of the mask out included, and the peak of memory in bytes."""
+    """Seconds a batch, the copy of the image in and of the mask out included, and the peak of memory in bytes."""
     torch.cuda.reset_peak_memory_stats(device)
     network = place(build(preset), device, cell.dtype)
     if cell.compiled:

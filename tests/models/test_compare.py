@@ -1,4 +1,4 @@
-"""Comparing models on one's own pictures: u2netp against stand-ins that are right, wrong or faint."""
+"""Comparing models on one's own images: u2netp against stand-ins that are right, wrong or faint."""
 
 from __future__ import annotations
 
@@ -93,15 +93,15 @@ def test_the_collage_puts_the_greatest_disagreement_first(folder: Path) -> None:
     results = compare(("a", "b"), folder, load_model=agreeing.__getitem__, report=lambda text: None)
     sheet = draw_disagreements(results)
 
-    order = sorted({result.picture for result in results}, key=lambda path: path.name != "2.png")
+    order = sorted({result.image for result in results}, key=lambda path: path.name != "2.png")
     assert order[0].name == "2.png"
     first_row = sheet[comparing.MARGIN : comparing.MARGIN + 64, comparing.MARGIN : comparing.MARGIN + 96]
     assert np.array_equal(first_row, np.asarray(Image.open(folder / "shoes" / "2.png")))
     assert sheet.shape[1] == comparing.MARGIN + 3 * (comparing.THUMB + comparing.MARGIN)
 
 
-def test_what_is_no_picture_is_left_out_once_and_named(folder: Path) -> None:
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+def test_what_is_no_image_is_left_out_once_and_named(folder: Path) -> None:
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no image")
 
     results, heard = run(folder, "red", "inverse")
 
@@ -113,7 +113,7 @@ def test_what_is_no_picture_is_left_out_once_and_named(folder: Path) -> None:
 def test_a_true_mask_of_another_size_is_refused(folder: Path) -> None:
     Image.new("L", (5, 5)).save(folder / "0.mask.png")
 
-    with pytest.raises(SettingsError, match=r"0\.mask\.png is no grey picture of 96 x 64"):
+    with pytest.raises(SettingsError, match=r"0\.mask\.png is no grey image of 96 x 64"):
         run(folder, "red")
 
 

@@ -24,14 +24,14 @@ SIZE = (16, 24)
 def save_graph(path: Path, *, sigmoid: bool, shape: tuple[int | str, ...] = ("batch", 3, *SIZE)) -> None:
     """The mean of the three channels, twice: a small first output, then the map at full size."""
     nodes = [
-        helper.make_node("GlobalAveragePool", ["picture"], ["small"]),
-        helper.make_node("ReduceMean", ["picture", "axis"], ["mean"], keepdims=1),
+        helper.make_node("GlobalAveragePool", ["image"], ["small"]),
+        helper.make_node("ReduceMean", ["image", "axis"], ["mean"], keepdims=1),
         helper.make_node("Sigmoid" if sigmoid else "Identity", ["mean"], ["map"]),
     ]
     graph = helper.make_graph(
         nodes,
         "mean",
-        [helper.make_tensor_value_info("picture", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("small", "map")],
         [helper.make_tensor("axis", TensorProto.INT64, [1], [1])],
     )
@@ -50,7 +50,7 @@ def test_a_graph_gives_alpha_whether_or_not_it_ends_in_a_sigmoid(tmp_path: Path,
     torch.testing.assert_close(model(x), x.mean(1, keepdim=True).sigmoid(), atol=1e-5, rtol=0)
 
 
-def test_a_directory_may_hold_a_graph_and_a_graph_may_take_one_picture_at_a_time(tmp_path: Path) -> None:
+def test_a_directory_may_hold_a_graph_and_a_graph_may_take_one_image_at_a_time(tmp_path: Path) -> None:
     save_graph(tmp_path / "model.onnx", sigmoid=True, shape=(1, 3, *SIZE))
     x = torch.randn(3, 3, *SIZE)
 

@@ -57,7 +57,7 @@ class Receiver:
         return [Webhook(WEBHOOK_SECRET).verify(body, dict(headers)) for headers, body in self.got]
 
 
-def picture(*, seed: int = 0, size: tuple[int, int] = (160, 120), form: str = "JPEG") -> bytes:
+def sample_image(*, seed: int = 0, size: tuple[int, int] = (160, 120), form: str = "JPEG") -> bytes:
     """A bright disc on a noisy ground: something a model finds. `size`: width, height."""
     rng = np.random.default_rng(seed)
     width, height = size
@@ -106,11 +106,11 @@ def s3_event(
     }
 
 
-def put_pictures(store: Store, places: Places, count: int, *, start: int = 0) -> list[str]:
-    """Uploads `count` pictures; returns their names below the source."""
+def put_images(store: Store, places: Places, count: int, *, start: int = 0) -> list[str]:
+    """Uploads `count` images; returns their names below the source."""
     names = [f"p{number:05d}.jpg" for number in range(start, start + count)]
     for number, name in enumerate(names, start):
-        store.put(places.key(name), picture(seed=number), content_type="image/jpeg")
+        store.put(places.key(name), sample_image(seed=number), content_type="image/jpeg")
     return names
 
 

@@ -1,5 +1,5 @@
-"""A loaded stack that Prometheus watches: a backfill and live pictures at once, and of each thing that a dashboard
-shows going wrong one: broken pictures, S3 that throttles, Redis out of reach, a worker killed."""
+"""A loaded stack that Prometheus watches: a backfill and live images at once, and of each thing that a dashboard
+shows going wrong one: broken images, S3 that throttles, Redis out of reach, a worker killed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jobs.s3.client import Location
 from producer.demo.local_stack import LocalStack, free_port
 from producer.submission import submit as submission
 from tests.faults.proxy import Fault, S3Proxy, Wire
-from tests.support.factories import Places, put_pictures, wait_until
+from tests.support.factories import Places, put_images, wait_until
 from tests.support.prometheus import Prometheus, expressions
 
 PATIENCE_S = 300.0
@@ -38,7 +38,7 @@ class Line:
 
 
 class Load:
-    """`places`: of the pictures. Workers and dispatcher reach Redis and S3 through proxies."""
+    """`places`: of the images. Workers and dispatcher reach Redis and S3 through proxies."""
 
     def __init__(self, stack: LocalStack, prometheus: Prometheus, wire: Wire, s3: S3Proxy, ports: list[int]) -> None:
         self.stack, self.prometheus, self.wire, self.s3 = stack, prometheus, wire, s3
@@ -46,7 +46,7 @@ class Load:
         self.places = Places("s3://loaded/photos/", "s3://loaded-results/")
         self.through = {"redis_url": f"redis://127.0.0.1:{wire.port}/0", "s3_endpoint": s3.url}
 
-    def run(self, pictures: int, *, model: str, start_dispatcher: Start, start_worker: Start) -> float:
+    def run(self, images: int, *, model: str, start_dispatcher: Start, start_worker: Start) -> float:
         """All of it, until every job is closed. Returns when it began, as `time.time()`."""
 
         def worker(port: int) -> int:
@@ -56,9 +56,9 @@ class Load:
         start_dispatcher(metrics_port=str(self.ports[0]), **self.through)
         first, *_ = [worker(port) for port in self.ports[1:]]
         self._wait_for(lambda: self._workers_seen() == len(self.ports) - 1, "Prometheus sees every worker")
-        backfill = self._submit("shelf/", pictures, model=model, lane="backfill")
-        self._wait_for(lambda: self._final(backfill) > pictures / 4, "a quarter is done")
-        live = self._submit("new/", pictures // 4, model=model, lane="live")
+        backfill = self._submit("shelf/", images, model=model, lane="backfill")
+        self._wait_for(lambda: self._final(backfill) > images / 4, "a quarter is done")
+        live = self._submit("new/", images // 4, model=model, lane="live")
         with self.s3.fault(Fault("answer", methods=("PUT",), share=0.7)):
             self._wait_until_seen("cutfleet_s3_errors_total")
         self._wait_for(lambda: self._final(live) > 0, "S3 is back")
@@ -73,14 +73,14 @@ class Load:
         self._wait_for(lambda: not self._open(), "every job is closed")
         return began
 
-    def _submit(self, folder: str, pictures: int, *, model: str, lane: Lane) -> str:
-        """One picture in ten is broken."""
+    def _submit(self, folder: str, images: int, *, model: str, lane: Lane) -> str:
+        """One image in ten is broken."""
         source = Places(f"{self.places.source}{folder}", f"{self.places.to}{folder}")
         with self.stack.store() as store, self.stack.ledger() as ledger:
             for bucket in (Location.parse(uri).bucket for uri in (source.source, source.to)):
                 store.create_bucket(bucket)
-            put_pictures(store, source, pictures)
-            for number in range(pictures // 10):
+            put_images(store, source, images)
+            for number in range(images // 10):
                 store.put(source.key(f"p{number:05d}-page.jpg"), b"<html>404</html>", content_type="image/jpeg")
             request = submission.Request(
                 source=source.source,

@@ -28,7 +28,7 @@ class _Alpha(nn.Module):
 
 
 def export(network: nn.Module) -> onnx.ModelProto:
-    """Alpha (1, 1, 320, 320) of a picture (1, 3, 320, 320), the network's weights inside, by their own names."""
+    """Alpha (1, 1, 320, 320) of an image (1, 3, 320, 320), the network's weights inside, by their own names."""
     file = io.BytesIO()
     names = {"input_names": ["input"], "output_names": ["alpha"]}
     with warnings.catch_warnings():

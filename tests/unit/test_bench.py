@@ -26,11 +26,11 @@ def test_a_loss_of_more_than_a_tenth_is_named() -> None:
 
 def test_a_ratio_says_how_many_times_better() -> None:
     cost = row("decode", [10, 20, 30], "ms", against="naive", others=[60])
-    speed = row("worker", [10, 20, 30], "pictures/s", against="bare", others=[40], better="more")
+    speed = row("worker", [10, 20, 30], "images/s", against="bare", others=[40], better="more")
     alone = row("edges", [5], "ms")
 
     assert (cost.ratio, speed.ratio, alone.ratio) == (3, 0.5, None)
-    assert ratios_of({"pictures": [cost, alone]}) == {"pictures: decode, against naive": 3}
+    assert ratios_of({"images": [cost, alone]}) == {"images: decode, against naive": 3}
 
 
 def test_rows_survive_json() -> None:

@@ -1,4 +1,4 @@
-"""Why the model card's script gives another alpha than ours, from the same picture and weights."""
+"""Why the model card's script gives another alpha than ours, from the same image and weights."""
 
 from __future__ import annotations
 

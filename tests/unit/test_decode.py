@@ -1,4 +1,4 @@
-"""Pictures of every kind that a catalogue has, each made here; what is checked is the pixels, or the code it is
+"""Images of every kind that a catalogue has, each made here; what is checked is the pixels, or the code it is
 refused with.
 """
 
@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from jobs.errors import PictureError
+from jobs.errors import ContentError
 from workers.imaging.colour import srgb_profile
-from workers.imaging.decode import Limits, Picture, decode_picture
+from workers.imaging.decode import DecodedImage, Limits, decode_image
 
 Pixels = NDArray[np.uint8]
 HARD = Path(os.environ.get("CUTFLEET_TEST_DATA", Path(__file__).parents[3] / "shared")) / "hard"
@@ -38,12 +38,12 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def decoded(data: bytes, *, limits: Limits | None = None) -> Picture:
-    return decode_picture(data, limits=limits or Limits(), animation="first")
+def decoded(data: bytes, *, limits: Limits | None = None) -> DecodedImage:
+    return decode_image(data, limits=limits or Limits(), animation="first")
 
 
 def refusal(data: bytes, *, limits: Limits | None = None) -> str:
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ContentError) as caught:
         decoded(data, limits=limits)
     return caught.value.code
 
@@ -70,23 +70,23 @@ CLOSE: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "options"), EXACT)
 def test_lossless_formats_come_back_exactly(kind: str, options: dict[str, Any]) -> None:
-    picture = decoded(saved(Image.fromarray(scene()), kind, **options))
+    image = decoded(saved(Image.fromarray(scene()), kind, **options))
 
-    assert np.array_equal(picture.rgb, scene())
-    assert picture.alpha is None and picture.notes == ()
+    assert np.array_equal(image.rgb, scene())
+    assert image.alpha is None and image.notes == ()
 
 
 @pytest.mark.parametrize(("kind", "options"), CLOSE)
 def test_lossy_formats_come_back_closely(kind: str, options: dict[str, Any]) -> None:
-    picture = decoded(saved(Image.fromarray(scene()), kind, **options))
+    image = decoded(saved(Image.fromarray(scene()), kind, **options))
 
-    assert np.abs(picture.rgb.astype(int) - scene().astype(int)).mean() < 3
+    assert np.abs(image.rgb.astype(int) - scene().astype(int)).mean() < 3
 
 
 def test_a_gif_comes_back_within_its_palette() -> None:
-    picture = decoded(saved(Image.fromarray(scene()).quantize(64), "GIF"))
+    image = decoded(saved(Image.fromarray(scene()).quantize(64), "GIF"))
 
-    assert np.array_equal(picture.rgb, np.asarray(Image.fromarray(scene()).quantize(64).convert("RGB")))
+    assert np.array_equal(image.rgb, np.asarray(Image.fromarray(scene()).quantize(64).convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
@@ -94,9 +94,9 @@ def test_a_gif_comes_back_within_its_palette() -> None:
 def test_grey_one_bit_and_palette_become_rgb(mode: str, kind: str) -> None:
     image = Image.fromarray(scene()).convert(mode)
 
-    picture = decoded(saved(image, kind))
+    found = decoded(saved(image, kind))
 
-    assert np.array_equal(picture.rgb, np.asarray(image.convert("RGB")))
+    assert np.array_equal(found.rgb, np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("orientation", range(10))
@@ -116,14 +116,14 @@ def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> Non
     exif[0x0112] = orientation
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 98} if kind == "JPEG" else {}
 
-    picture = decoded(saved(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options))
+    image = decoded(saved(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options))
 
-    assert picture.rgb.shape == scene().shape
-    assert np.abs(picture.rgb.astype(int) - scene().astype(int)).mean() < (4 if kind == "JPEG" else 0.01)
+    assert image.rgb.shape == scene().shape
+    assert np.abs(image.rgb.astype(int) - scene().astype(int)).mean() < (4 if kind == "JPEG" else 0.01)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # Pillow says so; the picture is what counts
-def test_damaged_exif_costs_no_picture() -> None:
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # Pillow says so; the image is what counts
+def test_damaged_exif_costs_no_image() -> None:
     data = saved(Image.fromarray(scene()), "JPEG", quality=98, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\1\2")
 
     assert decoded(data).rgb.shape == scene().shape
@@ -157,26 +157,26 @@ def test_a_profile_is_converted_as_littlecms_does(kind: str, options: dict[str, 
 
 
 def test_an_srgb_profile_changes_nothing() -> None:
-    picture = decoded(saved(Image.fromarray(scene()), "PNG", icc_profile=srgb_profile()))
+    image = decoded(saved(Image.fromarray(scene()), "PNG", icc_profile=srgb_profile()))
 
-    assert np.array_equal(picture.rgb, scene()) and picture.notes == ()
+    assert np.array_equal(image.rgb, scene()) and image.notes == ()
 
 
 @pytest.mark.parametrize("profile", [b"no profile at all", srgb_profile()[:300]], ids=["none", "cut"])
 def test_a_broken_profile_is_left_out_and_noted(profile: bytes) -> None:
-    picture = decoded(saved(Image.fromarray(scene()), "PNG", icc_profile=profile))
+    image = decoded(saved(Image.fromarray(scene()), "PNG", icc_profile=profile))
 
-    assert np.array_equal(picture.rgb, scene())
-    assert picture.notes[0].startswith("icc_profile_ignored")
+    assert np.array_equal(image.rgb, scene())
+    assert image.notes[0].startswith("icc_profile_ignored")
 
 
 def test_a_profile_of_another_colour_space_is_left_out_and_noted() -> None:
     grey = Image.fromarray(scene()).convert("L")
 
-    picture = decoded(saved(grey, "PNG", icc_profile=srgb_profile()))
+    image = decoded(saved(grey, "PNG", icc_profile=srgb_profile()))
 
-    assert np.array_equal(picture.rgb[..., 0], np.asarray(grey))
-    assert "RGB in a picture of mode L" in picture.notes[0]
+    assert np.array_equal(image.rgb[..., 0], np.asarray(grey))
+    assert "RGB in an image of mode L" in image.notes[0]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -221,7 +221,7 @@ def test_sixteen_bit_colour_is_within_one_level_of_exact_scaling() -> None:
     assert np.abs(decoded(png16_rgb(values)).rgb - values / 257).max() <= 1
 
 
-def test_float_pictures_are_scaled_by_one_or_by_their_own_range() -> None:
+def test_float_images_are_scaled_by_one_or_by_their_own_range() -> None:
     ramp = np.linspace(0, 1, 48 * 32, dtype=np.float32).reshape(32, 48)
 
     unit = decoded(saved(Image.fromarray(ramp), "TIFF"))
@@ -246,10 +246,10 @@ def test_alpha_is_kept_beside_the_colour(mode: str, kind: str) -> None:
     rgba = np.dstack([scene(), scene()[..., 0]])
     image = Image.fromarray(rgba).convert(mode)
 
-    picture = decoded(saved(image, kind))
+    found = decoded(saved(image, kind))
 
-    assert picture.alpha is not None and np.array_equal(picture.alpha, rgba[..., 3])
-    assert np.array_equal(picture.rgb, np.asarray(image.convert("RGBA"))[..., :3])
+    assert found.alpha is not None and np.array_equal(found.alpha, rgba[..., 3])
+    assert np.array_equal(found.rgb, np.asarray(image.convert("RGBA"))[..., :3])
 
 
 def test_alpha_that_hides_nothing_is_none() -> None:
@@ -272,28 +272,26 @@ def test_of_an_animation_the_first_frame_is_taken_or_it_is_refused(kind: str) ->
     frames = [Image.new("RGB", (32, 24), colour) for colour in ("#c02010", "#10c020", "#2010c0")]
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
 
-    first = decode_picture(data, limits=Limits(), animation="first").rgb
-    with pytest.raises(PictureError) as caught:
-        decode_picture(data, limits=Limits(), animation="refuse")
+    first = decode_image(data, limits=Limits(), animation="first").rgb
+    with pytest.raises(ContentError) as caught:
+        decode_image(data, limits=Limits(), animation="refuse")
 
     assert apart(first[10:11, 10:11], np.array([[[0xC0, 0x20, 0x10]]], np.uint8)) < 12
     assert caught.value.code == "animated"
 
 
-def test_the_second_picture_of_an_mpo_is_no_animation() -> None:
+def test_the_second_image_of_an_mpo_is_no_animation() -> None:
     frames = [Image.new("RGB", (32, 24), colour) for colour in ("#c02010", "#10c020")]
     data = saved(frames[0], "MPO", save_all=True, append_images=frames[1:])
 
-    picture = decode_picture(data, limits=Limits(), animation="refuse")
+    image = decode_image(data, limits=Limits(), animation="refuse")
 
-    assert picture.rgb[10, 10, 0] > 180
+    assert image.rgb[10, 10, 0] > 180
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.97])
 @pytest.mark.parametrize(("kind", "options"), [*EXACT, *CLOSE, ("GIF", {})])
-def test_part_of_a_file_is_refused_and_never_part_of_a_picture(
-    kind: str, options: dict[str, Any], share: float
-) -> None:
+def test_part_of_a_file_is_refused_and_never_part_of_an_image(kind: str, options: dict[str, Any], share: float) -> None:
     noise = np.random.default_rng(6).integers(0, 256, (64, 96, 3), np.uint8)
     data = saved(Image.fromarray(noise), kind, **options)
 
@@ -309,7 +307,7 @@ def test_a_broken_stream_is_refused() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89", b"<!doctype html><html>404</html>", b"\x7fELF\2\1\1" + bytes(99)])
-def test_what_is_no_picture_is_refused_as_such(data: bytes) -> None:
+def test_what_is_no_image_is_refused_as_such(data: bytes) -> None:
     assert refusal(data) == "not_an_image"
 
 
@@ -326,7 +324,7 @@ def test_what_is_no_picture_is_refused_as_such(data: bytes) -> None:
         saved(Image.new("RGB", (32, 32)), "TGA"),
     ],
 )
-def test_a_picture_of_another_format_is_refused_as_such(data: bytes) -> None:
+def test_an_image_of_another_format_is_refused_as_such(data: bytes) -> None:
     assert refusal(data) == "unsupported_format"
 
 
@@ -344,7 +342,7 @@ def test_the_pixel_limit_is_held_before_decoding(kind: str, monkeypatch: pytest.
     assert refusal(data, limits=Limits(max_pixels=19_999)) == "too_many_pixels"
 
 
-def test_a_picture_at_the_pixel_limit_passes() -> None:
+def test_an_image_at_the_pixel_limit_passes() -> None:
     assert decoded(saved(Image.new("RGB", (200, 100)), "PNG"), limits=Limits(max_pixels=20_000)).rgb.shape[0] == 100
 
 
@@ -364,12 +362,12 @@ def test_artist_and_copyright_are_read_and_nothing_else() -> None:
     exif = Image.Exif()
     exif[0x013B], exif[0x8298], exif[0x0110] = "A. Turner", "(c) 2024 A. Turner", "a camera"
 
-    picture = decoded(saved(Image.fromarray(scene()), "JPEG", exif=exif))
+    image = decoded(saved(Image.fromarray(scene()), "JPEG", exif=exif))
 
-    assert picture.credit == (("artist", "A. Turner"), ("copyright", "(c) 2024 A. Turner"))
+    assert image.credit == (("artist", "A. Turner"), ("copyright", "(c) 2024 A. Turner"))
 
 
-def test_damage_anywhere_is_a_refusal_or_a_picture_and_never_another_error() -> None:
+def test_damage_anywhere_is_a_refusal_or_an_image_and_never_another_error() -> None:
     random = np.random.default_rng(7)
     small = Image.fromarray(scene())
     files = [saved(small, kind, **options) for kind, options in [*EXACT, *CLOSE, ("GIF", {})]]
@@ -380,14 +378,14 @@ def test_damage_anywhere_is_a_refusal_or_a_picture_and_never_another_error() -> 
             for at in random.integers(0, len(broken), 4):
                 broken[at] = random.integers(0, 256)
             try:
-                picture = decoded(bytes(broken), limits=Limits(max_pixels=10_000_000))
-            except PictureError:
+                image = decoded(bytes(broken), limits=Limits(max_pixels=10_000_000))
+            except ContentError:
                 continue
-            assert picture.rgb.dtype == np.uint8 and picture.rgb.ndim == 3
+            assert image.rgb.dtype == np.uint8 and image.rgb.ndim == 3
 
 
 @pytest.mark.skipif(not HARD.is_dir(), reason="the collection of hard files is not beside this project")
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow says so of damaged EXIF; the pictures are what counts
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow says so of damaged EXIF; the images are what counts
 def test_each_hard_file_ends_as_its_manifest_says() -> None:
     with open(HARD / "manifest.csv", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
@@ -396,7 +394,7 @@ def test_each_hard_file_ends_as_its_manifest_says() -> None:
         try:
             decoded((HARD / row["file"]).read_bytes())
             end = "processed"
-        except PictureError:
+        except ContentError:
             end = "clear error"
         assert end in row["expected"], row["file"]
     assert len(rows) > 90

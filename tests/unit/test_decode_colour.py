@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from tests.support import icc_profiles as icc
-from workers.imaging.decode import Limits, decode_picture
+from workers.imaging.decode import Limits, decode_image
 
 Pixels = NDArray[np.uint8]
 WITHIN = 3
 
 
 def every_colour(channels: int, *, levels: int) -> Pixels:
-    """All mixtures of `levels` values in each channel, in a picture 512 pixels wide."""
+    """All mixtures of `levels` values in each channel, in an image 512 pixels wide."""
     steps = np.linspace(0, 255, levels).round().astype(np.uint8)
     mixtures = np.stack(np.meshgrid(*[steps] * channels, indexing="ij"), axis=-1).reshape(-1, channels)
     rows = -(-len(mixtures) // 512)
@@ -34,9 +34,9 @@ def saved(pixels: Pixels, kind: str, profile: bytes, **options: Any) -> bytes:
 
 
 def decoded(data: bytes) -> Pixels:
-    picture = decode_picture(data, limits=Limits(), animation="first")
-    assert picture.notes == (), "the profile was used"
-    return picture.rgb
+    image = decode_image(data, limits=Limits(), animation="first")
+    assert image.notes == (), "the profile was used"
+    return image.rgb
 
 
 def by_littlecms(data: bytes, profile: bytes) -> Pixels:
@@ -109,15 +109,15 @@ def test_cmyk_inks_look_as_the_press_prints_them() -> None:
     assert rgb[7, 7].max() < 80, "black is as dark as this press makes it"
 
 
-def test_the_profile_of_a_picture_with_transparency_counts_too() -> None:
+def test_the_profile_of_an_image_with_transparency_counts_too() -> None:
     pixels = every_colour(3, levels=17)
     image = Image.fromarray(pixels)
     image.putalpha(Image.fromarray(np.resize(np.arange(256, dtype=np.uint8), pixels.shape[:2])))
     out = io.BytesIO()
     image.save(out, "PNG", icc_profile=icc.display_p3())
 
-    picture = decode_picture(out.getvalue(), limits=Limits(), animation="first")
+    decoded = decode_image(out.getvalue(), limits=Limits(), animation="first")
 
     expected = icc.to_srgb(icc.srgb_to_linear(pixels / 255), icc.DISPLAY_P3)
-    assert apart(picture.rgb, expected) <= WITHIN
-    assert picture.alpha is not None
+    assert apart(decoded.rgb, expected) <= WITHIN
+    assert decoded.alpha is not None

@@ -56,35 +56,35 @@ GROUNDS = {
 @pytest.mark.parametrize("ground", GROUNDS)
 def test_the_colour_error_of_soft_pixels_falls_by_half_at_least(ground: str, blur: float) -> None:
     alpha = soft_shape(600, 800, blur=blur)
-    picture = mixed(SUBJECT, GROUNDS[ground], alpha)
-    before = colour_error(picture, SUBJECT, alpha)
+    image = mixed(SUBJECT, GROUNDS[ground], alpha)
+    before = colour_error(image, SUBJECT, alpha)
 
-    clean_edges(picture, alpha)
+    clean_edges(image, alpha)
 
-    assert colour_error(picture, SUBJECT, alpha) <= before / 2
+    assert colour_error(image, SUBJECT, alpha) <= before / 2
 
 
 def test_opaque_and_clear_pixels_are_not_touched() -> None:
     alpha = soft_shape(600, 800, blur=4)
-    picture = mixed(SUBJECT, GROUNDS["green"], alpha)
-    before = picture.copy()
+    image = mixed(SUBJECT, GROUNDS["green"], alpha)
+    before = image.copy()
 
-    clean_edges(picture, alpha)
+    clean_edges(image, alpha)
 
     untouched = (alpha == 0) | (alpha == 255)
-    assert np.array_equal(picture[untouched], before[untouched])
-    assert not np.array_equal(picture, before)
+    assert np.array_equal(image[untouched], before[untouched])
+    assert not np.array_equal(image, before)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 900), (700, 1), (2, 3), (40, 5000)])
 @pytest.mark.parametrize("level", [0, 1, 128, 254, 255])
 def test_odd_shapes_and_flat_masks_pass(shape: tuple[int, int], level: int) -> None:
-    picture = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
-    before = picture.copy()
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    before = image.copy()
 
-    clean_edges(picture, np.full(shape, level, np.uint8))
+    clean_edges(image, np.full(shape, level, np.uint8))
 
-    assert np.array_equal(picture, before) or 0 < level < 255
+    assert np.array_equal(image, before) or 0 < level < 255
 
 
 def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +127,11 @@ def matted_photographs(folder: Path) -> list[tuple[Pixels, Pixels]]:
 def test_the_colour_error_of_photographs_falls_by_half(colour: tuple[int, int, int], shared_data: Path) -> None:
     before, after = [], []
     for subject, alpha in matted_photographs(shared_data / "photos"):
-        picture = mixed(subject, np.full_like(subject, colour), alpha)
-        before.append(colour_error(picture, subject, alpha))
+        image = mixed(subject, np.full_like(subject, colour), alpha)
+        before.append(colour_error(image, subject, alpha))
 
-        clean_edges(picture, alpha)
+        clean_edges(image, alpha)
 
-        after.append(colour_error(picture, subject, alpha))
-        assert np.array_equal(picture[alpha == 255], subject[alpha == 255])
+        after.append(colour_error(image, subject, alpha))
+        assert np.array_equal(image[alpha == 255], subject[alpha == 255])
     assert all(late <= early / 2 for early, late in zip(before, after, strict=True)), (before, after)

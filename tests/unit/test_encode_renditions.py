@@ -183,7 +183,7 @@ def verdicts(checks: tuple[Check, ...]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["amazon-main", "google-shopping", "ebay", "shopify", "walmart"])
-def test_a_good_picture_passes_every_marketplace(name: str) -> None:
+def test_a_good_image_passes_every_marketplace(name: str) -> None:
     (rendition,) = load_recipe(name).renditions
 
     encoded, pixels = rendered(rendition, size=(2400, 2000), box=(300, 250, 2000, 1800))
@@ -193,7 +193,7 @@ def test_a_good_picture_passes_every_marketplace(name: str) -> None:
     assert len(encoded.body) < 3e6
 
 
-def test_a_picture_that_breaks_a_rule_fails_with_what_was_measured() -> None:
+def test_an_image_that_breaks_a_rule_fails_with_what_was_measured() -> None:
     rules = Rules(min_px=5000, max_mb=0.001, min_fill=0.9, exact_background=True)
     rendition = Rendition(name="a", canvas="square", fill=0.5, rules=rules)
 
@@ -236,7 +236,7 @@ MARKETPLACES = ("amazon-main", "google-shopping", "ebay", "shopify", "walmart")
 
 
 def golden_of(name: str) -> tuple[str, Image.Image]:
-    """What a marketplace's picture is, in words, and how it looks, 64 pixels wide."""
+    """What a marketplace's image is, in words, and how it looks, 64 pixels wide."""
     (rendition,) = load_recipe(name).renditions
     rgb, alpha = cutout(1300, 1000, box=(200, 150, 1000, 800))
     y, x = np.mgrid[0:1000, 0:1300]
@@ -251,8 +251,8 @@ def golden_of(name: str) -> tuple[str, Image.Image]:
 
 
 @pytest.mark.parametrize("name", MARKETPLACES)
-def test_each_marketplace_gets_the_picture_it_got_before(name: str) -> None:
-    """If this fails on purpose: raise `PIPELINE_VERSION` where pixels have changed, look at the new picture, and write
+def test_each_marketplace_gets_the_image_it_got_before(name: str) -> None:
+    """If this fails on purpose: raise `PIPELINE_VERSION` where pixels have changed, look at the new image, and write
     the golden files with `PYTHONPATH=. python tests/unit/test_encode_renditions.py`.
     """
     with Image.open(GOLDEN / f"{name}.png") as before:
@@ -271,7 +271,7 @@ def without_bytes(told: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     for name in MARKETPLACES:
-        told, picture = golden_of(name)
+        told, image = golden_of(name)
         info = PngInfo()
         info.add_text("told", told)
-        picture.save(GOLDEN / f"{name}.png", pnginfo=info)
+        image.save(GOLDEN / f"{name}.png", pnginfo=info)

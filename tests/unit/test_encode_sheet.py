@@ -31,10 +31,10 @@ def put(folder: Path, name: str, *, size: tuple[int, int]) -> None:
         (folder / path).write_bytes(data)
 
 
-def test_a_sheet_has_a_row_for_each_picture_that_has_outputs(tmp_path: Path) -> None:
+def test_a_sheet_has_a_row_for_each_image_that_has_outputs(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg", size=(500, 900))
     put(tmp_path, "deep/b.jpg", size=(40, 30))
-    (tmp_path / "sources" / "failed.jpg").write_bytes(b"no picture")
+    (tmp_path / "sources" / "failed.jpg").write_bytes(b"no image")
 
     rows = sheet_of_folder(tmp_path, tmp_path / "sheet.png")
 

@@ -62,7 +62,7 @@ def test_a_port_in_use_is_refused_with_the_setting_to_change() -> None:
         pass  # and it is free again
 
 
-def test_what_s3_says_of_one_picture_is_no_error(store: Store, ledger: Ledger, stack: LocalStack) -> None:
+def test_what_s3_says_of_one_image_is_no_error(store: Store, ledger: Ledger, stack: LocalStack) -> None:
     metrics = Metrics()
     metrics.listen(ledger=ledger, store=store)
     store.create_bucket("metrics-test")

@@ -1,4 +1,4 @@
-"""A picture through all stages, with a stand-in for the model only."""
+"""An image through all stages, with a stand-in for the model only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.recipe import PIPELINE_VERSION, Recipe, Rendition
-from workers.imaging.decode import Limits, Picture, decode_picture
+from workers.imaging.decode import DecodedImage, Limits, decode_image
 from workers.imaging.pipeline import combine_alpha, cut_out
 from workers.imaging.resize import enlarge, shrink
 from workers.models import LoadedModel, load
@@ -52,7 +52,7 @@ def pixels_of(data: bytes) -> Pixels:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def test_a_picture_becomes_a_cutout_and_a_mask_of_its_own_size() -> None:
+def test_an_image_becomes_a_cutout_and_a_mask_of_its_own_size() -> None:
     rgb = red_square()
 
     outputs = cut_out(png(rgb), Recipe(edges="off"), RedIsSubject(), limits=Limits())
@@ -72,7 +72,7 @@ def test_colour_is_zero_where_alpha_is_zero() -> None:
     assert not cutout[cutout[..., 3] == 0].any()
 
 
-def test_the_predictor_hears_which_lane_a_picture_is_in() -> None:
+def test_the_predictor_hears_which_lane_an_image_is_in() -> None:
     predictor = RedIsSubject()
 
     cut_out(png(red_square()), Recipe(), predictor, limits=Limits(), live=True)
@@ -84,9 +84,9 @@ def test_the_predictor_hears_which_lane_a_picture_is_in() -> None:
 def test_another_decoder_can_stand_in() -> None:
     calls: list[str] = []
 
-    def decode(data: bytes, *, limits: Limits, animation: str) -> Picture:
+    def decode(data: bytes, *, limits: Limits, animation: str) -> DecodedImage:
         calls.append(animation)
-        return decode_picture(data, limits=limits, animation="first")
+        return decode_image(data, limits=limits, animation="first")
 
     cut_out(png(red_square()), Recipe(animation="refuse"), RedIsSubject(), limits=Limits(), decode=decode)
 
@@ -150,7 +150,7 @@ def test_ignored_alpha_is_as_if_it_were_not_there() -> None:
     assert mask[40, 60] == 255
 
 
-def test_renditions_come_with_the_cutout_and_an_empty_picture_has_none() -> None:
+def test_renditions_come_with_the_cutout_and_an_empty_image_has_none() -> None:
     recipe = Recipe(renditions=(Rendition(name="shop", canvas="square"),))
     black = np.zeros((80, 120, 3), np.uint8)
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jobs.errors import DeviceLost, OutOfMemory, PictureError
+from jobs.errors import ContentError, DeviceLost, OutOfMemory
 from workers.models import LoadedModel
 from workers.models.batcher import Predictor
 
@@ -21,7 +21,7 @@ DEADLINE_S = 20
 
 
 class Device:
-    """A model that gives each picture's red channel as alpha, waits at a gate, and notes every batch."""
+    """A model that gives each image's red channel as alpha, waits at a gate, and notes every batch."""
 
     def __init__(self, *, memory: int = 1000, gated: bool = False) -> None:
         self.memory = memory
@@ -57,7 +57,7 @@ def make_model(forward: Callable[[Tensor], Tensor], *, compiled: bool = False) -
     )
 
 
-def picture(red: int) -> NDArray[np.uint8]:
+def image(red: int) -> NDArray[np.uint8]:
     rgb = np.zeros((*SIZE, 3), np.uint8)
     rgb[..., 0] = red
     return rgb
@@ -72,9 +72,9 @@ def callers() -> Iterator[ThreadPoolExecutor]:
 def hand_in(
     predictor: Predictor, pool: ThreadPoolExecutor, red: int, *, live: bool = False
 ) -> Future[NDArray[np.uint8]]:
-    """Returns once the predictor has the picture."""
+    """Returns once the predictor has the image."""
     before = predictor.waiting
-    future = pool.submit(predictor.predict, picture(red), live=live)
+    future = pool.submit(predictor.predict, image(red), live=live)
     wait_until(lambda: predictor.waiting > before or future.done())
     return future
 
@@ -88,15 +88,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("The deadline passed.")
 
 
-def test_each_caller_gets_the_mask_of_its_own_picture(callers: ThreadPoolExecutor) -> None:
+def test_each_caller_gets_the_mask_of_its_own_image(callers: ThreadPoolExecutor) -> None:
     with Predictor(make_model(Device()), batch_limit=8) as predictor:
-        futures = {red: callers.submit(predictor.predict, picture(red)) for red in range(40)}
+        futures = {red: callers.submit(predictor.predict, image(red)) for red in range(40)}
 
         masks = {red: future.result(DEADLINE_S) for red, future in futures.items()}
 
     assert all(mask.shape == SIZE and mask.dtype == np.uint8 for mask in masks.values())
     assert all((mask == red).all() for red, mask in masks.items())
-    assert predictor.pictures == 40
+    assert predictor.images == 40
     assert predictor.waiting == 0
 
 
@@ -130,7 +130,7 @@ def test_a_batch_that_runs_counts_as_work_before_it_ends(callers: ThreadPoolExec
         assert predictor.device_s == predictor.device_s, "it stands still when there is nothing to do"
 
 
-def test_out_of_memory_halves_the_batch_and_loses_no_picture(callers: ThreadPoolExecutor) -> None:
+def test_out_of_memory_halves_the_batch_and_loses_no_image(callers: ThreadPoolExecutor) -> None:
     device = Device(memory=2, gated=True)
     with Predictor(make_model(device), batch_limit=8) as predictor:
         futures = {red: hand_in(predictor, callers, red) for red in range(40)}
@@ -159,14 +159,14 @@ def test_of_three_that_do_not_fit_two_are_tried_before_one(callers: ThreadPoolEx
     assert predictor.batch_limit == 2
 
 
-def test_a_picture_that_does_not_fit_alone_fails_alone(callers: ThreadPoolExecutor) -> None:
+def test_an_image_that_does_not_fit_alone_fails_alone(callers: ThreadPoolExecutor) -> None:
     device = Device(memory=0)
     with Predictor(make_model(device), batch_limit=4) as predictor:
-        with pytest.raises(OutOfMemory, match=r"one picture at 8 x 12 in float32 with stand-in"):
-            predictor.predict(picture(1))
+        with pytest.raises(OutOfMemory, match=r"one image at 8 x 12 in float32 with stand-in"):
+            predictor.predict(image(1))
 
         device.memory = 1
-        mask = predictor.predict(picture(2))
+        mask = predictor.predict(image(2))
 
     assert (mask == 2).all()
     assert not predictor.lost.is_set()
@@ -186,7 +186,7 @@ def test_every_form_of_out_of_memory_is_known(error: Exception) -> None:
         raise error
 
     with Predictor(make_model(full), batch_limit=1) as predictor, pytest.raises(OutOfMemory):
-        predictor.predict(picture(1))
+        predictor.predict(image(1))
 
 
 def test_any_other_device_error_ends_the_predictor_for_every_caller(callers: ThreadPoolExecutor) -> None:
@@ -204,7 +204,7 @@ def test_any_other_device_error_ends_the_predictor_for_every_caller(callers: Thr
             with pytest.raises(DeviceLost, match="illegal memory access"):
                 future.result(DEADLINE_S)
         with pytest.raises(DeviceLost, match="must end"):
-            predictor.predict(picture(9))
+            predictor.predict(image(9))
 
     assert predictor.lost.is_set()
     assert predictor.waiting == 0
@@ -213,7 +213,7 @@ def test_any_other_device_error_ends_the_predictor_for_every_caller(callers: Thr
 def test_a_hung_device_is_lost_and_its_callers_are_told(callers: ThreadPoolExecutor) -> None:
     device = Device(gated=True)
     with Predictor(make_model(device), batch_limit=1, stall_s=0.05) as predictor:
-        futures = [callers.submit(predictor.predict, picture(red)) for red in range(3)]
+        futures = [callers.submit(predictor.predict, image(red)) for red in range(3)]
 
         for future in futures:
             with pytest.raises(DeviceLost):
@@ -223,7 +223,7 @@ def test_a_hung_device_is_lost_and_its_callers_are_told(callers: ThreadPoolExecu
     assert predictor.lost.is_set()
 
 
-def test_a_mask_that_is_no_number_fails_its_picture_and_no_other(callers: ThreadPoolExecutor) -> None:
+def test_a_mask_that_is_no_number_fails_its_image_and_no_other(callers: ThreadPoolExecutor) -> None:
     device = Device(gated=True)
 
     def overflowing(x: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def test_a_mask_that_is_no_number_fails_its_picture_and_no_other(callers: Thread
         futures = {red: hand_in(predictor, callers, red) for red in (1, 2, 250, 3)}
         device.gate.set()
 
-        with pytest.raises(PictureError, match="CUTFLEET_DTYPE=float32") as caught:
+        with pytest.raises(ContentError, match="CUTFLEET_DTYPE=float32") as caught:
             futures.pop(250).result(DEADLINE_S)
         assert all((future.result(DEADLINE_S) == red).all() for red, future in futures.items())
 
@@ -253,7 +253,7 @@ def test_a_compiled_model_sees_padded_batches_only(callers: ThreadPoolExecutor) 
 
     assert device.batches == [1, 8, 4]
     assert all((mask == red).all() for red, mask in masks.items())
-    assert predictor.pictures == 12
+    assert predictor.images == 12
 
 
 def test_warming_up_finds_the_batch_that_fits() -> None:
@@ -263,10 +263,10 @@ def test_warming_up_finds_the_batch_that_fits() -> None:
 
         assert sorted(device.batches) == [1, 2, 4]
         assert predictor.batch_limit == 4
-        assert predictor.pictures == 0
+        assert predictor.images == 0
 
 
-def test_warming_up_runs_one_picture_alone_too() -> None:
+def test_warming_up_runs_one_image_alone_too() -> None:
     device = Device()
     with Predictor(make_model(device), batch_limit=6) as predictor:
         predictor.warm_up()
@@ -289,17 +289,17 @@ def test_closing_answers_what_was_handed_in(callers: ThreadPoolExecutor) -> None
 
     assert all((future.result(DEADLINE_S) == red).all() for red, future in futures.items())
     with pytest.raises(DeviceLost):
-        predictor.predict(picture(1))
+        predictor.predict(image(1))
 
 
-def test_a_picture_of_another_size_is_the_callers_mistake() -> None:
+def test_an_image_of_another_size_is_the_callers_mistake() -> None:
     with Predictor(make_model(Device()), batch_limit=2) as predictor:
         with pytest.raises(ValueError, match=r"\(8, 12, 3\)"):
             predictor.predict(np.zeros((12, 8, 3), np.uint8))
 
-        assert (predictor.predict(picture(7)) == 7).all()
+        assert (predictor.predict(image(7)) == 7).all()
 
 
 def test_the_mask_is_rounded_not_cut() -> None:
     with Predictor(make_model(lambda x: torch.full_like(x[:, :1], 0.9999)), batch_limit=1) as predictor:
-        assert (predictor.predict(picture(0)) == 255).all()
+        assert (predictor.predict(image(0)) == 255).all()

@@ -137,7 +137,7 @@ def test_no_rendition_goes_into_our_own_folders(path: str, key: str) -> None:
     assert caught.value.code == "name_taken"
 
 
-def test_two_renditions_of_one_picture_with_one_name_are_refused() -> None:
+def test_two_renditions_of_one_image_with_one_name_are_refused() -> None:
     recipe = Recipe(
         key_pattern="(?P<sku>[a-z]+)",
         renditions=(Rendition(name="a", path="{stem}.jpg"), Rendition(name="b", path="{sku}.jpg")),

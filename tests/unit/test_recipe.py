@@ -1,4 +1,4 @@
-"""Recipes as text: what is taken, what is refused, and what makes a picture again."""
+"""Recipes as text: what is taken, what is refused, and what makes an image again."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_missing_file_is_named() -> None:
         ('[[renditions]]\nname = "a"\nfill = 1.5', "fill"),
         ('[[renditions]]\nname = "a"\nmin_px = 900\nmax_px = 800', "above max_px"),
         ('[[renditions]]\nname = "a"\npath = "a/{path}.png"', "must end with .jpg or .jpeg"),
-        ('[[renditions]]\nname = "a"\npath = "a/one.jpg"', "same for every picture"),
+        ('[[renditions]]\nname = "a"\npath = "a/one.jpg"', "same for every image"),
         ('[[renditions]]\nname = "a"\npath = "cutouts/{path}.jpg"', "must be relative"),
         ('[[renditions]]\nname = "a"\npath = "../{path}.jpg"', "must be relative"),
         ('[[renditions]]\nname = "a"\npath = "{sku}.jpg"', "sku"),

@@ -41,7 +41,7 @@ def test_names_are_relative_to_the_last_slash_of_the_prefix(source: str, key: st
     assert str(names.mask) == f"s3://out/made/masks/{relative}.png"
 
 
-def test_two_formats_of_one_picture_never_meet() -> None:
+def test_two_formats_of_one_image_never_meet() -> None:
     assert image_names("s3://in/", "s3://out/", "a.jpg").cutout != image_names("s3://in/", "s3://out/", "a.png").cutout
 
 
@@ -193,14 +193,14 @@ def test_wrong_credentials_are_named_and_are_no_fault_of_the_object(
 
 
 def test_storage_class_cache_header_and_key_reach_the_store(aws: Store) -> None:
-    delivery = Delivery(cache_control="max-age=60", storage_class="STANDARD_IA", kms_key="alias/pictures")
+    delivery = Delivery(cache_control="max-age=60", storage_class="STANDARD_IA", kms_key="alias/images")
     place = Location("kept", "cutouts/a.jpg.png")
     aws.create_bucket(place.bucket)
 
     aws.put(place, b"x", content_type="image/png", delivery=delivery)
 
     kept = aws._s3.head_object(Bucket=place.bucket, Key=place.key)
-    assert (kept["ServerSideEncryption"], kept["SSEKMSKeyId"]) == ("aws:kms", "alias/pictures")
+    assert (kept["ServerSideEncryption"], kept["SSEKMSKeyId"]) == ("aws:kms", "alias/images")
     assert (kept["StorageClass"], kept["CacheControl"], kept["ContentType"]) == (
         "STANDARD_IA",
         "max-age=60",

@@ -1,5 +1,5 @@
-"""Colour profiles: whatever space a picture was stored in becomes sRGB, by littleCMS. A profile that can't be used is
-left out and noted; it never costs the picture.
+"""Colour profiles: whatever space an image was stored in becomes sRGB, by littleCMS. A profile that can't be used is
+left out and noted; it never costs the image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 Convert = Callable[[Image.Image], Image.Image]
-"""Takes a picture of the mode it was made for, gives one of mode RGB in sRGB."""
+"""Takes an image of the mode it was made for, gives one of mode RGB in sRGB."""
 
 _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 _SAME = 1
@@ -54,7 +54,7 @@ def _transform(profile: bytes, mode: str) -> Convert | None:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space
     if _SPACES.get(space) != mode:
-        raise ValueError(f"a profile for {space.strip()} in a picture of mode {mode}")
+        raise ValueError(f"a profile for {space.strip()} in an image of mode {mode}")
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode in ("RGB", "L") and _changes_nothing(transform, mode):
         return None

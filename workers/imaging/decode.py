@@ -1,4 +1,4 @@
-"""Picture in: bytes of whatever format, told by content, become upright 8-bit sRGB, or a `PictureError` with a stable
+"""Image in: bytes of whatever format, told by content, become upright 8-bit sRGB, or a `ContentError` with a stable
 code. Nothing is decoded before its header's size has passed the limits, and what ends too early is refused whole.
 """
 
@@ -16,7 +16,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from jobs.errors import PictureError
+from jobs.errors import ContentError
 from workers.imaging.colour import Convert, srgb_converter
 from workers.imaging.formats import ANIMATED, is_cut_short, open_image, sniff_format
 
@@ -35,14 +35,14 @@ _HARMLESS = re.compile(r"extraneous bytes|ICC marker|JFIF|Adobe|subsampling", re
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a picture may weigh: `max_pixels` (width times height) once decoded, `max_bytes` of the file."""
+    """What an image may weigh: `max_pixels` (width times height) once decoded, `max_bytes` of the file."""
 
     max_pixels: int = 100_000_000
     max_bytes: int = 100_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """`rgb`: (H, W, 3) uint8, upright sRGB, ours to change. `alpha`: (H, W) uint8, None where nothing is transparent.
     `notes`: what was ignored or scaled. `credit`: artist and copyright of EXIF or of a PNG's text, where present.
     """
@@ -53,25 +53,25 @@ class Picture:
     credit: tuple[tuple[str, str], ...] = ()
 
 
-def decode_picture(data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> Picture:
-    """Raises `PictureError`: `too_many_bytes`, `too_many_pixels`, `not_an_image`, `unsupported_format`, `truncated`,
-    `damaged`, `animated`. Of a multi-picture JPEG or HEIC takes the main one: those are no animations.
+def decode_image(data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> DecodedImage:
+    """Raises `ContentError`: `too_many_bytes`, `too_many_pixels`, `not_an_image`, `unsupported_format`, `truncated`,
+    `damaged`, `animated`. Of a multi-image JPEG or HEIC takes the main one: those are no animations.
     """
     if len(data) > limits.max_bytes:
-        raise PictureError(
+        raise ContentError(
             f"The file has {len(data) / 1e6:.1f} MB, the limit is {limits.max_bytes / 1e6:g} MB "
             "(CUTFLEET_MAX_BYTES_MB).",
             code="too_many_bytes",
         )
     kind = sniff_format(data)
     if is_cut_short(data, kind):
-        raise PictureError(
+        raise ContentError(
             f"The {kind} says that it is longer than the {len(data)} bytes here: a broken upload.", code="truncated"
         )
     with _decoder_errors(kind), open_image(data, kind) as image:
         _check_pixels(image.width, image.height, limits)
         if animation == "refuse" and kind in ANIMATED and getattr(image, "is_animated", False):
-            raise PictureError(f"The {kind} has several frames, and the recipe refuses those.", code="animated")
+            raise ContentError(f"The {kind} has several frames, and the recipe refuses those.", code="animated")
         return _read(image, data, limits)
 
 
@@ -89,15 +89,15 @@ def count_pixels(data: bytes, limits: Limits) -> int:
 def _decoder_errors(kind: str) -> Iterator[None]:
     try:
         yield
-    except (PictureError, MemoryError):
+    except (ContentError, MemoryError):
         raise
     except Exception as exc:  # decoders raise a dozen types; each is about these bytes
         reason = _reason(exc)
         if _CUT_SHORT.search(reason):
-            raise PictureError(
+            raise ContentError(
                 f"The {kind} ends too early, as a broken upload does: {reason}", code="truncated"
             ) from exc
-        raise PictureError(f"The {kind} can't be decoded: {reason}", code="damaged") from exc
+        raise ContentError(f"The {kind} can't be decoded: {reason}", code="damaged") from exc
 
 
 def _reason(exc: Exception) -> str:
@@ -108,16 +108,16 @@ def _reason(exc: Exception) -> str:
 
 def _check_pixels(width: int, height: int, limits: Limits) -> None:
     if width < 1 or height < 1:
-        raise PictureError(f"The picture claims {width} x {height} pixels.", code="damaged")
+        raise ContentError(f"The image claims {width} x {height} pixels.", code="damaged")
     if width * height > limits.max_pixels:
-        raise PictureError(
-            f"The picture has {width} x {height} pixels ({width * height / 1e6:.1f} MP), the limit is "
+        raise ContentError(
+            f"The image has {width} x {height} pixels ({width * height / 1e6:.1f} MP), the limit is "
             f"{limits.max_pixels / 1e6:g} MP (CUTFLEET_MAX_PIXELS_MP).",
             code="too_many_pixels",
         )
 
 
-def _read(image: Image.Image, data: bytes, limits: Limits) -> Picture:
+def _read(image: Image.Image, data: bytes, limits: Limits) -> DecodedImage:
     notes: list[str] = []
     base = "L" if image.mode in _DEEP_MODES else _BASE_MODES.get(image.mode, "RGB")
     convert, note = srgb_converter(image.info.get("icc_profile"), base)
@@ -132,7 +132,7 @@ def _read(image: Image.Image, data: bytes, limits: Limits) -> Picture:
         _convert_in_place(rgb, base, convert)
     orientation, credit = _exif(image, notes)
     opaque = alpha is None or int(alpha.min()) == 255
-    return Picture(
+    return DecodedImage(
         rgb=_upright(rgb, orientation),
         alpha=None if alpha is None or opaque else _upright(alpha, orientation),
         notes=tuple(notes),
@@ -157,7 +157,7 @@ def _decode_jpeg(image: Image.Image, data: bytes, notes: list[str]) -> Pixels | 
 
 
 def _convert(image: Image.Image, convert: Convert | None) -> tuple[Pixels, Pixels | None]:
-    """Band by band, so that beside Pillow's picture and ours there is no third."""
+    """Band by band, so that beside Pillow's image and ours there is no third."""
     base = _BASE_MODES.get(image.mode, "RGB")
     rgb = np.empty((image.height, image.width, 3), np.uint8)
     alpha = np.empty(rgb.shape[:2], np.uint8) if image.has_transparency_data else None

@@ -2,7 +2,7 @@
 shows as a fringe on any other; here it gets the colour that the subject alone has there.
 
 Method: blur fusion, M. Forte, "Approximate Fast Foreground Colour Estimation", ICIP 2021. What differs, by measurement:
-blurred colours are computed on a reduced picture with three radii, not two, and only the last step, which brings the
+blurred colours are computed on a reduced image with three radii, not two, and only the last step, which brings the
 detail back, runs at full size, on soft pixels alone. Alpha is not touched, nor any pixel with alpha 0 or 255.
 """
 
@@ -20,18 +20,18 @@ Pixels = NDArray[np.uint8]
 Planes = NDArray[np.float32]
 
 _SIDE = 384
-"""Longest side of the reduced picture. 256 leaves 7 % more colour error than 384, which leaves 6 % more than 1024."""
+"""Longest side of the reduced image. 256 leaves 7 % more colour error than 384, which leaves 6 % more than 1024."""
 _RADII = (0.12, 0.04, 0.006)
 """Radii of the box blurs, as shares of the longest side: far colours first, near ones where there are any. A smaller
 last one is better where edges are thin, and worse where they are wide; the best of nineteen that were tried."""
 _TINY = 1e-5
 _BAND_PIXELS = 1 << 19
 _MAP_WIDTH = 256
-"""Soft pixels are looked up as rows of a picture: OpenCV's remap takes no line longer than 32767."""
+"""Soft pixels are looked up as rows of an image: OpenCV's remap takes no line longer than 32767."""
 
 
 def clean_edges(rgb: Pixels, alpha: Pixels) -> None:
-    """`rgb`: (H, W, 3) sRGB, changed in place where 0 < `alpha` < 255. `alpha`: (H, W) uint8, that the picture's own
+    """`rgb`: (H, W, 3) sRGB, changed in place where 0 < `alpha` < 255. `alpha`: (H, W) uint8, that the image's own
     colours mix by.
     """
     height, width = alpha.shape
@@ -67,7 +67,7 @@ def _weighted_blur(planes: Planes, weight: Planes, side: int) -> Planes:
 
 
 def _reduced(alpha: Pixels, size: tuple[int, int]) -> Planes:
-    """In 0 to 1. Two steps, since averaging whole areas of a large picture takes ten times as long."""
+    """In 0 to 1. Two steps, since averaging whole areas of a large image takes ten times as long."""
     height, width = size
     if max(alpha.shape) > 4 * max(size):
         alpha = np.asarray(cv2.resize(alpha, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR), np.uint8)
@@ -82,7 +82,7 @@ def _bands(alpha: Pixels) -> Iterator[tuple[Pixels, int]]:
 
 
 def _clean_band(rgb: Pixels, alpha: Pixels, subject: Planes, ground: Planes, *, top: int, height: int) -> None:
-    """`rgb`, `alpha`: full-width rows from row `top` of a picture of `height`."""
+    """`rgb`, `alpha`: full-width rows from row `top` of an image of `height`."""
     width = alpha.shape[1]
     soft = cv2.findNonZero(cv2.inRange(alpha, 1, 254))
     if soft is None:

@@ -1,5 +1,5 @@
-"""Picture out: PNG, JPEG and WebP, all sRGB. The PNG writer takes rows in bands that stay in the processor's cache:
-interleave, zero the colour under alpha 0, filter, deflate. No picture-sized RGBA array is ever made.
+"""Image out: PNG, JPEG and WebP, all sRGB. The PNG writer takes rows in bands that stay in the processor's cache:
+interleave, zero the colour under alpha 0, filter, deflate. No image-sized RGBA array is ever made.
 """
 
 from __future__ import annotations

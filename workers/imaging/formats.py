@@ -19,10 +19,10 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from jobs.errors import PictureError
+from jobs.errors import ContentError
 
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
-"""Formats whose further pictures are frames or pages. In MPO and HEIF they are views, depth maps and thumbnails."""
+"""Formats whose further images are frames or pages. In MPO and HEIF they are views, depth maps and thumbnails."""
 
 SUPPORTED = "JPEG, PNG, WebP, AVIF, HEIC, TIFF, GIF, BMP and JPEG 2000"
 
@@ -38,7 +38,7 @@ _PLUGINS = (  # named here because opening imports none: each registers itself w
     WebPImagePlugin,
 )
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # pictures run beside each other, one thread each
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images run beside each other, one thread each
 
 _MAGIC = (
     (re.compile(rb"\xff\xd8\xff"), "JPEG"),
@@ -70,11 +70,11 @@ _TIFF = re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+")
 _HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
 _AVIF_BRANDS = {b"avif", b"avis"}
 _REDUCED = 1
-"""TIFF 6.0, NewSubfileType bit 0: a reduced version of another picture in the file."""
+"""TIFF 6.0, NewSubfileType bit 0: a reduced version of another image in the file."""
 
 
 def sniff_format(data: bytes) -> str:
-    """Raises `PictureError`: `unsupported_format` for pictures of other formats, else `not_an_image`."""
+    """Raises `ContentError`: `unsupported_format` for images of other formats, else `not_an_image`."""
     head = data[:4096]
     for magic, kind in _MAGIC:
         if magic.match(head):
@@ -91,11 +91,11 @@ def sniff_format(data: bytes) -> str:
         return "TIFF"
     if data[-18:-2] == b"TRUEVISION-XFILE":
         raise _unsupported("a Targa file")
-    raise PictureError(_no_picture(head, len(data)))
+    raise ContentError(_no_image(head, len(data)))
 
 
 def open_image(data: bytes, kind: str) -> Image.Image:
-    """Reads the header only. Raises what Pillow raises, and `PictureError` (`unsupported_format`)."""
+    """Reads the header only. Raises what Pillow raises, and `ContentError` (`unsupported_format`)."""
     image = Image.open(io.BytesIO(data), formats=(kind,))
     if kind == "TIFF" and image.tag_v2.get(254, 0) & _REDUCED:  # type: ignore[attr-defined]  # TIFF only
         raise _unsupported("a raw file whose first page is a thumbnail")
@@ -113,16 +113,16 @@ def is_cut_short(data: bytes, kind: str) -> bool:
     return False
 
 
-def _no_picture(head: bytes, size_bytes: int) -> str:
+def _no_image(head: bytes, size_bytes: int) -> str:
     if not head:
         return "The file is empty: upload it again."
     if _WEB_PAGE.match(head):
-        return "The file is a web page, as a failed download leaves one: fetch the picture again."
-    return f"The file is no picture: {size_bytes} bytes that begin with {bytes(head[:16])!r}."
+        return "The file is a web page, as a failed download leaves one: fetch the image again."
+    return f"The file is no image: {size_bytes} bytes that begin with {bytes(head[:16])!r}."
 
 
-def _unsupported(words: str) -> PictureError:
-    return PictureError(f"The file is {words}; we read {SUPPORTED}.", code="unsupported_format")
+def _unsupported(words: str) -> ContentError:
+    return ContentError(f"The file is {words}; we read {SUPPORTED}.", code="unsupported_format")
 
 
 def _brands(head: bytes) -> set[bytes]:

@@ -1,4 +1,4 @@
-"""One picture through all stages, in order: decode, shrink, predict, enlarge, clean the edges, measure, encode."""
+"""One image through all stages, in order: decode, shrink, predict, enlarge, clean the edges, measure, encode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from jobs.job import Remark
 from jobs.recipe import Recipe
-from workers.imaging.decode import Limits, Picture, decode_picture
+from workers.imaging.decode import DecodedImage, Limits, decode_image
 from workers.imaging.edges import clean_edges
 from workers.imaging.encode import encode_cutout_png, encode_mask_png
 from workers.imaging.quality import measure_mask, review_reasons
@@ -36,9 +36,9 @@ class MaskPredictor(Protocol):
 
 
 class Decoder(Protocol):
-    """`decode_picture`, or something around it: in a child process, or with a note of when decoding begins."""
+    """`decode_image`, or something around it: in a child process, or with a note of when decoding begins."""
 
-    def __call__(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> Picture: ...
+    def __call__(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> DecodedImage: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ class Outputs:
 
 
 def limit_threads(torch_threads: int) -> None:
-    """One thread a picture outside the model: pictures run beside each other instead. `torch_threads`: for a model
-    on the CPU; 1 when the device is a GPU. Call once per process, before the first picture.
+    """One thread an image outside the model: images run beside each other instead. `torch_threads`: for a model
+    on the CPU; 1 when the device is a GPU. Call once per process, before the first image.
     """
     cv2.setNumThreads(1)
     torch.set_num_threads(torch_threads)
@@ -81,21 +81,21 @@ def cut_out(
     limits: Limits,
     live: bool = False,
     text: Mapping[str, str] | None = None,
-    decode: Decoder = decode_picture,
+    decode: Decoder = decode_image,
 ) -> Outputs:
-    """`text`: provenance kept in every PNG but the mask. Raises `PictureError`, and what `predictor` raises."""
+    """`text`: provenance kept in every PNG but the mask. Raises `ContentError`, and what `predictor` raises."""
     started = time.perf_counter()
-    picture = decode(data, limits=limits, animation=recipe.animation)
+    image = decode(data, limits=limits, animation=recipe.animation)
     if recipe.alpha == "ignore":
-        picture = dataclasses.replace(picture, alpha=None)
-    small = shrink_for_model(picture, predictor.input_size)
+        image = dataclasses.replace(image, alpha=None)
+    small = shrink_for_model(image, predictor.input_size)
     decoded = time.perf_counter()
     mask = predictor.predict(small, live=live)
     predicted = time.perf_counter()
-    alpha = combine_alpha(enlarge(mask, picture.rgb.shape[:2]), picture.alpha, recipe)
-    if recipe.edges == "estimate" and picture.alpha is None:
-        clean_edges(picture.rgb, alpha)
-    outputs = encode_outputs(picture, alpha, recipe, text=text or {})
+    alpha = combine_alpha(enlarge(mask, image.rgb.shape[:2]), image.alpha, recipe)
+    if recipe.edges == "estimate" and image.alpha is None:
+        clean_edges(image.rgb, alpha)
+    outputs = encode_outputs(image, alpha, recipe, text=text or {})
     seconds = {
         "decode": decoded - started,
         "device": predicted - decoded,
@@ -104,14 +104,14 @@ def cut_out(
     return dataclasses.replace(outputs, seconds=seconds)
 
 
-def shrink_for_model(picture: Picture, size: tuple[int, int]) -> Pixels:
+def shrink_for_model(image: DecodedImage, size: tuple[int, int]) -> Pixels:
     """(h, w, 3) of `size`. What is transparent is shown on white, as a shop would: the colours hidden under it are
     nothing that the model should see.
     """
-    small = shrink(picture.rgb, size)
-    if picture.alpha is None:
+    small = shrink(image.rgb, size)
+    if image.alpha is None:
         return small
-    share = enlarge(picture.alpha, size)[..., None].astype(np.uint16)
+    share = enlarge(image.alpha, size)[..., None].astype(np.uint16)
     return ((small * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
 
 
@@ -124,19 +124,19 @@ def combine_alpha(mask: Pixels, alpha: Pixels | None, recipe: Recipe) -> Pixels:
     return np.asarray(cv2.multiply(mask, alpha, scale=1 / 255), np.uint8)
 
 
-def encode_outputs(picture: Picture, alpha: Pixels, recipe: Recipe, *, text: Mapping[str, str]) -> Outputs:
-    """All that is made of a cutout, which `picture.rgb` with `alpha` is; needs no model."""
-    credit = picture.credit if recipe.keep_credit else ()
-    made = render_outputs(picture, alpha, recipe, text=text)
-    cutout = encode_cutout_png(picture.rgb, alpha, text={**text, **dict(credit)})
+def encode_outputs(image: DecodedImage, alpha: Pixels, recipe: Recipe, *, text: Mapping[str, str]) -> Outputs:
+    """All that is made of a cutout, which `image.rgb` with `alpha` is; needs no model."""
+    credit = image.credit if recipe.keep_credit else ()
+    made = render_outputs(image, alpha, recipe, text=text)
+    cutout = encode_cutout_png(image.rgb, alpha, text={**text, **dict(credit)})
     return dataclasses.replace(made, cutout=cutout, mask=encode_mask_png(alpha))
 
 
-def render_outputs(picture: Picture, alpha: Pixels, recipe: Recipe, *, text: Mapping[str, str]) -> Outputs:
+def render_outputs(image: DecodedImage, alpha: Pixels, recipe: Recipe, *, text: Mapping[str, str]) -> Outputs:
     """Renditions and figures; `cutout` and `mask` are empty."""
     quality = measure_mask(alpha)
-    credit = picture.credit if recipe.keep_credit else ()
-    renditions = render_all(picture.rgb, alpha, recipe.renditions, credit=credit, text=text)
+    credit = image.credit if recipe.keep_credit else ()
+    renditions = render_all(image.rgb, alpha, recipe.renditions, credit=credit, text=text)
     broken = any(check.verdict == "fail" for made in renditions.values() for check in made.checks)
     return Outputs(
         cutout=b"",
@@ -145,7 +145,7 @@ def render_outputs(picture: Picture, alpha: Pixels, recipe: Recipe, *, text: Map
         height=alpha.shape[0],
         quality=quality,
         review=review_reasons(quality, recipe.review) + (("rules",) if broken else ()),
-        notes=picture.notes,
+        notes=image.notes,
         seconds={},
         renditions=renditions,
     )

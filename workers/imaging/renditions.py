@@ -1,4 +1,4 @@
-"""Further pictures from cutout and mask: cropped, centred, flattened, encoded, and measured against their rules. They
+"""Further images from cutout and mask: cropped, centred, flattened, encoded, and measured against their rules. They
 need no model, so a changed recipe can be rendered again from the stored cutout.
 """
 
@@ -40,7 +40,7 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """Pixels `left` to `right`, `top` to `bottom`, the ends not included; may reach beyond the picture."""
+    """Pixels `left` to `right`, `top` to `bottom`, the ends not included; may reach beyond the image."""
 
     left: int
     top: int
@@ -68,7 +68,7 @@ def render_all(
     credit: Credit = (),
     text: Mapping[str, str] | None = None,
 ) -> Mapping[str, Encoded]:
-    """`rgb`: (H, W, 3), `alpha`: (H, W), straight. By name; none where there is no subject: a blank picture is no
+    """`rgb`: (H, W, 3), `alpha`: (H, W), straight. By name; none where there is no subject: a blank image is no
     result.
     """
     subject = find_subject(alpha) if renditions else None

@@ -1,4 +1,4 @@
-"""Shrinking pictures and enlarging masks: Pillow's bilinear filter at a fraction of its time."""
+"""Shrinking images and enlarging masks: Pillow's bilinear filter at a fraction of its time."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The thread that owns the device: many callers hand in pictures and wait, it takes whatever is waiting as one batch.
+"""The thread that owns the device: many callers hand in images and wait, it takes whatever is waiting as one batch.
 
-Out of memory halves the batch for good and goes on with the same pictures. Any other device error, or no progress for
+Out of memory halves the batch for good and goes on with the same images. Any other device error, or no progress for
 `STALL_S`, loses the device: every caller gets `DeviceLost`, and the process is to end.
 """
 
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jobs.errors import DeviceLost, OutOfMemory, PictureError
+from jobs.errors import ContentError, DeviceLost, OutOfMemory
 from workers.models import LoadedModel
 
 PADDED_SIZES = (1, 2, 4, 8, 16)
@@ -31,14 +31,14 @@ STALL_S = 300.0
 
 _LOOK_S = 1.0
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 
 class Predictor:
-    """Owns `model` until closed. `batch_limit`: most pictures in a batch; falls on out-of-memory.
+    """Owns `model` until closed. `batch_limit`: most images in a batch; falls on out-of-memory.
 
     For health and metrics, safe to read from any thread: `lost` (an event), `last_progress` (monotonic seconds),
-    `waiting`, `batch_sizes` (size -> batches of it), `pictures`, `device_s`.
+    `waiting`, `batch_sizes` (size -> batches of it), `images`, `device_s`.
     """
 
     def __init__(self, model: LoadedModel, *, batch_limit: int, stall_s: float = STALL_S) -> None:
@@ -46,7 +46,7 @@ class Predictor:
         self.lost = threading.Event()
         self.last_progress = time.monotonic()
         self.batch_sizes: Counter[int] = Counter()
-        self.pictures = 0
+        self.images = 0
         self._busy: tuple[float, float | None] = (0.0, None)
         self._model = model
         self._stall_s = stall_s
@@ -66,7 +66,7 @@ class Predictor:
 
     @property
     def waiting(self) -> int:
-        """Pictures handed in and not yet answered, those on the device included."""
+        """Images handed in and not yet answered, those on the device included."""
         with self._changed:
             return len(self._live) + len(self._backfill) + len(self._running)
 
@@ -77,9 +77,9 @@ class Predictor:
         return total_s if since is None else total_s + time.monotonic() - since
 
     def warm_up(self) -> None:
-        """Runs the batch sizes to come once, before any picture is handed in: all padded ones of a compiled model, else
+        """Runs the batch sizes to come once, before any image is handed in: all padded ones of a compiled model, else
         the largest, halved until it fits, and one alone, so that what the model takes is known. Raises `OutOfMemory` if
-        not even one picture fits, or what the device raises.
+        not even one image fits, or what the device raises.
         """
         done: Future[None] = Future()
         with self._changed:
@@ -109,10 +109,10 @@ class Predictor:
     def _fits(self, size: int) -> bool:
         return self._forward_or_none(np.zeros((size, *self.input_size, 3), np.uint8), size) is not None
 
-    def predict(self, rgb: Picture, *, live: bool = False) -> Picture:
+    def predict(self, rgb: Pixels, *, live: bool = False) -> Pixels:
         """`rgb`: (H, W, 3) uint8, sRGB, of `input_size`. Blocks; returns the mask, (H, W) uint8, 255 is subject.
 
-        Raises `OutOfMemory` if the device does not hold even this one picture, `PictureError` (`mask_not_finite`), and
+        Raises `OutOfMemory` if the device does not hold even this one image, `ContentError` (`mask_not_finite`), and
         `DeviceLost` after which the predictor is dead.
         """
         if rgb.shape != (*self.input_size, 3) or rgb.dtype != np.uint8:
@@ -140,7 +140,7 @@ class Predictor:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _wait_for(self, request: _Request) -> Picture:
+    def _wait_for(self, request: _Request) -> Pixels:
         """Whoever waits is the watchdog: there is no hang without a waiting caller."""
         while True:
             try:
@@ -188,13 +188,13 @@ class Predictor:
             self._step_down(batch, size)
             return
         self.batch_sizes[len(batch)] += 1
-        self.pictures += len(batch)
+        self.images += len(batch)
         with self._changed:
             self._running = []
         for request, mask in zip(batch, masks, strict=False):
             request.finish(mask)
 
-    def _forward_or_none(self, rgb: Picture, size: int) -> list[Picture | None] | None:
+    def _forward_or_none(self, rgb: Pixels, size: int) -> list[Pixels | None] | None:
         """None: out of memory, whose traceback and tensors are gone when this returns."""
         try:
             return self._forward(rgb, size)
@@ -206,7 +206,7 @@ class Predictor:
         return None
 
     @torch.inference_mode()
-    def _forward(self, rgb: Picture, size: int) -> list[Picture | None]:
+    def _forward(self, rgb: Pixels, size: int) -> list[Pixels | None]:
         """`rgb`: (N, H, W, 3), padded to `size`. A mask is None where the model gave something that is no number."""
         if size > len(rgb):
             rgb = np.concatenate([rgb, np.zeros((size - len(rgb), *rgb.shape[1:]), np.uint8)])
@@ -214,7 +214,7 @@ class Predictor:
         x = (pixels.float() * self._scale - self._shift).to(self._model.dtype)
         alpha = self._model(x)
         finite = alpha.isfinite().flatten(1).all(1).cpu().tolist()
-        masks: Picture = (alpha.float() * 255).round().to(torch.uint8).squeeze(1).cpu().numpy()
+        masks: Pixels = (alpha.float() * 255).round().to(torch.uint8).squeeze(1).cpu().numpy()
         return [mask if sound else None for mask, sound in zip(masks, finite, strict=True)]
 
     def _padded(self, count: int) -> int:
@@ -234,7 +234,7 @@ class Predictor:
         height, width = self.input_size
         dtype = str(self._model.dtype).removeprefix("torch.")
         return OutOfMemory(
-            f"The device does not hold one picture at {height} x {width} in {dtype} with {self._model.name}. "
+            f"The device does not hold one image at {height} x {width} in {dtype} with {self._model.name}. "
             "Use a smaller model, float16, or a larger device."
         )
 
@@ -257,16 +257,16 @@ class Predictor:
 
 
 class _Request:
-    def __init__(self, rgb: Picture, *, live: bool) -> None:
+    def __init__(self, rgb: Pixels, *, live: bool) -> None:
         self.rgb = rgb
         self.live = live
-        self.answer: Future[Picture] = Future()
+        self.answer: Future[Pixels] = Future()
 
-    def finish(self, mask: Picture | None) -> None:
+    def finish(self, mask: Pixels | None) -> None:
         if mask is None:
             self.fail(
-                PictureError(
-                    "The model gave no numbers for this picture: the precision overflows. Set CUTFLEET_DTYPE=float32.",
+                ContentError(
+                    "The model gave no numbers for this image: the precision overflows. Set CUTFLEET_DTYPE=float32.",
                     code="mask_not_finite",
                 )
             )

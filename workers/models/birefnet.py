@@ -45,7 +45,7 @@ class BiRefNet(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """From the deepest features up, each scale joined by the backbone's and by patches of the picture itself."""
+    """From the deepest features up, each scale joined by the backbone's and by patches of the image itself."""
 
     def __init__(self, channels: list[int], patch_order: PatchOrder) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Decoder(nn.Module):
         injected = [channels[3] // 8, *(width // 8 for width in reversed(channels))]
         for scale, width in zip((5, 4, 3, 2, 1), injected, strict=True):
             patches = 4**scale if scale > 1 else 1
-            self.add_module(f"ipt_blk{scale}", _PictureBlock(3 * patches, width))
+            self.add_module(f"ipt_blk{scale}", _ImageBlock(3 * patches, width))
         for scale, width in zip((4, 3, 2, 1), injected, strict=False):
             inside = channels[scale - 1]
             self.add_module(f"decoder_block{scale}", _DecoderBlock(inside + width, inside // 2))
@@ -88,15 +88,15 @@ class _Decoder(nn.Module):
         before it. The same sums as upsampling and joining all channels at full size, without their gigabyte.
         """
         head: nn.Conv2d = self.conv_out1[0]  # type: ignore[assignment]  # Sequential gives Module
-        picture: _PictureBlock = self.ipt_blk1  # type: ignore[assignment]  # added by name
+        image: _ImageBlock = self.ipt_blk1  # type: ignore[assignment]  # added by name
         inside = decoded.shape[1]
-        of_decoded, of_picture = head.weight[:, :inside], head.weight[:, inside:]
+        of_decoded, of_image = head.weight[:, :inside], head.weight[:, inside:]
         low = functional.conv2d(decoded, of_decoded, head.bias)
-        return _resize(low, x) + picture.project(x, of_picture)
+        return _resize(low, x) + image.project(x, of_image)
 
 
-class _PictureBlock(nn.Module):
-    """Two convolutions with nothing between, on patches of the picture."""
+class _ImageBlock(nn.Module):
+    """Two convolutions with nothing between, on patches of the image."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _DecoderBlock(nn.Module):
 
 
 class _DeformablePyramid(nn.Module):
-    """Deformable convolutions of several reaches and the mean of the whole picture, joined (deformable ASPP)."""
+    """Deformable convolutions of several reaches and the mean of the whole image, joined (deformable ASPP)."""
 
     def __init__(self) -> None:
         super().__init__()

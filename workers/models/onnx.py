@@ -20,7 +20,7 @@ from jobs.errors import ModelError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PACKAGED_GRAPHS = {"u2netp": Path(__file__).with_name("u2netp.onnx")}
-"""Of one picture each, without weights (`tests/support/u2netp_graph.py` writes them), whose names are `network.` and the state's."""
+"""Of one image each, without weights (`tests/support/u2netp_graph.py` writes them), whose names are `network.` and the state's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def open_graph(path: Path, device: torch.device, *, input_size: tuple[int, int] 
     """`input_size`: (height, width), needed where the graph leaves it open; `config.json` may state it.
 
     Raises `ModelError`: onnxruntime or its provider is missing (`model_missing`, `no_gpu`), or the graph is not one
-    picture in, one map out (`model_mismatch`).
+    image in, one map out (`model_mismatch`).
     """
     session = _open_session(path, device)
     taken = session.get_inputs()[0]
@@ -60,7 +60,7 @@ def is_installed() -> bool:
 
 
 def open_packaged(name: str, state: Mapping[str, Tensor], *, cores: int) -> Callable[[Tensor], Tensor]:
-    """Alpha (N, 1, H, W) of (N, 3, H, W) on the CPU. A picture alone has all `cores`; several run beside each other, a
+    """Alpha (N, 1, H, W) of (N, 3, H, W) on the CPU. An image alone has all `cores`; several run beside each other, a
     core each, which no core then waits for another in.
     """
     alone, beside = (_open_with_weights(PACKAGED_GRAPHS[name], state, threads=threads) for threads in (cores, 1))
@@ -83,8 +83,8 @@ def _open_with_weights(path: Path, state: Mapping[str, Tensor], *, threads: int)
     }
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # pictures decode on these cores meanwhile
-    options.enable_mem_pattern = False  # 450 MB less from the second picture on, and no slower
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # images decode on these cores meanwhile
+    options.enable_mem_pattern = False  # 450 MB less from the second image on, and no slower
     options.add_external_initializers(list(weights), list(weights.values()))
     return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS["cpu"]])
 
@@ -109,7 +109,7 @@ def _open_session(path: Path, device: torch.device) -> Any:  # as above
 
 def _size(shape: list[int | str | None], stated: tuple[int, int] | None, path: Path) -> tuple[int, int]:
     if len(shape) != 4:
-        raise ModelError(f"{path} takes {shape}, not pictures (N, 3, H, W).", code="model_mismatch")
+        raise ModelError(f"{path} takes {shape}, not images (N, 3, H, W).", code="model_mismatch")
     height, width = shape[2:]
     if isinstance(height, int) and isinstance(width, int):
         return height, width

@@ -44,7 +44,7 @@ class LoadedModel:
 
     `revision`: content hash of the weights, then what else changes what they compute. `input_size`: (height, width).
     `licence_statement`: what the operator stated, where the licence asks for it. `compiled`: batches must be padded.
-    `at_once`: pictures that a CPU computes beside each other, a core each; 1: one after another, on all cores.
+    `at_once`: images that a CPU computes beside each other, a core each; 1: one after another, on all cores.
     """
 
     name: str
@@ -143,7 +143,7 @@ def _in_torch(network: nn.Module, *, compiled: bool) -> Forward:
 def _on_cores(
     files: _Files, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> tuple[Forward | None, int]:
-    """The built-in model in float32 on a CPU, and how many pictures it takes at once; None: torch computes it."""
+    """The built-in model in float32 on a CPU, and how many images it takes at once; None: torch computes it."""
     if files.name not in PACKAGED_GRAPHS or files.weights != PACKAGED.get(files.name):
         return None, 1
     if device.type != "cpu" or dtype != torch.float32 or compiled:

@@ -125,7 +125,7 @@ class _WindowAttention(nn.Module):
     def forward(self, x: Tensor, apart: Tensor | None) -> Tensor:
         """`x`: (N, windows, tokens, C). `apart`: (windows, tokens, tokens) true where tokens may not see each other.
 
-        Windows and heads become one dimension, so that the mask is the same for every picture and never repeated.
+        Windows and heads become one dimension, so that the mask is the same for every image and never repeated.
         """
         count, windows, tokens, width = x.shape
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]

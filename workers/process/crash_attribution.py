@@ -1,4 +1,4 @@
-"""Who may be blamed when a process ends: what is written in the ledger of each picture that it was computing. Nothing
+"""Who may be blamed when a process ends: what is written in the ledger of each image that it was computing. Nothing
 heavy is imported here: the process that hears a worker's last word needs it too (`workers/process/crash_reporter.py`)."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 import time
 from typing import Self
 
-from jobs.errors import PictureError
+from jobs.errors import ContentError
 from jobs.job import Failure, ImageState
 from jobs.ledger import Claim, Ledger
 
@@ -16,8 +16,8 @@ _MAX_TEXT = 300
 
 
 class Fatal(Exception):
-    """Something that ends a process or a child, in a stable sentence, and perhaps by this picture's fault: named by
-    the same sentence twice, alone the second time, the picture fails with `code`."""
+    """Something that ends a process or a child, in a stable sentence, and perhaps by this image's fault: named by
+    the same sentence twice, alone the second time, the image fails with `code`."""
 
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class Fatal(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accused:
-    """A picture in a worker's hands. `alone`: nothing is computed beside it."""
+    """An image in a worker's hands. `alone`: nothing is computed beside it."""
 
     claim: Claim
     key: str
@@ -34,8 +34,8 @@ class Accused:
     lease_s: float
     alone: bool
 
-    def told(self, error: Fatal) -> PictureError:
-        return PictureError(str(error)[:_MAX_TEXT], code=error.code)
+    def told(self, error: Fatal) -> ContentError:
+        return ContentError(str(error)[:_MAX_TEXT], code=error.code)
 
     def blame(self, error: Fatal, ledger: Ledger) -> str:
         """The second time, and alone, the image fails; else another worker takes it, and knows what it is blamed for.

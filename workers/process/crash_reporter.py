@@ -1,5 +1,5 @@
 """What a worker says as it dies of a fault in native code (SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, or the interpreter
-kept locked), and who hears it: a process beside it, that tells the ledger at once which pictures it was computing.
+kept locked), and who hears it: a process beside it, that tells the ledger at once which images it was computing.
 
 faulthandler speaks, on a socket that holds next to nothing, and waits until it was heard: the dying process stays until
 the ledger knows. In a container, whose processes all end with the first, nobody would be left to tell it.
@@ -59,7 +59,7 @@ class LastWord:
 
     @contextmanager
     def naming(self, accused: Accused) -> Iterator[None]:
-        """Whoever hears of a fault within the block blames this picture, with others perhaps."""
+        """Whoever hears of a fault within the block blames this image, with others perhaps."""
         seat = self._free.popleft()
         _write(self._hands, seat, accused)
         try:
@@ -116,7 +116,7 @@ def _listen(line: socket.socket, hands: mmap.mmap, settings: Settings) -> None:
 
 
 def _tell(blamed: list[Accused], error: Fatal, settings: Settings) -> None:
-    log.critical("%s Blamed: %d pictures", error, len(blamed), extra=_ACTION)
+    log.critical("%s Blamed: %d images", error, len(blamed), extra=_ACTION)
     deadline = time.monotonic() + TELL_S
     with Ledger(settings.redis_url, name=settings.redis_name) as ledger:
         for accused in blamed:

@@ -20,7 +20,7 @@ Facts = Mapping[str, str | int | float]
 
 
 class Rate:
-    """Pictures a second over the last minute, of a count that only grows."""
+    """Images a second over the last minute, of a count that only grows."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
@@ -35,7 +35,7 @@ class Rate:
 
 
 def worker_facts(model: LoadedModel, predictor: Predictor, rate: Rate, *, slots: int, draining: bool) -> Facts:
-    """`hardware`: the GPU's name and memory. `rate`: pictures a second over the last minute. `waiting`: pictures before
+    """`hardware`: the GPU's name and memory. `rate`: images a second over the last minute. `waiting`: images before
     the device; `idle_s`: since it last made progress, or was given the first of them."""
     return {
         "model": model.name,
@@ -49,11 +49,11 @@ def worker_facts(model: LoadedModel, predictor: Predictor, rate: Rate, *, slots:
         "batch_limit": predictor.batch_limit,
         "slots": slots,
         "renders": int(model.device.type != "cuda"),
-        "pictures": predictor.pictures,
+        "images": predictor.images,
         "waiting": predictor.waiting,
         "idle_s": round(time.monotonic() - predictor.last_progress, 1),
         "version": importlib.metadata.version("cutfleet"),
-        "rate": rate.of(predictor.pictures, now=time.monotonic()),
+        "rate": rate.of(predictor.images, now=time.monotonic()),
         "draining": int(draining),
         "pid": os.getpid(),
     }

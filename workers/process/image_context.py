@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from jobs.errors import DeviceLost, PictureError
-from workers.imaging.decode import Limits, Picture, count_pixels, decode_picture
+from jobs.errors import ContentError, DeviceLost
+from workers.imaging.decode import DecodedImage, Limits, count_pixels, decode_image
 from workers.imaging.pipeline import Pixels
 from workers.models.batcher import Predictor
 from workers.process.crash_attribution import Accused, Fatal
@@ -22,7 +22,7 @@ from workers.process.watchdog import Watchdog
 
 MOST_DIED = 4
 """Killed without a word, as the kernel does for memory. Some may have been killed by somebody just then: thirty kills
-within a minute convicted a sound picture at two."""
+within a minute convicted a sound image at two."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Seat:
 
     @contextmanager
     def room(self, data: bytes) -> Iterator[None]:
-        """Memory for the picture, from before it is decoded until it is published. Raises `Draining`. The header of a
+        """Memory for the image, from before it is decoded until it is published. Raises `Draining`. The header of a
         suspect is not read in this process; it has nothing beside it."""
         if self.accused.alone:
             yield
@@ -56,14 +56,14 @@ class Seat:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Raises `PictureError` `crashed_worker` for a suspect of which `MOST_DIED` workers died alone, and
+        """Raises `ContentError` `crashed_worker` for a suspect of which `MOST_DIED` workers died alone, and
         `DeviceLost` when the device fails by itself, before anybody can be blamed."""
         if not self.accused.alone:
             with self.watchdog.computing(self.accused, self.blame):
                 yield
             return
         if self.accused.claim.died >= MOST_DIED:
-            raise PictureError(
+            raise ContentError(
                 f"{self.accused.claim.died} workers died without a word while they computed it, nothing beside it: "
                 "its memory does not suffice, or somebody kills workers.",
                 code="crashed_worker",
@@ -83,16 +83,16 @@ class Seat:
         with self.watchdog.waiting(self.accused.claim):
             return self.predictor.predict(rgb, live=live)
 
-    def decode(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> Picture:
+    def decode(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> DecodedImage:
         """A suspect is marked when its bytes are touched: who dies before, while a process starts for them, did not die
         of it."""
         if not self.accused.alone:
-            return decode_picture(data, limits=limits, animation=animation)
+            return decode_image(data, limits=limits, animation=animation)
         with self.watchdog.waiting(self.accused.claim):
             return self.child(data, limits=limits, animation=animation, begins=lambda: self.mark(True))
 
     def _try_device(self) -> None:
-        """A device that fails with a blank picture has failed by itself: the suspect is not to blame."""
+        """A device that fails with a blank image has failed by itself: the suspect is not to blame."""
         try:
             self.predictor.predict(np.zeros((*self.input_size, 3), np.uint8))
         except DeviceLost as exc:

@@ -1,6 +1,6 @@
-"""Where a suspect is worked on, a picture that two workers went down with: nothing beside it in this process, and its
-bytes are decoded in a child process. The child's death, its silence or its hunger convicts the picture. So does a fatal
-error of this process that names the picture a second time: a lost device, or its last word (`workers/process/crash_reporter.py`).
+"""Where a suspect is worked on, an image that two workers went down with: nothing beside it in this process, and its
+bytes are decoded in a child process. The child's death, its silence or its hunger convicts the image. So does a fatal
+error of this process that names the image a second time: a lost device, or its last word (`workers/process/crash_reporter.py`).
 Being killed convicts nobody, but for `MOST_DIED` times while it was computed alone (`workers/process/image_context.py`).
 """
 
@@ -24,15 +24,15 @@ from typing import Literal
 
 import numpy as np
 
-from jobs.errors import PictureError, TransientError
-from workers.imaging.decode import Limits, Picture, decode_picture
+from jobs.errors import ContentError, TransientError
+from workers.imaging.decode import DecodedImage, Limits, decode_image
 from workers.process.crash_attribution import Fatal
 from workers.process.leases import Draining
 
 log = logging.getLogger(__name__)
 
 DECODE_S = 120.0
-"""Far more than the slowest sound picture takes alone."""
+"""Far more than the slowest sound image takes alone."""
 START_S = 120.0
 DECODE_BYTES_PER_PIXEL = 32
 """Most that any of the decoders holds at once, with room to spare."""
@@ -93,7 +93,7 @@ class Room:
 
 
 class ChildDecoder:
-    """`decode_picture` in a child process of its own, with a deadline and a limit of memory."""
+    """`decode_image` in a child process of its own, with a deadline and a limit of memory."""
 
     def __init__(self, *, leaving: threading.Event, deadline_s: float) -> None:
         self._leaving = leaving
@@ -106,8 +106,8 @@ class ChildDecoder:
         limits: Limits,
         animation: Literal["first", "refuse"],
         begins: Callable[[], object],
-    ) -> Picture:
-        """`begins` is called when the child is there and has not seen the bytes yet. Raises `PictureError` as decoding
+    ) -> DecodedImage:
+        """`begins` is called when the child is there and has not seen the bytes yet. Raises `ContentError` as decoding
         does, and `crashed_decoder`, `stalled`, `memory_exhausted`; `Fatal` when the child was killed; `Draining` when
         the worker is leaving; `TransientError` when no child can be had."""
         ours, theirs = multiprocessing.Pipe()
@@ -126,7 +126,7 @@ class ChildDecoder:
             child.join()
             child.close()
 
-    def _talk(self, child: Connection, data: bytes, begins: Callable[[], object]) -> Picture:
+    def _talk(self, child: Connection, data: bytes, begins: Callable[[], object]) -> DecodedImage:
         """What the child says is bytes and JSON, never pickle: it has read what strangers wrote."""
         try:
             self._await(child, START_S)
@@ -139,13 +139,13 @@ class ChildDecoder:
             self._await(child, self._deadline_s)
         except TimeoutError as exc:
             text = f"Decoding it, alone and in a process of its own, was not done after {self._deadline_s:g} s."
-            raise PictureError(text, code="stalled") from exc
+            raise ContentError(text, code="stalled") from exc
         told = json.loads(child.recv_bytes())
         if "code" in told:
-            raise PictureError(told["text"], code=told["code"])
+            raise ContentError(told["text"], code=told["code"])
         pixels = [np.frombuffer(child.recv_bytes(), np.uint8).reshape(shape).copy() for shape in told["shapes"]]
         credit = tuple((name, text) for name, text in told["credit"])
-        return Picture(pixels[0], pixels[1] if len(pixels) > 1 else None, tuple(told["notes"]), credit)
+        return DecodedImage(pixels[0], pixels[1] if len(pixels) > 1 else None, tuple(told["notes"]), credit)
 
     def _await(self, child: Connection, within_s: float) -> None:
         deadline = time.monotonic() + within_s
@@ -156,17 +156,17 @@ class ChildDecoder:
                 raise TimeoutError
 
 
-def _verdict(code: int) -> PictureError | Fatal:
+def _verdict(code: int) -> ContentError | Fatal:
     """`code`: of a child that ended while it decoded; negative: the signal that ended it."""
     if code == _EXIT_MEMORY:
-        return PictureError(
-            "Decoding it takes more memory than any picture of its size should: the file is damaged or malicious.",
+        return ContentError(
+            "Decoding it takes more memory than any image of its size should: the file is damaged or malicious.",
             code="memory_exhausted",
         )
     if code == -signal.SIGKILL:
         return Fatal("The process that decoded it alone was killed, as the system does for memory.", code="killed")
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    return PictureError(
+    return ContentError(
         f"Decoding it, alone and in a process of its own, ended that process {how}: the file is damaged or malicious.",
         code="crashed_decoder",
     )
@@ -184,14 +184,14 @@ def _decode_here(parent: Connection, parent_id: int, limits: Limits, animation: 
     data = parent.recv_bytes()
     _limit_memory(limits)
     try:
-        picture = decode_picture(data, limits=limits, animation=animation)
-    except PictureError as exc:
+        image = decode_image(data, limits=limits, animation=animation)
+    except ContentError as exc:
         parent.send_bytes(json.dumps({"code": exc.code, "text": str(exc)}).encode())
         return
     except MemoryError:
         os._exit(_EXIT_MEMORY)
-    planes = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha]
-    told = {"shapes": [plane.shape for plane in planes], "notes": picture.notes, "credit": picture.credit}
+    planes = [image.rgb] if image.alpha is None else [image.rgb, image.alpha]
+    told = {"shapes": [plane.shape for plane in planes], "notes": image.notes, "credit": image.credit}
     parent.send_bytes(json.dumps(told).encode())
     for plane in planes:
         parent.send_bytes(np.ascontiguousarray(plane).data.cast("B"))

@@ -14,7 +14,7 @@ than what the client then does.
 the visibility timeout is delivered again (kombu never renews). Their ages are told by the server's clock: kombu takes
 the machine's, and a worker whose clock is ahead would give back what all others hold.
 
-`GatheredEvents` sends what Flower is to see a few times a second, not after every step of every picture.
+`GatheredEvents` sends what Flower is to see a few times a second, not after every step of every image.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Liveness(_Repeated):
 
 
 class GatheredEvents(_Repeated):
-    """Without it every event is a PUBLISH of its own: three a picture."""
+    """Without it every event is a PUBLISH of its own: three an image."""
 
     requires = ("celery.worker.consumer.tasks:Tasks", "celery.worker.consumer.events:Events")
     every_s = EVENTS_S

@@ -1,5 +1,5 @@
-"""How much memory the pictures in flight may take: bytes, not a count. A picture takes its share before it is decoded,
-by its header's size, and gives it back once it is published; live pictures come before those of a backfill.
+"""How much memory the images in flight may take: bytes, not a count. An image takes its share before it is decoded,
+by its header's size, and gives it back once it is published; live images come before those of a backfill.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 import pynvml
 
 BYTES_PER_PIXEL = 28
-"""Most that a picture takes between decoding and publishing: 25 measured with a marketplace's rendition, 16 (WebP), 12
+"""Most that an image takes between decoding and publishing: 25 measured with a marketplace's rendition, 16 (WebP), 12
 (PNG with alpha) and 8 (JPEG) with the default recipe, at 12 megapixels (`python -m tests.bench.footprint`). Not less
 for a JPEG: what its thread keeps of freed memory would then exceed the worker's limit."""
 SHARE_OF_MACHINE = 0.75
 """A worker's resident limit where none is set; the rest is for the system, and for what stands beside the worker."""
-SHARE_FOR_PICTURES = 0.6
+SHARE_FOR_IMAGES = 0.6
 """Of what the worker itself leaves of its limit; the rest is for files before decoding, and for fragmentation."""
 LEAST_BUDGET = 64_000_000
 _LOOK_S = 0.5
@@ -83,9 +83,9 @@ def resident_limit(memory_mb: int, *, on_gpu: bool) -> int:
     return int(SHARE_OF_MACHINE * _machine_bytes() / (_gpus() if on_gpu else 1))
 
 
-def picture_budget(limit_bytes: int, *, own_bytes: int) -> int:
-    """`own_bytes`: resident before the first picture, model and libraries included."""
-    return max(LEAST_BUDGET, int(SHARE_FOR_PICTURES * (limit_bytes - own_bytes)))
+def image_budget(limit_bytes: int, *, own_bytes: int) -> int:
+    """`own_bytes`: resident before the first image, model and libraries included."""
+    return max(LEAST_BUDGET, int(SHARE_FOR_IMAGES * (limit_bytes - own_bytes)))
 
 
 def _machine_bytes() -> int:

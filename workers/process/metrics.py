@@ -1,4 +1,4 @@
-"""What a worker shows Prometheus, beside what `jobs/metrics.py` lists. One picture costs it some ten microseconds.
+"""What a worker shows Prometheus, beside what `jobs/metrics.py` lists. One image costs it some ten microseconds.
 
 cutfleet_images_total{outcome, lane}            what became of each image taken off a queue: done, review, skipped,
                                                 failed, deferred, released, blamed (a process ended, perhaps over
@@ -42,7 +42,7 @@ ENDS = ("done", "review", "skipped", "failed")
 """Shown from the start, at 0: Prometheus takes what a series begins with for no increase."""
 STAGE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 WAIT_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14_400, 86_400)
-"""A live picture waits for moments, one of a backfill for as long as its window is deep."""
+"""A live image waits for moments, one of a backfill for as long as its window is deep."""
 
 BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 

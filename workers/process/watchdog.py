@@ -1,13 +1,13 @@
 """Ends a worker that makes no progress or takes too much memory; its supervisor starts another, and nothing is lost.
 
   the device is lost                          exit 70, at once
-  a picture computes for `STALL_S`            exit 72: it is blamed, all threads are shown in the log
+  an image computes for `STALL_S`            exit 72: it is blamed, all threads are shown in the log
   resident memory above the limit             it drains, exit 0
   a quarter above the limit                   exit 72, at once: what is being computed is blamed
   nothing of ours runs for `STALL_S`          exit 1, by faulthandler: a library keeps the interpreter lock
   a fault in native code                      its signal: what is being computed is blamed (`workers/process/crash_reporter.py`)
 
-A picture blamed by two processes becomes a suspect (`workers/process/isolation.py`); all others are given back.
+An image blamed by two processes becomes a suspect (`workers/process/isolation.py`); all others are given back.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 EXIT_DEVICE_LOST = 70
 EXIT_STALLED = 72
 STALL_S = 300.0
-"""The slowest sound picture, 100 MP with every rendition on loaded cores, computes for about a minute."""
+"""The slowest sound image, 100 MP with every rendition on loaded cores, computes for about a minute."""
 GIVE_BACK_S = 10.0
-"""For pictures that are being published when the process must end."""
+"""For images that are being published when the process must end."""
 HARD_SHARE = 1.25
 _LOOK_S = 0.5
 _MEMORY_LOOK_S = 0.05
@@ -70,7 +70,7 @@ class Watchdog:
     @contextmanager
     def computing(self, accused: Accused, blame: Blame) -> Iterator[None]:
         """The block computes: it waits for nobody but where `waiting` says so. `blame` records that the process ends,
-        perhaps because of this picture."""
+        perhaps because of this image."""
         claim = accused.claim.token
         self._computing[claim] = time.monotonic(), blame
         try:
@@ -102,7 +102,7 @@ class Watchdog:
         now = time.monotonic()
         stalled = [blame for since, blame in list(self._computing.values()) if now - since > self._stall_s]
         if stalled:
-            log.critical("%d pictures make no progress: this process ends", len(stalled), extra=_ACTION)
+            log.critical("%d images make no progress: this process ends", len(stalled), extra=_ACTION)
             faulthandler.dump_traceback(all_threads=True)
             _blame(stalled, Fatal(f"It was not computed after {self._stall_s:g} s.", code="stalled"))
             self._end(EXIT_STALLED, within_s=GIVE_BACK_S, stuck=len(stalled))

@@ -1,5 +1,5 @@
-"""Small pictures of one image for a person to look at: source and cutout whole, and both at full size where the edge is
-worst. Made when somebody reviews a job, from what stands in S3 by then; nothing is paid for it while pictures are cut.
+"""Small images of one image for a person to look at: source and cutout whole, and both at full size where the edge is
+worst. Made when somebody reviews a job, from what stands in S3 by then; nothing is paid for it while images are cut.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jobs.message import ImageTask
 from jobs.preview import Preview
 from jobs.recipe import Recipe
 from jobs.s3.client import Names, Store, rendition_names
-from workers.imaging.decode import Limits, Picture
+from workers.imaging.decode import DecodedImage, Limits
 from workers.imaging.quality import find_worst_edge
 from workers.process.image_context import Seat
 from workers.tasks.publish import Target, find_existing
@@ -28,7 +28,7 @@ from workers.tasks.rerender import cutout_limits, fetch_cutout
 Pixels = NDArray[np.uint8]
 
 _WHOLE, _THUMB, _EDGE = 640, 160, 360
-"""Longest side of the whole picture, of the one in a list of many, and side of the worst edge, in pixels."""
+"""Longest side of the whole image, of the one in a list of many, and side of the worst edge, in pixels."""
 _REMOVED = 0.25
 """Of what was removed, how much shows in a list of many."""
 _WHOLE_QUALITY, _EDGE_QUALITY = 75, 90
@@ -85,9 +85,9 @@ def _show_cutout(task: ImageTask, job: Job, names: Names, seat: Seat, *, store: 
         return draw_cutout(seat.decode(data, limits=cutout_limits(limits), animation="first"), shown)
 
 
-def draw_cutout(picture: Picture, shown: Preview) -> Drawn:
+def draw_cutout(image: DecodedImage, shown: Preview) -> Drawn:
     """`shown`: what is told of it."""
-    rgb, alpha = picture.rgb, _alpha_of(picture)
+    rgb, alpha = image.rgb, _alpha_of(image)
     rows, columns = find_worst_edge(alpha, _EDGE)
     shown = dataclasses.replace(
         shown,
@@ -109,9 +109,9 @@ def _show_source(drawn: Drawn, names: Names, seat: Seat, *, store: Store, limits
         return draw_source(seat.decode(data, limits=limits, animation="first"), drawn)
 
 
-def draw_source(picture: Picture, drawn: Drawn) -> Drawn:
+def draw_source(image: DecodedImage, drawn: Drawn) -> Drawn:
     """On white where it is transparent. `drawn`: of its cutout."""
-    rgb, alpha, shown = picture.rgb, _alpha_of(picture), drawn.shown
+    rgb, alpha, shown = image.rgb, _alpha_of(image), drawn.shown
     images = {"before": _webp(_on_white(_reduced(rgb, alpha, _WHOLE)), _WHOLE_QUALITY)}
     if shown.edge is not None and alpha.shape == (shown.height, shown.width):
         left, top, width, height = shown.edge
@@ -129,8 +129,8 @@ def _faded(source: Pixels, cutout: Pixels | None) -> Pixels:
     return np.dstack([source, left])
 
 
-def _alpha_of(picture: Picture) -> Pixels:
-    return np.full(picture.rgb.shape[:2], 255, np.uint8) if picture.alpha is None else picture.alpha
+def _alpha_of(image: DecodedImage) -> Pixels:
+    return np.full(image.rgb.shape[:2], 255, np.uint8) if image.alpha is None else image.alpha
 
 
 def _reduced(rgb: Pixels, alpha: Pixels, side: int) -> Pixels:
@@ -138,7 +138,7 @@ def _reduced(rgb: Pixels, alpha: Pixels, side: int) -> Pixels:
     height, width = alpha.shape
     scale = max(1.0, max(alpha.shape) / side)
     size = (max(1, round(width / scale)), max(1, round(height / scale)))
-    if scale > 4:  # averaging whole areas of a large picture takes ten times as long
+    if scale > 4:  # averaging whole areas of a large image takes ten times as long
         twice = (2 * size[0], 2 * size[1])
         rgb = np.asarray(cv2.resize(rgb, twice, interpolation=cv2.INTER_LINEAR), np.uint8)
         alpha = np.asarray(cv2.resize(alpha, twice, interpolation=cv2.INTER_LINEAR), np.uint8)

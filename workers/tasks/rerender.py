@@ -26,11 +26,11 @@ _BYTES_PER_PIXEL = 5
 def render_again(
     task: ImageTask, target: Target, seat: Seat, *, store: Store, limits: Limits, is_ours: Callable[[], bool]
 ) -> Outcome:
-    """Raises `SourceError` `cutout_missing`, `PictureError`, and what `publish` raises. Safe to repeat."""
+    """Raises `SourceError` `cutout_missing`, `ContentError`, and what `publish` raises. Safe to repeat."""
     existing = find_existing(target, store)
     if existing.cutout is None:
         raise SourceError(
-            f"There is no cutout at {target.names.cutout}: submit the picture, then render it.", code="cutout_missing"
+            f"There is no cutout at {target.names.cutout}: submit the image, then render it.", code="cutout_missing"
         )
     provenance = _provenance(existing.cutout.metadata, target, task.job)
     if is_complete(existing, provenance, target, store):
@@ -38,9 +38,9 @@ def render_again(
     data = fetch_cutout(existing.cutout, store, target, limits)
     with seat.room(data):
         with seat.computing():
-            picture = seat.decode(data, limits=cutout_limits(limits), animation="first")
-            alpha = np.full(picture.rgb.shape[:2], 255, np.uint8) if picture.alpha is None else picture.alpha
-            outputs = render_outputs(picture, alpha, target.recipe, text=provenance.to_text())
+            image = seat.decode(data, limits=cutout_limits(limits), animation="first")
+            alpha = np.full(image.rgb.shape[:2], 255, np.uint8) if image.alpha is None else image.alpha
+            outputs = render_outputs(image, alpha, target.recipe, text=provenance.to_text())
         outputs = dataclasses.replace(outputs, cutout=data)
         publish(outputs, target, provenance, store=store, existing=existing, is_ours=is_ours)
         return outcome_of(outputs.remark(task.key))

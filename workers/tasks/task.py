@@ -27,8 +27,8 @@ from jobs.errors import (
     CutfleetError,
     DeviceLost,
     ImageError,
+    ImageFailed,
     JobError,
-    PictureFailed,
     ServiceUnavailable,
     SettingsError,
     TransientError,
@@ -157,12 +157,12 @@ def _refuse(fields: Mapping[str, Any], why: BadMessage, bench: Bench, *, lane: s
     if outcome != "ok":
         return outcome
     bench.metrics.ended(lane, "failed", why.code)
-    raise PictureFailed(why.code)
+    raise ImageFailed(why.code)
 
 
 def do_image(task: ImageTask, bench: Bench, *, alone: bool) -> str:
     """`alone`: it comes as a suspect, so that nothing is to run beside it. Returns the outcome for Flower. Raises
-    `PictureFailed` after a failure is recorded, `Reject` when this worker can't take it now."""
+    `ImageFailed` after a failure is recorded, `Reject` when this worker can't take it now."""
     if bench.draining.is_set():
         raise Reject("draining", requeue=True)
     with bench.room.alone() if alone else bench.room.shared() as entered:
@@ -195,7 +195,7 @@ def _do_image(task: ImageTask, bench: Bench, *, alone: bool) -> str:
         return outcome
     log.warning("%s: %s", outcome, error, extra=facts | {"seconds": seconds, "code": error.code})
     if outcome == "failed":
-        raise PictureFailed(error.code)
+        raise ImageFailed(error.code)
     return outcome
 
 
@@ -308,7 +308,7 @@ def _render_and_publish(task: ImageTask, job: Job, names: Names, seat: Seat, ben
 
 
 def _preview(task: ImageTask, job: Job, names: Names, seat: Seat, bench: Bench) -> Outcome:
-    """Whatever can't be shown is said in the preview: a picture that failed is one to look at, too."""
+    """Whatever can't be shown is said in the preview: an image that failed is one to look at, too."""
     shown = make_preview(task, job, names, seat, store=bench.store, limits=bench.limits)
     place = preview_location(job.destination, job.review_of, names.source)
     bench.store.put(place, shown.to_json().encode(), content_type="application/json")

@@ -1,6 +1,6 @@
-"""`python -m workers compare --model A --model B FOLDER`: models side by side on one's own pictures. With true masks
+"""`python -m workers compare --model A --model B FOLDER`: models side by side on one's own images. With true masks
 beside them (`NAME.mask.png` for `NAME.jpg`) a table of measures, overall and by subfolder; without, a collage of the
-pictures where the models disagree most.
+images where the models disagree most.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import ImageError, ModelError, SettingsError
-from workers.imaging.decode import Limits, decode_picture
+from workers.imaging.decode import Limits, decode_image
 from workers.imaging.resize import enlarge, shrink
 from workers.models import LoadedModel, load
 from workers.models.batcher import Predictor
@@ -27,7 +27,7 @@ from workers.models.batcher import Predictor
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
 TRUTH_SUFFIX = ".mask.png"
 THUMB = 192
-"""Longest side of what is kept of each picture for the collage, in pixels."""
+"""Longest side of what is kept of each image for the collage, in pixels."""
 COLLAGE_ROWS = 12
 MEASURES = ("MAE", "IoU", "F", "S", "E")
 MARGIN = 6
@@ -37,12 +37,12 @@ Pixels = NDArray[np.uint8]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """One model on one picture. `measures`: by name of `MEASURES`, empty without a true mask; MAE is better lower, the
-    others higher, all in [0, 1]. `thumb`, `thumb_mask`: the picture and its mask, at most `THUMB` on a side.
+    """One model on one image. `measures`: by name of `MEASURES`, empty without a true mask; MAE is better lower, the
+    others higher, all in [0, 1]. `thumb`, `thumb_mask`: the image and its mask, at most `THUMB` on a side.
     """
 
     model: str
-    picture: Path
+    image: Path
     seconds: float
     measures: dict[str, float]
     thumb: Pixels
@@ -56,30 +56,30 @@ def compare(
     load_model: Callable[[str], LoadedModel],
     report: Callable[[str], None],
 ) -> list[Result]:
-    """Runs each model over every picture below `folder`, one model in memory at a time. `report` hears of pictures that
-    are left out, which are left out for every model. Raises `SettingsError` if there is no picture, `ModelError`.
+    """Runs each model over every image below `folder`, one model in memory at a time. `report` hears of images that
+    are left out, which are left out for every model. Raises `SettingsError` if there is no image, `ModelError`.
     """
-    pictures = sorted(
+    images = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and not path.name.endswith(TRUTH_SUFFIX) and path.is_file()
     )
-    if not pictures:
-        raise SettingsError(f"There is no picture in {folder} ({', '.join(SUFFIXES)}).")
+    if not images:
+        raise SettingsError(f"There is no image in {folder} ({', '.join(SUFFIXES)}).")
     results: list[Result] = []
     for number, name in enumerate(models):
         heard = report if number == 0 else lambda text: None
-        results += _run(name, pictures, load_model(name), heard)
+        results += _run(name, images, load_model(name), heard)
     return results
 
 
-def _run(name: str, pictures: list[Path], model: LoadedModel, report: Callable[[str], None]) -> list[Result]:
+def _run(name: str, images: list[Path], model: LoadedModel, report: Callable[[str], None]) -> list[Result]:
     results = []
     with Predictor(model, batch_limit=1) as predictor:
         predictor.warm_up()
-        for path in pictures:
+        for path in images:
             try:
-                rgb = decode_picture(path.read_bytes(), limits=Limits(), animation="first").rgb
+                rgb = decode_image(path.read_bytes(), limits=Limits(), animation="first").rgb
             except ImageError as exc:
                 report(f"{path} is left out: {exc}")
                 continue
@@ -90,7 +90,7 @@ def _run(name: str, pictures: list[Path], model: LoadedModel, report: Callable[[
             results.append(
                 Result(
                     model=name,
-                    picture=path,
+                    image=path,
                     seconds=seconds,
                     measures=measure(mask, truth) if truth is not None else {},
                     thumb=_shrink_to_thumb(rgb),
@@ -122,14 +122,14 @@ def measure(mask: Pixels, truth: Pixels) -> dict[str, float]:
 
 
 def format_table(results: Sequence[Result], folder: Path) -> str:
-    """Means by subfolder and over all; without true masks, seconds a picture only."""
+    """Means by subfolder and over all; without true masks, seconds an image only."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        inside = result.picture.parent.relative_to(folder).as_posix()
+        inside = result.image.parent.relative_to(folder).as_posix()
         for place in {"all", inside} - {"."}:
             groups.setdefault((place, result.model), []).append(result)
-    lines = [f"{'folder':24} {'model':24} {'pictures':>8} {'measured':>8}", ""]
-    lines[0] += "".join(f"{name:>8}" for name in MEASURES) + f"{'s/picture':>11}"
+    lines = [f"{'folder':24} {'model':24} {'images':>8} {'measured':>8}", ""]
+    lines[0] += "".join(f"{name:>8}" for name in MEASURES) + f"{'s/image':>11}"
     for (place, model), members in sorted(groups.items(), key=lambda item: (item[0][0] != "all", item[0])):
         measured = [member.measures for member in members if member.measures]
         means = [f"{np.mean([one[name] for one in measured]):8.4f}" if measured else f"{'-':>8}" for name in MEASURES]
@@ -139,10 +139,10 @@ def format_table(results: Sequence[Result], folder: Path) -> str:
 
 
 def draw_disagreements(results: Sequence[Result]) -> Pixels:
-    """(H, W, 3) uint8: the pictures where masks differ most, worst first; each row the picture, then its cutouts."""
+    """(H, W, 3) uint8: the images where masks differ most, worst first; each row the image, then its cutouts."""
     rows: dict[Path, list[Result]] = {}
     for result in results:
-        rows.setdefault(result.picture, []).append(result)
+        rows.setdefault(result.image, []).append(result)
     worst = sorted(rows.values(), key=_disagreement, reverse=True)[:COLLAGE_ROWS]
     columns = 1 + max(len(members) for members in worst)
     step = THUMB + MARGIN
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> int:
         _say(f"{exc} [{exc.code}]")
         return 2
     if not results:
-        _say(f"No picture in {arguments.folder} could be read.")
+        _say(f"No image in {arguments.folder} could be read.")
         return 2
     print(format_table(results, arguments.folder))
     if not all(result.measures for result in results) and len(arguments.model) > 1:
@@ -195,14 +195,14 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _read_truth(picture: Path, size: tuple[int, ...]) -> Pixels | None:
-    """The true mask beside `picture`. Raises `SettingsError` where it is no picture of the same size."""
-    path = picture.with_name(picture.stem + TRUTH_SUFFIX)
+def _read_truth(image: Path, size: tuple[int, ...]) -> Pixels | None:
+    """The true mask beside `image`. Raises `SettingsError` where it is no image of the same size."""
+    path = image.with_name(image.stem + TRUTH_SUFFIX)
     if not path.is_file():
         return None
     truth = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_GRAYSCALE)
     if truth is None or truth.shape != size:
-        raise SettingsError(f"{path} is no grey picture of {size[1]} x {size[0]}, the size of {picture.name}.")
+        raise SettingsError(f"{path} is no grey image of {size[1]} x {size[0]}, the size of {image.name}.")
     return np.asarray(truth, np.uint8)
 
 

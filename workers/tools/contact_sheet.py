@@ -1,4 +1,4 @@
-"""Contact sheet: one PNG to look at, a row a picture: original, mask, cutout on a checkerboard, and the worst edge at
+"""Contact sheet: one PNG to look at, a row an image: original, mask, cutout on a checkerboard, and the worst edge at
 100 %.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from workers.imaging.decode import Limits, decode_picture
+from workers.imaging.decode import Limits, decode_image
 from workers.imaging.encode import encode_flat_png
 from workers.imaging.quality import find_worst_edge
 
@@ -48,9 +48,9 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
     for at, row in enumerate(rows):
         top = _CAPTION + _GAP + at * (_CELL + _CAPTION + _GAP)
         _write(sheet, [(row.caption, 0)], top=top, ink=_INK)
-        for column, picture in enumerate(_cells(row)):
+        for column, image in enumerate(_cells(row)):
             left = _GAP + column * (_CELL + _GAP)
-            sheet[top + _CAPTION : top + _CAPTION + _CELL, left : left + _CELL] = picture
+            sheet[top + _CAPTION : top + _CAPTION + _CELL, left : left + _CELL] = image
     path.write_bytes(encode_flat_png(sheet, text={"Software": "Cutfleet"}))
 
 
@@ -86,12 +86,12 @@ def _rows_of(folder: Path) -> Iterable[SheetRow]:
 def _cells(row: SheetRow) -> list[Pixels]:
     source = _shown(row.source)
     cutout = _shown(row.cutout)
-    mask = decode_picture(row.mask, limits=Limits(), animation="first").rgb
+    mask = decode_image(row.mask, limits=Limits(), animation="first").rgb
     return [_fitted(source), _fitted(mask), _fitted(cutout), worst_edge(cutout, mask[..., 0], side=_CELL)]
 
 
 def worst_edge(cutout: Pixels, mask: Pixels, *, side: int) -> Pixels:
-    """(`side`, `side`, 3): the worst edge at full size, `cutout` already flattened; padded where the picture is
+    """(`side`, `side`, 3): the worst edge at full size, `cutout` already flattened; padded where the image is
     smaller.
     """
     shown = cutout[find_worst_edge(mask, side)]
@@ -102,12 +102,12 @@ def worst_edge(cutout: Pixels, mask: Pixels, *, side: int) -> Pixels:
 
 def _shown(data: bytes) -> Pixels:
     """As a viewer would, on a checkerboard where it is transparent."""
-    picture = decode_picture(data, limits=Limits(), animation="first")
-    if picture.alpha is None:
-        return picture.rgb
-    share = cv2.cvtColor(picture.alpha, cv2.COLOR_GRAY2RGB)
-    board = _checkerboard(*picture.alpha.shape)
-    over, under = cv2.multiply(picture.rgb, share, scale=1 / 255), cv2.multiply(board, 255 - share, scale=1 / 255)
+    image = decode_image(data, limits=Limits(), animation="first")
+    if image.alpha is None:
+        return image.rgb
+    share = cv2.cvtColor(image.alpha, cv2.COLOR_GRAY2RGB)
+    board = _checkerboard(*image.alpha.shape)
+    over, under = cv2.multiply(image.rgb, share, scale=1 / 255), cv2.multiply(board, 255 - share, scale=1 / 255)
     return np.asarray(cv2.add(over, under), np.uint8)
 
 

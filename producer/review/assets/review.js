@@ -117,7 +117,7 @@ function fillReasons() {
   }));
 }
 
-// The picture
+// The image
 
 function show(at) {
   tiles[shown[current]]?.firstChild.removeAttribute("aria-current");
@@ -261,7 +261,7 @@ function save(verdict) {
   });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-  $("saved-title").textContent = `${name}: ${lines.length} ${lines.length === 1 ? "picture" : "pictures"}`;
+  $("saved-title").textContent = `${name}: ${lines.length} ${lines.length === 1 ? "image" : "images"}`;
   const again = verdict === "rejected";
   $("saved-next").textContent = again ? "Cut them out again with another model:" : "A list for you to keep.";
   $("command").hidden = $("copy").hidden = !again;

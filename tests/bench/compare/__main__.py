@@ -1,10 +1,10 @@
-"""What people would use instead, beside ours: the same pictures, weights (u2netp, float32) and processor cores.
+"""What people would use instead, beside ours: the same images, weights (u2netp, float32) and processor cores.
 
     python -m tests.bench.compare [--rounds N] [--size 12MP] [--only NAME] [--envs FOLDER] [--json FILE]
 
 The model card's script in a loop over S3; plain Celery tasks with Pillow; Ray Data with our own functions; `rembg p` on
 a folder, which needs no S3 at all. Their start, imports and loading are not counted; our job counts from before it is
-submitted until its last picture is done. Ray and rembg are installed into environments of their own (`--envs`); rembg
+submitted until its last image is done. Ray and rembg are installed into environments of their own (`--envs`); rembg
 gets our weights as an ONNX file. Everything in turn within each round.
 """
 
@@ -32,7 +32,7 @@ from producer.demo.local_stack import Process, inherited_environment
 from tests.bench.compare import apart
 from tests.bench.compare.recipe import load_model
 from tests.bench.flow import Fleet, fleet
-from tests.bench.pictures import SIZES
+from tests.bench.image_path import SIZES
 from tests.bench.report import Row, fact, progress, row, tell
 from tests.bench.worker import SLOTS
 from workers.models.checkpoint import fill, read_weights
@@ -50,7 +50,7 @@ COUNTS = {
     "12MP": {OURS: 32, "model card's script over S3": 3, "plain Celery with Pillow": 6, RAY: 16, REMBG: 3},
     "2MP": {OURS: 96, "model card's script over S3": 10, "plain Celery with Pillow": 20, RAY: 48, REMBG: 12},
 }
-"""Pictures a round: some ten seconds each."""
+"""Images a round: some ten seconds each."""
 PACKAGES = {"ray": ["ray[data]"], "rembg": ["rembg[cpu,cli]"]}
 FIRST = "p00000.jpg"
 EQUAL = 2
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 
 
 class Contest:
-    """All tools on one size of picture. Their results stay in buckets, to be compared."""
+    """All tools on one size of image. Their results stay in buckets, to be compared."""
 
     def __init__(self, here: Fleet, worker: Process, size: str, programs: Mapping[str, Path]) -> None:
         self.here, self.worker, self.size, self.programs = here, worker, size, programs
@@ -106,7 +106,7 @@ class Contest:
             own = rates[f"{OURS}, edges {edges}"]
             for name in names:
                 what = f"{self.size}: ours, edges {edges}"
-                yield row(what, own, "pictures/s", against=name, others=rates[name], better="more")
+                yield row(what, own, "images/s", against=name, others=rates[name], better="more")
 
     def _seconds(self, name: str) -> float:
         count = COUNTS[self.size][name]

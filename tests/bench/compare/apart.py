@@ -1,7 +1,7 @@
 """Why other tools' alpha is not ours: their steps around the same network, and each step in our form.
 
-Only how a picture is shrunk for the model and how its mask is enlarged again differs by more than rounding. rembg also
-stretches picture and mask to their full range, which by itself changes a photograph's mask by one grey level at most.
+Only how an image is shrunk for the model and how its mask is enlarged again differs by more than rounding. rembg also
+stretches image and mask to their full range, which by itself changes a photograph's mask by one grey level at most.
 """
 
 from __future__ import annotations

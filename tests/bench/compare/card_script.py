@@ -1,4 +1,4 @@
-"""The model card's script over S3: a loop, one picture after another."""
+"""The model card's script over S3: a loop, one image after another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a competitor reads and writes: SOURCE, TARGET and the number of pictures from the command line, S3 from
+"""Where a competitor reads and writes: SOURCE, TARGET and the number of images from the command line, S3 from
 `AWS_*`, `AWS_ENDPOINT_URL_S3` included, as boto3 reads them.
 """
 

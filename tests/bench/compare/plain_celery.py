@@ -1,4 +1,4 @@
-"""Plain Celery tasks with Pillow: one task a picture on Celery's own worker with its default pool, a process for each
+"""Plain Celery tasks with Pillow: one task an image on Celery's own worker with its default pool, a process for each
 core, each with its model. Started by itself for producer and worker alike.
 """
 
@@ -35,7 +35,7 @@ def store() -> Any:
 
 @worker_process_init.connect
 def get_ready(**_: object) -> None:
-    """Without this the first picture of each process would wait for the model."""
+    """Without this the first image of each process would wait for the model."""
     model()
     redis.Redis.from_url(URL).incr("ready")
 

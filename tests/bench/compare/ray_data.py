@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from jobs.recipe import Recipe
 from tests.bench.compare.places import Places, client, fetch, places, publish, timed
-from workers.imaging.decode import Limits, Picture, decode_picture
+from workers.imaging.decode import DecodedImage, Limits, decode_image
 from workers.imaging.pipeline import encode_outputs, limit_threads, shrink_for_model
 from workers.imaging.resize import enlarge
 from workers.models.batcher import Predictor
@@ -32,8 +32,8 @@ def store() -> Any:
 
 
 def prepare(row: Row, where: Places) -> Row:
-    picture = decode_picture(fetch(store(), where.source, row["key"]), limits=Limits(), animation="first")
-    return {"key": row["key"], "rgb": picture.rgb, "small": shrink_for_model(picture, SIZE)}
+    image = decode_image(fetch(store(), where.source, row["key"]), limits=Limits(), animation="first")
+    return {"key": row["key"], "rgb": image.rgb, "small": shrink_for_model(image, SIZE)}
 
 
 class Model:
@@ -47,7 +47,7 @@ class Model:
 
 def finish(row: Row, where: Places) -> Row:
     rgb = row["rgb"]
-    outputs = encode_outputs(Picture(rgb), enlarge(row["mask"], rgb.shape[:2]), Recipe(edges="off"), text={})
+    outputs = encode_outputs(DecodedImage(rgb), enlarge(row["mask"], rgb.shape[:2]), Recipe(edges="off"), text={})
     publish(store(), where.target, row["key"], outputs.cutout, outputs.mask)
     return {"key": row["key"]}
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def run(where: Places) -> None:
-    """Once with one picture first: processes start and load then."""
+    """Once with one image first: processes start and load then."""
     rows = ray.data.from_items([{"key": key} for key in where.keys], override_num_blocks=where.count)
     prepared = rows.map(prepare, fn_args=(where,))
     predicted = prepared.map_batches(Model, batch_size=4, concurrency=1, num_cpus=0.5)

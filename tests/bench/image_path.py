@@ -1,8 +1,8 @@
-"""The picture path, model excluded: each stage against its naive form, and the whole against the model card's script.
+"""The image path, model excluded: each stage against its naive form, and the whole against the model card's script.
 
-    python -m tests.bench.pictures [--rounds N] [--json FILE]
+    python -m tests.bench.image_path [--rounds N] [--json FILE]
 
-One core, CPU time of this process, both forms in turn within each round. The pictures are made here: 1/f texture,
+One core, CPU time of this process, both forms in turn within each round. The images are made here: 1/f texture,
 gradients and sensor noise, JPEG at quality 92; the mask is an ellipse with a soft edge.
 """
 
@@ -24,7 +24,7 @@ from torchvision import transforms
 
 from jobs.recipe import Recipe
 from tests.bench.report import Row, row, tell
-from workers.imaging.decode import Limits, decode_picture
+from workers.imaging.decode import Limits, decode_image
 from workers.imaging.edges import clean_edges
 from workers.imaging.encode import encode_cutout_png, encode_mask_png
 from workers.imaging.pipeline import cut_out, limit_threads
@@ -55,14 +55,14 @@ class FixedMask:
 
 def make_photo(height: int, width: int) -> bytes:
     random = np.random.default_rng(12)
-    picture = np.zeros((height, width, 3), np.float32)
+    image = np.zeros((height, width, 3), np.float32)
     for scale in (2, 4, 8, 16, 32, 64, 128, 256):
         noise = random.normal(size=(height // scale + 2, width // scale + 2, 3)).astype(np.float32)
-        picture += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC) * scale**0.8
-    picture = (picture - picture.min()) * (255 / np.ptp(picture))
-    picture += cv2.GaussianBlur(random.normal(size=picture.shape).astype(np.float32) * 8, (0, 0), 0.7)
+        image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC) * scale**0.8
+    image = (image - image.min()) * (255 / np.ptp(image))
+    image += cv2.GaussianBlur(random.normal(size=image.shape).astype(np.float32) * 8, (0, 0), 0.7)
     out = io.BytesIO()
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=92)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=92)
     return out.getvalue()
 
 
@@ -100,13 +100,13 @@ def zeroed(rgb: Pixels, alpha: Pixels) -> Image.Image:
 
 def stages(data: bytes, small: Pixels) -> Iterator[tuple[str, Stage, str, Stage | None]]:
     """Name, ours, the naive form's name, the naive form."""
-    rgb = decode_picture(data, limits=Limits(), animation="first").rgb
+    rgb = decode_image(data, limits=Limits(), animation="first").rgb
     alpha = enlarge(small, rgb.shape[:2])
     image, mask = Image.fromarray(rgb), Image.fromarray(alpha)
     predictor = FixedMask(small)
     yield (
         "decode",
-        lambda: decode_picture(data, limits=Limits(), animation="first"),
+        lambda: decode_image(data, limits=Limits(), animation="first"),
         "Pillow to numpy",
         lambda: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
     )
@@ -157,7 +157,7 @@ def _compare(name: str, ours: Stage, naive_name: str, naive: Stage | None, *, ro
 
 def _file_size(name: str, data: bytes, small: Pixels) -> Row:
     """Of the cutout, against Pillow's default with the same pixels."""
-    rgb = decode_picture(data, limits=Limits(), animation="first").rgb
+    rgb = decode_image(data, limits=Limits(), animation="first").rgb
     alpha = enlarge(small, rgb.shape[:2])
     ours, pillow = len(encode_cutout_png(rgb, alpha, text={})), len(pillow_png(zeroed(rgb, alpha)))
     return row(name, [ours / 1e6], "MB", against="Pillow's default, same pixels", others=[pillow / 1e6])

@@ -1,5 +1,5 @@
-# make demo [PHOTOS=folder]: see it work on this machine.  make test: prove it.  make check: style and types.  make bench: measure it.
-# make faults [SEED=n]: ten minutes of random faults under load, and what they cost.
+# make demo [PHOTOS=folder]: run the whole system on this machine.  make test: all tests.  make check: format, lint, types.
+# make bench: the benchmarks.  make faults [SEED=n]: ten minutes of random faults under load, and their cost.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/cutfleet demo $(PHOTOS)
 
 test: $(READY) $(PROMETHEUS) $(CHROMIUM)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # it mostly waits; a file shares its servers
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # tests mostly wait; a file shares servers
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes what the images install: the versions that the tests ran with, each file by its hash. `make locks`.
+# `make locks`: writes the lock files of the container images, with the tested versions and the hash of each file.
 set -eu
 cd "$(dirname "$0")/../.."
 export CUSTOM_COMPILE_COMMAND="make locks"

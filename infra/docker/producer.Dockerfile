@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# The light image: `cutfleet`, its dispatcher, and Flower. No torch, no numpy, no Pillow.
+# The producer's container image: `cutfleet`, the dispatcher, and Flower. No torch, numpy or Pillow.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
@@ -15,7 +15,7 @@ RUN /opt/cutfleet/bin/pip install --no-cache-dir --no-deps --no-build-isolation 
 FROM ${BASE}
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="cutfleet-producer" \
-      org.opencontainers.image.description="Submits jobs, dispatches them, shows them: background removal at catalogue scale" \
+      org.opencontainers.image.description="Submits, dispatches and monitors background-removal jobs" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin cutfleet
@@ -27,7 +27,7 @@ ENV PATH=/opt/cutfleet/bin:$PATH \
 USER 10001:10001
 WORKDIR /tmp
 STOPSIGNAL SIGTERM
-# Of the dispatcher, whose loop touches the file; an image run for one command ends before it is asked.
+# For the dispatcher, whose loop touches the file. A container that runs one command ends before the first check.
 HEALTHCHECK --interval=20s --timeout=5s --start-period=30s --retries=3 \
   CMD ["/bin/sh", "-c", "test -n \"$(find \"$CUTFLEET_ALIVE_FILE\" -mmin -1)\""]
 ENTRYPOINT ["cutfleet"]

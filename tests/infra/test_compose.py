@@ -1,4 +1,4 @@
-"""docker-compose.yml without an engine: its schema, its variables, and what each service must have."""
+"""docker-compose.yml, checked without a Docker engine: schema, variables, and required properties of each service."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ import yaml
 from jsonschema.validators import validator_for
 
 from jobs.settings import PREFIX, Settings
-from tests.support.factories import program
+from tests.support.environment import find_program
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name for name, service in SERVICES.items() if service["image"].startswith("cutfleet-")}
-OTHERS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"}  # boto3's own
+OTHERS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"}  # read by boto3
 OF_COMPOSE = {"COMPOSE_PROFILES", "MODELS", "VALKEY_MAXMEMORY"}
 EXAMPLE = (ROOT / "infra/compose/example.env").read_text()
 
 
-def problems(document: Any) -> list[str]:
-    """By the Compose specification's own schema, as check-jsonschema carries it."""
+def schema_errors(document: Any) -> list[str]:
+    """Validate against the Compose specification's schema, which check-jsonschema contains."""
     schema = json.loads(files("check_jsonschema").joinpath("builtin_schemas/vendor/compose-spec.json").read_text())
     return [error.message for error in validator_for(schema)(schema).iter_errors(document)]
 
 
-def of_ours(variable: str) -> bool:
+def is_setting(variable: str) -> bool:
     return variable.startswith(PREFIX) and variable[len(PREFIX) :].lower() in Settings.model_fields
 
 
-def test_it_fits_the_compose_specification() -> None:
-    assert problems(COMPOSE) == []
+def test_the_file_matches_the_compose_specification() -> None:
+    assert schema_errors(COMPOSE) == []
 
 
-def test_a_second_gpu_fits_too() -> None:
-    class Merging(yaml.SafeLoader):
+def test_the_override_for_two_gpus_matches_the_specification() -> None:
+    class Merging(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         pass
 
     Merging.add_constructor("!override", lambda loader, node: loader.construct_sequence(node, deep=True))
     second = yaml.load((ROOT / "infra/compose/two-gpus.yml").read_text(), Merging)  # noqa: S506  (a safe loader)
 
-    assert problems(second) == []
+    assert schema_errors(second) == []
     assert {service["extends"]["service"] for service in second["services"].values()} <= set(SERVICES)
 
 
-def test_sources_of_another_account_fit_too() -> None:
+def test_the_override_for_two_accounts_matches_the_specification() -> None:
     other = yaml.safe_load((ROOT / "infra/compose/two-accounts.yml").read_text())
 
-    assert problems(other) == []
+    assert schema_errors(other) == []
     assert set(other["services"]) == {name for name in OURS if name not in ("dispatcher", "flower")}, (
-        "who reads sources"
+        "services that read sources"
     )
     for service in other["services"].values():
-        assert all(of_ours(name) or name == "AWS_SHARED_CREDENTIALS_FILE" for name in service["environment"])
+        assert all(is_setting(name) or name == "AWS_SHARED_CREDENTIALS_FILE" for name in service["environment"])
 
 
-def test_the_schema_finds_mistakes() -> None:
-    assert problems(COMPOSE | {"services": {"worker": {"imagee": "x"}}})
-    assert problems(COMPOSE | {"services": {"worker": {"image": "x", "healthcheck": {"interval": 5}}}})
+def test_the_schema_rejects_mistakes() -> None:
+    assert schema_errors(COMPOSE | {"services": {"worker": {"imagee": "x"}}})
+    assert schema_errors(COMPOSE | {"services": {"worker": {"image": "x", "healthcheck": {"interval": 5}}}})
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
@@ -72,21 +72,21 @@ def test_every_variable_is_a_setting(name: str) -> None:
     variables = set(SERVICES[name]["environment"])
 
     flower = {variable for variable in variables if variable.startswith("FLOWER_")}
-    assert {variable for variable in variables - OTHERS - flower if not of_ours(variable)} == set()
+    assert {variable for variable in variables - OTHERS - flower if not is_setting(variable)} == set()
     assert flower == ({"FLOWER_BASIC_AUTH", "FLOWER_READ_ONLY"} if name == "flower" else set())
 
 
-def test_every_variable_asked_of_the_operator_is_in_the_example() -> None:
-    asked = set(re.findall(r"\$\{(\w+)", TEXT))
+def test_the_example_has_every_variable_of_the_file() -> None:
+    used = set(re.findall(r"\$\{(\w+)", TEXT))
     offered = set(re.findall(r"^#?([A-Z_0-9]+)=", EXAMPLE, re.MULTILINE))
 
-    assert {name for name in offered - asked if name not in OF_COMPOSE} == set(), "the example offers what nobody reads"
-    assert {name for name in asked if not of_ours(name)} <= OTHERS | OF_COMPOSE | {"FLOWER_BASIC_AUTH"}
-    assert {name for name in asked if f"${{{name}:?" in TEXT} <= offered, "without these nothing starts"
+    assert {name for name in offered - used if name not in OF_COMPOSE} == set(), "variables that the file does not read"
+    assert {name for name in used if not is_setting(name)} <= OTHERS | OF_COMPOSE | {"FLOWER_BASIC_AUTH"}
+    assert {name for name in used if f"${{{name}:?" in TEXT} <= offered, "required variables"
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
-def test_every_service_can_be_trusted_alone_at_night(name: str) -> None:
+def test_every_service_restarts_and_is_sandboxed(name: str) -> None:
     service = SERVICES[name]
 
     assert service["restart"] == ("no" if name == "cutfleet" else "always")
@@ -95,19 +95,19 @@ def test_every_service_can_be_trusted_alone_at_night(name: str) -> None:
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     assert re.search(rf"^  {name}:.*?stop_grace_period: \d+s  # \w", TEXT + "\n", re.MULTILINE | re.DOTALL) or (
         name.startswith("worker-")
-    ), "a grace has a reason"
-    image = ROOT / "infra/docker" / f"{service['image'].removeprefix('cutfleet-')}.Dockerfile"
-    assert "healthcheck" in service or "HEALTHCHECK" in image.read_text()
+    ), "a stop_grace_period needs its reason in a comment"
+    dockerfile = ROOT / "infra/docker" / f"{service['image'].removeprefix('cutfleet-')}.Dockerfile"
+    assert "healthcheck" in service or "HEALTHCHECK" in dockerfile.read_text()
 
 
-def test_a_worker_has_longer_to_stop_than_it_takes_to_drain() -> None:
+def test_the_grace_period_of_a_worker_exceeds_its_drain_time() -> None:
     for name in ("worker-gpu", "worker-cpu"):
         grace_s = float(SERVICES[name]["stop_grace_period"].removesuffix("s"))
 
         assert grace_s > Settings.model_fields["drain_s"].default
 
 
-def test_weights_of_ones_own_take_the_place_of_the_volume() -> None:
+def test_a_folder_of_weights_can_replace_the_volume() -> None:
     for name in ("worker-gpu", "worker-cpu"):
         assert SERVICES[name]["volumes"] == ["${MODELS:-models}:/models"]
 
@@ -122,14 +122,14 @@ def test_only_the_gpu_worker_reserves_a_gpu() -> None:
     assert "'capabilities': ['gpu']" in reserved["worker-gpu"]
 
 
-def test_flower_has_a_login_and_changes_nothing() -> None:
+def test_flower_requires_a_login_and_is_read_only() -> None:
     environment = SERVICES["flower"]["environment"]
 
     assert environment["FLOWER_READ_ONLY"] == "true"
-    assert environment["FLOWER_BASIC_AUTH"] == "${FLOWER_BASIC_AUTH:-}", "empty: Flower refuses to start"
+    assert environment["FLOWER_BASIC_AUTH"] == "${FLOWER_BASIC_AUTH:-}", "empty: Flower does not start"
 
 
-def test_images_are_pinned_to_a_version() -> None:
+def test_container_images_are_pinned_to_a_version() -> None:
     for service in SERVICES.values():
         if not service["image"].startswith("cutfleet-"):
             assert re.search(r":v?\d+\.\d+", service["image"])
@@ -137,4 +137,4 @@ def test_images_are_pinned_to_a_version() -> None:
 
 @pytest.mark.parametrize("name", ["producer", "worker"])
 def test_dockerfiles_pass_hadolint(name: str) -> None:
-    subprocess.run([program("hadolint"), str(ROOT / f"infra/docker/{name}.Dockerfile")], check=True)
+    subprocess.run([find_program("hadolint"), str(ROOT / f"infra/docker/{name}.Dockerfile")], check=True)

@@ -1,4 +1,4 @@
-"""The images without an engine: what is copied exists, and the lock files hold what is needed and nothing heavy."""
+"""The container images, checked without a Docker engine: copied files exist, lock files match the requirements."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LOCKS = {"producer.txt": ["flower", "api"], "worker-cuda.txt": ["worker"]}
 HEAVY = {"torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "transformers", "kornia", "simplejpeg"}
 
 
-def locked(name: str) -> dict[str, str]:
-    """Version by package. Fails on one without a hash."""
+def read_lock(name: str) -> dict[str, str]:
+    """Return the version of each package. Fails on a package without a hash."""
     entries = re.findall(r"^(\S+?)==(\S+) \\\n((?:    --hash=\S+(?: \\)?\n)*)", (FOLDER / name).read_text(), re.M)
     assert entries
     for package, _, hashes in entries:
@@ -27,13 +27,13 @@ def locked(name: str) -> dict[str, str]:
     return {canonicalize_name(package): version for package, version, _ in entries}
 
 
-def dockerfile(image: str) -> str:
+def read_dockerfile(image: str) -> str:
     return (FOLDER / f"{image}.Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_a_lock_covers_what_the_project_asks_for(name: str) -> None:
-    found = locked(name)
+def test_a_lock_file_covers_every_requirement(name: str) -> None:
+    found = read_lock(name)
 
     extras = [text for extra in LOCKS[name] for text in PROJECT["optional-dependencies"][extra]]
     for text in PROJECT["dependencies"] + extras:
@@ -43,16 +43,16 @@ def test_a_lock_covers_what_the_project_asks_for(name: str) -> None:
         )
 
 
-def test_the_producer_installs_nothing_of_pixels() -> None:
-    names = locked("producer.txt")
+def test_the_producer_installs_no_pixel_library() -> None:
+    names = read_lock("producer.txt")
 
     assert not {name for name in names if name in HEAVY or name.startswith(("nvidia-", "cuda-", "triton"))}
-    assert locked("worker-cuda.txt").keys() >= HEAVY
+    assert read_lock("worker-cuda.txt").keys() >= HEAVY
 
 
 @pytest.mark.parametrize(("image", "packages"), [("producer", {"jobs", "producer"}), ("worker", {"jobs", "workers"})])
-def test_what_is_copied_exists_and_is_one_side_only(image: str, packages: set[str]) -> None:
-    lines = [line.split()[1:-1] for line in dockerfile(image).splitlines() if re.match(r"COPY (?!--from)", line)]
+def test_copied_files_exist_and_belong_to_one_side(image: str, packages: set[str]) -> None:
+    lines = [line.split()[1:-1] for line in read_dockerfile(image).splitlines() if re.match(r"COPY (?!--from)", line)]
     sources = {source.replace("${LOCK}", "worker-cuda.txt") for line in lines for source in line}
 
     assert {source for source in sources if not (ROOT / source).exists()} == set()
@@ -60,12 +60,12 @@ def test_what_is_copied_exists_and_is_one_side_only(image: str, packages: set[st
 
 
 @pytest.mark.parametrize("image", ["producer", "worker"])
-def test_an_image_is_no_root_and_gets_its_signals(image: str) -> None:
-    text = dockerfile(image)
+def test_a_container_runs_without_root_and_receives_sigterm(image: str) -> None:
+    text = read_dockerfile(image)
     entry = re.search(r"^ENTRYPOINT (.+)$", text, re.M)
 
     assert entry is not None
-    assert json.loads(entry[1]), "exec form: no shell swallows SIGTERM"
+    assert json.loads(entry[1]), "exec form: a shell would not pass on SIGTERM"
     assert re.search(r"^USER 10001:10001$", text, re.M)
     assert "HEALTHCHECK" in text
     assert f"VERSION={PROJECT['version']}" in text

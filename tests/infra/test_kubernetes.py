@@ -1,4 +1,4 @@
-"""The Kubernetes manifests as kubectl builds them: each fits its schema, and says what the code beside it says."""
+"""The Kubernetes manifests, built by kubectl: each matches its schema and agrees with the code."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pydantic import ValidationError
 
 from jobs.settings import PREFIX, Settings
 from tests.support import prometheus
-from tests.support.factories import program
+from tests.support.environment import find_program
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = ["cpu", "gpu"]
-VERSIONS = ["1.30", "1.37"]  # the oldest that clouds still offer, the newest there is
+VERSIONS = ["1.30", "1.37"]  # the oldest that clouds still offer, and the newest
 SPOT_NOTICE_S = 120
 PAGE = (ROOT / "infra/kubernetes/README.md").read_text()
 Object = dict[str, Any]
@@ -35,7 +35,7 @@ def build(overlay: str) -> list[Object]:
 
 def kustomize(folder: Path) -> list[Object]:
     built = subprocess.run(
-        [program("kubectl"), "kustomize", str(folder)], check=True, capture_output=True, text=True
+        [find_program("kubectl"), "kustomize", str(folder)], check=True, capture_output=True, text=True
     ).stdout
     return list(yaml.safe_load_all(built))
 
@@ -46,20 +46,20 @@ def find(overlay: str, kind: str, name: str) -> Object:
 
 
 def pods(overlay: str) -> dict[str, Object]:
-    """The specification of each workload's pod, by the workload's name."""
+    """Return the pod specification of each workload, by the workload's name."""
     workloads = (o for o in build(overlay) if o["kind"] in ("Deployment", "StatefulSet"))
     return {o["metadata"]["name"]: o["spec"]["template"]["spec"] for o in workloads}
 
 
 def check_scaled_object(document: Object) -> None:
-    """By KEDA's own resource definition; what it does not know is an error too."""
+    """Validate against KEDA's resource definition; an unknown field is an error too."""
     read = ScaledObject.model_validate(document).model_dump(mode="json", by_alias=True, exclude_unset=True)
     assert read == document
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_object_fits_its_schema(overlay: str, version: str) -> None:
+def test_every_object_matches_its_schema(overlay: str, version: str) -> None:
     for document in build(overlay):
         if document["apiVersion"].startswith("keda.sh/"):
             check_scaled_object(document)
@@ -67,7 +67,7 @@ def test_every_object_fits_its_schema(overlay: str, version: str) -> None:
             kubernetes_validate.validate(document, version, strict=True)
 
 
-def test_the_schemas_find_mistakes() -> None:
+def test_the_schemas_reject_mistakes() -> None:
     worker = find("gpu", "Deployment", "worker")
     scaling = find("gpu", "ScaledObject", "worker")
 
@@ -78,12 +78,12 @@ def test_the_schemas_find_mistakes() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_no_pod_may_more_than_it_needs(overlay: str) -> None:
+def test_every_pod_has_minimal_privileges(overlay: str) -> None:
     for name, pod in pods(overlay).items():
         assert pod["securityContext"]["runAsNonRoot"] is True, name
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["automountServiceAccountToken"] is False
-        assert pod["enableServiceLinks"] is False, "variables of Services look like settings"
+        assert pod["enableServiceLinks"] is False, "variables of Services would look like settings"
         for container in pod["containers"]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -95,19 +95,19 @@ def test_no_pod_may_more_than_it_needs(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_work_is_asked_for_by_an_account_that_may_read_sources(overlay: str) -> None:
-    asked = re.findall(r"exec (?:-it )?deploy/(\w+) -- cutfleet", PAGE)
+def test_jobs_are_submitted_by_an_account_that_may_read_sources(overlay: str) -> None:
+    pods_in_commands = re.findall(r"exec (?:-it )?deploy/(\w+) -- cutfleet", PAGE)
 
-    assert asked
-    for name in asked:
+    assert pods_in_commands
+    for name in pods_in_commands:
         account = pods(overlay)[name]["serviceAccountName"]
         assert find(overlay, "ServiceAccount", account)
         policy = json.loads((ROOT / f"infra/aws/{account}.json").read_text())
-        read = [place for one in policy["Statement"] if "s3:GetObject" in one["Action"] for place in one["Resource"]]
+        read = [arn for one in policy["Statement"] if "s3:GetObject" in one["Action"] for arn in one["Resource"]]
         assert "arn:aws:s3:::SOURCE/*" in read
 
 
-def test_the_pages_patch_opens_the_network_as_it_says(tmp_path: Path) -> None:
+def test_the_patch_in_the_readme_opens_the_network(tmp_path: Path) -> None:
     (patch,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
     shutil.copytree(ROOT / "infra/kubernetes", tmp_path / "kubernetes")
     (tmp_path / "kubernetes/own").mkdir()
@@ -125,11 +125,11 @@ def test_the_pages_patch_opens_the_network_as_it_says(tmp_path: Path) -> None:
 
 
 def is_policy(document: Object) -> bool:
-    return document["kind"] == "NetworkPolicy" and document["metadata"]["name"] == "cutfleet"
+    return bool(document["kind"] == "NetworkPolicy" and document["metadata"]["name"] == "cutfleet")
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_variable_is_a_setting_and_no_secret_stands_here(overlay: str) -> None:
+def test_every_variable_is_a_setting_and_no_file_contains_a_secret(overlay: str) -> None:
     plain = [o["data"] for o in build(overlay) if o["kind"] == "ConfigMap"]
     named = [env for pod in pods(overlay).values() for c in pod["containers"] for env in c.get("env", [])]
     names = {name for data in plain for name in data} | {env["name"] for env in named}
@@ -140,24 +140,26 @@ def test_every_variable_is_a_setting_and_no_secret_stands_here(overlay: str) -> 
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_a_worker_drains_before_it_is_killed_and_before_a_spot_instance_goes(overlay: str) -> None:
+def test_the_grace_period_is_between_drain_time_and_spot_notice(overlay: str) -> None:
     grace_s = pods(overlay)["worker"]["terminationGracePeriodSeconds"]
 
     assert Settings.model_fields["drain_s"].default < grace_s < SPOT_NOTICE_S
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_probes_look_at_the_file_that_the_process_touches(overlay: str) -> None:
+def test_probes_check_the_file_that_the_process_touches(overlay: str) -> None:
     for name in ("worker", "dispatcher"):
         (container,) = pods(overlay)[name]["containers"]
         (file,) = (env["value"] for env in container["env"] if env["name"] == "CUTFLEET_ALIVE_FILE")
 
         assert file in container["livenessProbe"]["exec"]["command"][-1]
-        assert any(file.startswith(mount["mountPath"] + "/") for mount in container["volumeMounts"]), "it is writable"
+        assert any(file.startswith(mount["mountPath"] + "/") for mount in container["volumeMounts"]), (
+            "the file must be writable"
+        )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_a_probe_tells_a_fresh_file_from_an_old_and_from_none(overlay: str, tmp_path: Path) -> None:
+def test_a_probe_fails_on_an_old_file_and_on_none(overlay: str, tmp_path: Path) -> None:
     (container,) = pods(overlay)["worker"]["containers"]
     file = tmp_path / "alive"
     command = [text.replace("/tmp/alive", str(file)) for text in container["livenessProbe"]["exec"]["command"]]  # noqa: S108
@@ -181,7 +183,7 @@ def test_one_pod_takes_one_gpu() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_scaling_follows_what_the_dispatcher_shows_of_this_model(overlay: str) -> None:
+def test_scaling_uses_the_metric_and_the_model_of_the_overlay(overlay: str) -> None:
     (settings,) = (o["data"] for o in build(overlay) if o["kind"] == "ConfigMap")
     spec = find(overlay, "ScaledObject", "worker")["spec"]
     query = spec["triggers"][0]["metadata"]["query"]
@@ -200,7 +202,7 @@ def test_prometheus_finds_the_pods_as_the_job_that_alerts_and_dashboard_name(tmp
     del elsewhere["kubernetes_sd_configs"]  # Debian's Prometheus is built without it
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": [elsewhere]}))
 
-    subprocess.run([program("promtool"), "check", "config", str(tmp_path / "prometheus.yml")], check=True)
+    subprocess.run([find_program("promtool"), "check", "config", str(tmp_path / "prometheus.yml")], check=True)
 
     assert job["job_name"] == prometheus.CONFIG["scrape_configs"][0]["job_name"]
     assert job["kubernetes_sd_configs"][0]["namespaces"]["names"] == [

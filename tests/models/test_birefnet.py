@@ -1,5 +1,5 @@
-"""BiRefNet against what the reference implementation computed, where that data is there, and always against independent
-forms of its parts.
+"""BiRefNet computes what the reference implementation computed, if that data is available, and what independent
+implementations of its parts compute.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch.nn import functional
 from torchvision.models.swin_transformer import SwinTransformer
 
 from jobs.catalogue import PRESETS, PatchOrder
-from workers.models import birefnet
-from workers.models.birefnet import BiRefNet, cut_patches
+from workers.models.birefnet import BiRefNet, DeformableConv, cut_patches
 from workers.models.device import place
 from workers.models.swin import SIZES, Swin, SwinSize
 
@@ -32,7 +31,7 @@ OTHER: dict[PatchOrder, PatchOrder] = {"columns_first": "channels_first", "chann
 needs_reference = pytest.mark.skipif(not DATA.is_dir(), reason=f"no reference outputs in {DATA}")
 
 
-class Rule(Protocol):
+class WeightRule(Protocol):
     def tensor_by_rule(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32] | None: ...
 
     def input_by_rule(self, height: int, width: int) -> NDArray[np.float32]: ...
@@ -44,7 +43,7 @@ def _tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_tiny(order: PatchOrder = "channels_first", *, seed: int = 0) -> BiRefNet:
-    """Every weight random, batch norms and offsets included, so that no path is without effect."""
+    """All weights are random, including batch norms and offsets, so that every path has an effect."""
     network = BiRefNet("tiny", order)
     noise = torch.Generator().manual_seed(seed)
     for name, value in network.state_dict().items():
@@ -52,7 +51,8 @@ def make_tiny(order: PatchOrder = "channels_first", *, seed: int = 0) -> BiRefNe
             spread = 0.1 if value.ndim == 1 else value[0].numel() ** -0.5
             value.normal_(0, spread, generator=noise)
             value += 1 if name.endswith(("running_var", "norm.weight", "bn.weight")) else 0
-            value.abs_() if name.endswith("running_var") else None
+            if name.endswith("running_var"):
+                value.abs_()
     return place(network, torch.device("cpu"), torch.float32)  # type: ignore[return-value]  # the same module
 
 
@@ -60,19 +60,16 @@ def random_input(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-# --- against the reference ---
-
-
 @pytest.fixture(scope="module")
-def rule() -> Rule:
+def rule() -> WeightRule:
     spec = importlib.util.spec_from_file_location("weights_by_rule", DATA / "weights_by_rule.py")
     assert spec and spec.loader
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module  # type: ignore[no-any-return]  # a module is its own protocol
+    return module  # type: ignore[no-any-return]  # a module that implements the protocol
 
 
-def fill_by_rule(network: BiRefNet, keys: dict[str, list[int]], rule: Rule) -> None:
+def fill_by_rule(network: BiRefNet, keys: dict[str, list[int]], rule: WeightRule) -> None:
     own = network.state_dict()
     values = {name: rule.tensor_by_rule(name, tuple(shape)) for name, shape in keys.items()}
     state = {
@@ -82,7 +79,7 @@ def fill_by_rule(network: BiRefNet, keys: dict[str, list[int]], rule: Rule) -> N
 
 
 @pytest.fixture(scope="module", params=["birefnet-lite", "rmbg-2.0"])
-def reference(request: pytest.FixtureRequest, rule: Rule) -> Iterator[tuple[BiRefNet, str]]:
+def reference(request: pytest.FixtureRequest, rule: WeightRule) -> Iterator[tuple[BiRefNet, str]]:
     preset = PRESETS[request.param]
     assert preset.patch_order is not None
     network = BiRefNet(preset.backbone, preset.patch_order)
@@ -91,7 +88,7 @@ def reference(request: pytest.FixtureRequest, rule: Rule) -> Iterator[tuple[BiRe
     yield network, preset.name
 
 
-def differences(network: BiRefNet, name: str, rule: Rule, size: tuple[int, int]) -> tuple[float, float]:
+def differences(network: BiRefNet, name: str, rule: WeightRule, size: tuple[int, int]) -> tuple[float, float]:
     with torch.inference_mode():
         logits = network(torch.from_numpy(rule.input_by_rule(*size))).numpy()[..., ::4, ::4]
     with np.load(DATA / f"{name}.npz") as expected:
@@ -101,8 +98,8 @@ def differences(network: BiRefNet, name: str, rule: Rule, size: tuple[int, int])
 
 @needs_reference
 @pytest.mark.parametrize("size", [(256, 256), (256, 384)])
-def test_it_computes_what_the_reference_computes(
-    reference: tuple[BiRefNet, str], rule: Rule, size: tuple[int, int]
+def test_its_logits_are_those_of_the_reference(
+    reference: tuple[BiRefNet, str], rule: WeightRule, size: tuple[int, int]
 ) -> None:
     largest, mean = differences(*reference, rule, size)
 
@@ -111,8 +108,8 @@ def test_it_computes_what_the_reference_computes(
 
 
 @needs_reference
-def test_the_other_patch_form_does_not_pass_for_the_reference(
-    reference: tuple[BiRefNet, str], rule: Rule, monkeypatch: pytest.MonkeyPatch
+def test_the_other_patch_order_gives_other_logits(
+    reference: tuple[BiRefNet, str], rule: WeightRule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, name = reference
     monkeypatch.setattr(network.decoder, "patch_order", OTHER[network.decoder.patch_order])
@@ -125,7 +122,7 @@ def test_the_other_patch_form_does_not_pass_for_the_reference(
 
 @needs_reference
 @pytest.mark.parametrize("name", ["birefnet-lite", "rmbg-2.0"])
-def test_its_keys_are_exactly_the_published_ones(name: str) -> None:
+def test_its_keys_are_those_of_the_published_checkpoint(name: str) -> None:
     with torch.device("meta"):
         network = BiRefNet(PRESETS[name].backbone, "columns_first")
 
@@ -134,11 +131,8 @@ def test_its_keys_are_exactly_the_published_ones(name: str) -> None:
     assert shapes == json.loads((DATA / f"{name}.keys.json").read_text())
 
 
-# --- against independent forms ---
-
-
 @pytest.mark.parametrize("name", ["birefnet-lite", "rmbg-2.0"])
-def test_it_has_as_many_weights_as_its_preset_says(name: str) -> None:
+def test_it_has_the_number_of_weights_of_its_preset(name: str) -> None:
     with torch.device("meta"):
         network = BiRefNet(PRESETS[name].backbone, "columns_first")
 
@@ -147,7 +141,7 @@ def test_it_has_as_many_weights_as_its_preset_says(name: str) -> None:
     assert round(count_m, 1) == PRESETS[name].parameters_m
 
 
-def test_the_backbone_agrees_with_torchvisions_own_swin() -> None:
+def test_the_backbone_agrees_with_torchvisions_swin() -> None:
     theirs = SwinTransformer(
         patch_size=[4, 4],
         embed_dim=TINY.width,
@@ -173,7 +167,7 @@ def test_the_backbone_agrees_with_torchvisions_own_swin() -> None:
 
 
 def _from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their keys as ours: patch embedding, then stages and mergings in turn."""
+    """Rename the keys of torchvision, whose features alternate between stages and patch merging."""
     ours = {}
     for name, value in state.items():
         name = name.replace("features.0.0.", "patch_embed.proj.").replace("features.0.2.", "patch_embed.norm.")
@@ -188,7 +182,7 @@ def _from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def test_columns_first_stacks_whole_patches_down_each_column() -> None:
+def test_columns_first_stacks_patches_column_by_column() -> None:
     x = torch.arange(2 * 3 * 6 * 8.0).view(2, 3, 6, 8)
 
     patches = cut_patches(x, 3, 2, order="columns_first")
@@ -197,7 +191,7 @@ def test_columns_first_stacks_whole_patches_down_each_column() -> None:
     assert torch.equal(patches, torch.cat(expected, 1))
 
 
-def test_channels_first_stacks_each_channels_patches_along_each_row() -> None:
+def test_channels_first_stacks_patches_channel_by_channel_and_row_by_row() -> None:
     x = torch.arange(2 * 3 * 6 * 8.0).view(2, 3, 6, 8)
 
     patches = cut_patches(x, 3, 2, order="channels_first")
@@ -212,8 +206,8 @@ def test_channels_first_stacks_each_channels_patches_along_each_row() -> None:
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
-def test_a_deformable_convolution_that_points_nowhere_is_a_convolution(kernel: int) -> None:
-    layer = birefnet._DeformableConv(kernel)
+def test_a_deformable_convolution_without_offsets_is_a_convolution(kernel: int) -> None:
+    layer = DeformableConv(kernel)
     for part in (layer.offset_conv, layer.modulator_conv):  # no offsets, every tap weighted 2 * sigmoid(0) = 1
         for parameter in part.parameters():
             torch.nn.init.zeros_(parameter)
@@ -223,34 +217,31 @@ def test_a_deformable_convolution_that_points_nowhere_is_a_convolution(kernel: i
         torch.testing.assert_close(layer(x), layer.regular_conv(x), atol=1e-4, rtol=1e-4)
 
 
-def test_the_early_head_gives_the_sums_of_the_late_one() -> None:
+def test_the_head_before_upsampling_gives_the_same_as_after_it() -> None:
     network = make_tiny()
     decoder, x = network.decoder, random_input(1, 3, 64, 96)
     decoded = random_input(1, TINY.width, 16, 24)
 
     with torch.inference_mode():
-        early = decoder._logits(x, decoded)
+        early = decoder.apply_head(x, decoded)
         upsampled = functional.interpolate(decoded, size=(64, 96), mode="bilinear", align_corners=True)
         late = decoder.conv_out1(torch.cat((upsampled, decoder.get_submodule("ipt_blk1")(x)), 1))
 
     torch.testing.assert_close(early, late, atol=1e-5, rtol=1e-4)
 
 
-# --- as a model to serve ---
-
-
-def test_a_batch_of_four_equals_four_single_runs() -> None:
+def test_a_batch_of_four_equals_four_batches_of_one() -> None:
     network, x = make_tiny(), random_input(4, 3, 96, 64)
 
     with torch.inference_mode():
         together = network(x)
-        alone = torch.cat([network(x[number : number + 1]) for number in range(4)])
+        one_by_one = torch.cat([network(x[number : number + 1]) for number in range(4)])
 
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(together, one_by_one, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (96, 224)])
-def test_it_runs_at_full_and_at_oblong_sizes(size: tuple[int, int]) -> None:
+def test_it_runs_at_full_and_oblong_sizes(size: tuple[int, int]) -> None:
     with torch.inference_mode():
         logits = make_tiny()(random_input(1, 3, *size))
 
@@ -259,13 +250,13 @@ def test_it_runs_at_full_and_at_oblong_sizes(size: tuple[int, int]) -> None:
     assert logits.std() > 0
 
 
-def test_a_size_that_is_no_multiple_of_32_is_refused() -> None:
+def test_a_size_that_is_no_multiple_of_32_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="multiples of 32, not 96 x 100"):
         make_tiny()(random_input(1, 3, 96, 100))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_full(dtype: torch.dtype) -> None:
+def test_half_precision_is_close_to_full_precision(dtype: torch.dtype) -> None:
     x = random_input(1, 3, 64, 64)
     with torch.inference_mode():
         full = make_tiny()(x).sigmoid()
@@ -275,8 +266,8 @@ def test_half_precision_stays_near_full(dtype: torch.dtype) -> None:
     assert (full - half).abs().max() < 0.05
 
 
-def test_compiled_it_gives_the_same_and_compiles_no_batch_size_twice() -> None:
-    """Captured whole; not turned into machine code, which takes minutes (the benchmark does)."""
+def test_a_compiled_network_gives_the_same_and_compiles_each_batch_size_once() -> None:
+    """Captures the graph only: machine code takes minutes to compile, which the benchmark does."""
     network = make_tiny()
     compiled = torch.compile(network, dynamic=False, fullgraph=True, backend="eager")
     batches = [random_input(size, 3, 64, 64) for size in (1, 2, 1, 2)]

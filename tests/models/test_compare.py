@@ -1,4 +1,4 @@
-"""Comparing models on one's own images: u2netp against stand-ins that are right, wrong or faint."""
+"""Compare models on a folder of images: u2netp, and fake models that are right or wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from jobs.errors import SettingsError
 from workers.models import LoadedModel
 from workers.tools import compare as comparing
-from workers.tools.compare import MEASURES, Result, compare, draw_disagreements, format_table, measure
+from workers.tools.compare import MEASURES, Result, compare, draw_differences, format_table, measure
 
 SIZE = (32, 32)
 
@@ -41,7 +41,7 @@ MODELS = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Red squares on black, the true mask beside each: one at the top, two in `shoes`."""
+    """Red squares on black with true masks: one in the folder, two in `shoes`."""
     for number, place in enumerate((".", "shoes", "shoes")):
         subject = np.zeros((64, 96), bool)
         subject[16 : 40 + number, 20:60] = True
@@ -53,11 +53,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *models: str) -> tuple[list[Result], list[str]]:
-    heard: list[str] = []
-    return compare(models, folder, load_model=MODELS.__getitem__, report=heard.append), heard
+    lines: list[str] = []
+    return compare(models, folder, load_model=MODELS.__getitem__, report=lines.append), lines
 
 
-def test_with_true_masks_it_tells_the_better_model_overall_and_by_subfolder(folder: Path) -> None:
+def test_with_true_masks_the_table_measures_models_overall_and_by_subfolder(folder: Path) -> None:
     results, _ = run(folder, "red", "inverse")
 
     right, wrong = ([result for result in results if result.model == name] for name in MODELS)
@@ -73,7 +73,7 @@ def test_with_true_masks_it_tells_the_better_model_overall_and_by_subfolder(fold
     ]
 
 
-def test_a_perfect_mask_is_perfect_in_every_measure_and_a_faint_one_is_not() -> None:
+def test_a_perfect_mask_has_perfect_measures_and_a_faint_one_has_not() -> None:
     truth = np.zeros((40, 40), np.uint8)
     truth[10:30, 12:28] = 255
 
@@ -85,49 +85,49 @@ def test_a_perfect_mask_is_perfect_in_every_measure_and_a_faint_one_is_not() -> 
     assert faint["IoU"] == 0
 
 
-def test_the_collage_puts_the_greatest_disagreement_first(folder: Path) -> None:
+def test_the_collage_begins_with_the_largest_difference(folder: Path) -> None:
     Image.new("RGB", (64, 64), (128, 128, 128)).save(folder / "grey.png")
-    agreeing = {name: make_model(name, lambda x: (x[:, 1:2] > 0.4).float()) for name in ("a", "b")}
-    agreeing["b"] = make_model("b", lambda x: torch.where(x[:, 1:2] > 0.4, 1.0, x[:, :1]))
+    models = {
+        "grey": make_model("grey", lambda x: (x[:, 1:2] > 0.4).float()),
+        "grey and red": make_model("grey and red", lambda x: torch.where(x[:, 1:2] > 0.4, 1.0, x[:, :1])),
+    }
 
-    results = compare(("a", "b"), folder, load_model=agreeing.__getitem__, report=lambda text: None)
-    sheet = draw_disagreements(results)
+    results = compare(tuple(models), folder, load_model=models.__getitem__, report=lambda text: None)
+    sheet = draw_differences(results)
 
-    order = sorted({result.image for result in results}, key=lambda path: path.name != "2.png")
-    assert order[0].name == "2.png"
     first_row = sheet[comparing.MARGIN : comparing.MARGIN + 64, comparing.MARGIN : comparing.MARGIN + 96]
     assert np.array_equal(first_row, np.asarray(Image.open(folder / "shoes" / "2.png")))
     assert sheet.shape[1] == comparing.MARGIN + 3 * (comparing.THUMB + comparing.MARGIN)
 
 
-def test_what_is_no_image_is_left_out_once_and_named(folder: Path) -> None:
+def test_a_file_that_can_not_be_decoded_is_reported_once(folder: Path) -> None:
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no image")
 
-    results, heard = run(folder, "red", "inverse")
+    results, lines = run(folder, "red", "inverse")
 
     assert len(results) == 6
-    assert len(heard) == 1
-    assert "broken.jpg is left out" in heard[0]
+    (line,) = lines
+    assert "broken.jpg is skipped" in line
 
 
 def test_a_true_mask_of_another_size_is_refused(folder: Path) -> None:
     Image.new("L", (5, 5)).save(folder / "0.mask.png")
 
-    with pytest.raises(SettingsError, match=r"0\.mask\.png is no grey image of 96 x 64"):
+    with pytest.raises(SettingsError, match=r"0\.mask\.png must be an image of 96 x 64 pixels"):
         run(folder, "red")
 
 
-def test_the_command_prints_the_table_and_refuses_in_one_sentence(
+def test_the_command_prints_the_table_or_one_sentence(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = comparing.main(["--model", "u2netp", str(folder)])
+    exit_code = comparing.main(["--model", "u2netp", str(folder)])
     table = capsys.readouterr().out
     unknown = comparing.main(["--model", "nothing", str(folder)])
     sentence = capsys.readouterr().err
     empty = tmp_path / "empty"
     empty.mkdir()
 
-    assert done == 0
+    assert exit_code == 0
     assert "u2netp" in table and "IoU" in table
     assert unknown == comparing.main(["--model", "u2netp", str(empty)]) == 2
     assert "[model_unknown]" in sentence

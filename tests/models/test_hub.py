@@ -1,4 +1,4 @@
-"""Fetching presets from a hub: a small hub of our own on this machine, the real client, and no network."""
+"""Fetch presets from a hub: a small hub on this machine and the real client."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.catalogue import PINS_NAME, PRESETS, describe_state, find_cached, find_preset, pull
+from jobs.catalogue import PRESETS, find_preset
 from jobs.errors import ModelError
+from jobs.hub import PINS_NAME, describe_state, find_cached, pull
 
 FIRST, SECOND = "a" * 40, "b" * 40
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "birefnet.py": b"raise SystemExit('never fetched')"}
@@ -25,7 +26,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 class Hub(ThreadingHTTPServer):
-    """`revision` is what its main branch is at; `refusal` is answered instead of everything where it is set."""
+    """`revision`: of the main branch. `refusal`: status and error code of every response, if set."""
 
     revision = FIRST
     refusal: tuple[int, str] | None = None
@@ -90,7 +91,7 @@ def address(hub: Hub) -> str:
     return f"http://127.0.0.1:{hub.server_address[1]}"
 
 
-def test_a_pull_fetches_the_weights_and_no_code_and_pins_the_revision(hub: Hub, tmp_path: Path) -> None:
+def test_a_pull_fetches_no_code_and_pins_the_revision(hub: Hub, tmp_path: Path) -> None:
     before = describe_state(PRESET, cache=tmp_path)
 
     folder = pull(PRESET, cache=tmp_path, endpoint=address(hub))
@@ -101,7 +102,7 @@ def test_a_pull_fetches_the_weights_and_no_code_and_pins_the_revision(hub: Hub, 
     assert (before, describe_state(PRESET, cache=tmp_path)) == ("not pulled", f"ready ({FIRST[:12]})")
 
 
-def test_what_was_pinned_stays_when_the_repository_moves_on(hub: Hub, tmp_path: Path) -> None:
+def test_a_pinned_revision_stays_when_the_repository_changes(hub: Hub, tmp_path: Path) -> None:
     first = pull(PRESET, cache=tmp_path, endpoint=address(hub))
     hub.revision = SECOND
 
@@ -110,7 +111,7 @@ def test_what_was_pinned_stays_when_the_repository_moves_on(hub: Hub, tmp_path: 
     assert again == first == find_cached(PRESET, cache=tmp_path)
 
 
-def test_a_revision_that_is_named_is_fetched_and_pinned_instead(hub: Hub, tmp_path: Path) -> None:
+def test_a_given_revision_is_fetched_and_pinned(hub: Hub, tmp_path: Path) -> None:
     pull(PRESET, cache=tmp_path, endpoint=address(hub))
 
     folder = pull(PRESET, revision=SECOND, cache=tmp_path, endpoint=address(hub))
@@ -121,34 +122,34 @@ def test_a_revision_that_is_named_is_fetched_and_pinned_instead(hub: Hub, tmp_pa
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", FIRST[:12]])
-def test_a_revision_that_may_move_is_refused(revision: str, tmp_path: Path) -> None:
+def test_a_branch_a_tag_or_a_short_revision_is_refused(revision: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="40 digits") as caught:
         pull(PRESET, revision=revision, cache=tmp_path, endpoint=NOWHERE)
 
     assert caught.value.code == "revision_unclear"
 
 
-def test_what_is_here_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
+def test_cached_files_need_no_hub(hub: Hub, tmp_path: Path) -> None:
     folder = pull(PRESET, cache=tmp_path, endpoint=address(hub))
 
     assert pull(PRESET, cache=tmp_path, endpoint=NOWHERE) == folder
 
 
-def test_offline_and_not_cached_says_what_to_do(tmp_path: Path) -> None:
+def test_offline_without_cached_files_names_the_command_to_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cutfleet models pull") as caught:
         pull(PRESET, cache=tmp_path, endpoint=NOWHERE)
 
     assert caught.value.code == "model_offline"
 
 
-def test_a_worker_that_is_offline_by_setting_says_the_same(tmp_path: Path) -> None:
+def test_a_worker_in_offline_mode_raises_the_same_error(tmp_path: Path) -> None:
     ran = run(tmp_path, "-c", "from workers.models import load; load('birefnet')", HF_HUB_OFFLINE="1")
 
     assert ran.returncode == 1
     assert "jobs.errors.ModelError: The files of ZhengPeng7/BiRefNet are not on this machine" in ran.stderr
 
 
-def test_the_command_lists_the_presets_pulls_one_and_sees_it(hub: Hub, tmp_path: Path) -> None:
+def test_the_command_lists_the_presets_and_pulls_one(hub: Hub, tmp_path: Path) -> None:
     models = ("-m", "producer", "models")
 
     before = run(tmp_path, *models).stdout
@@ -163,7 +164,7 @@ def test_the_command_lists_the_presets_pulls_one_and_sees_it(hub: Hub, tmp_path:
     assert again.stdout == pulled.stdout
 
 
-def test_the_command_refuses_in_one_sentence(tmp_path: Path) -> None:
+def test_the_command_prints_an_unknown_preset_in_one_sentence(tmp_path: Path) -> None:
     ran = run(tmp_path, "-m", "producer", "models", "pull", "birefnet-huge")
 
     assert ran.returncode == 2
@@ -182,7 +183,7 @@ def run(cache: Path, *arguments: str, **environment: str) -> subprocess.Complete
     )
 
 
-def test_a_gated_repository_says_to_accept_its_conditions(hub: Hub, tmp_path: Path) -> None:
+def test_a_gated_repository_requires_a_token(hub: Hub, tmp_path: Path) -> None:
     hub.refusal = (403, "GatedRepo")
 
     with pytest.raises(ModelError, match="HF_TOKEN") as caught:
@@ -191,7 +192,7 @@ def test_a_gated_repository_says_to_accept_its_conditions(hub: Hub, tmp_path: Pa
     assert caught.value.code == "model_missing"
 
 
-def test_a_repository_that_is_gone_or_lacks_the_weights_is_told(hub: Hub, tmp_path: Path) -> None:
+def test_a_missing_repository_and_missing_weights_are_model_errors(hub: Hub, tmp_path: Path) -> None:
     hub.files = {"config.json": b"{}"}
     with pytest.raises(ModelError, match=r"has no model\.safetensors") as caught:
         pull(PRESET, cache=tmp_path, endpoint=address(hub))
@@ -203,7 +204,7 @@ def test_a_repository_that_is_gone_or_lacks_the_weights_is_told(hub: Hub, tmp_pa
     assert not (tmp_path / PINS_NAME).exists()
 
 
-def test_a_preset_without_a_repository_says_to_bring_its_file(tmp_path: Path) -> None:
+def test_a_preset_without_a_repository_needs_a_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="CUTFLEET_MODEL") as caught:
         pull(PRESETS["u2net"], cache=tmp_path)
 
@@ -212,6 +213,6 @@ def test_a_preset_without_a_repository_says_to_bring_its_file(tmp_path: Path) ->
     assert describe_state(PRESETS["u2netp"], cache=tmp_path) == "built in"
 
 
-def test_an_unknown_preset_lists_the_known() -> None:
+def test_an_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(ModelError, match="birefnet-portrait"):
         find_preset("birefnet-huge")

@@ -1,9 +1,10 @@
-"""Loading: what is accepted, and every refusal with its code and a text that says what to change."""
+"""Load models: every accepted form, and every error with its code and the setting to change."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs import catalogue as presets
+from jobs.catalogue import PRESETS
 from jobs.errors import ModelError
-from workers.models import load, registry, resolve_device
+from workers.models import load, resolve_device
 from workers.models.birefnet import BiRefNet
+from workers.models.model_files import PACKAGED
 from workers.models.swin import SIZES, SwinSize
 from workers.models.u2net import BATCH_NORM_EPSILON, U2Net, fold_batch_norm
 
@@ -37,7 +39,7 @@ def _tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A BiRefNet as the hub lays it out, saying nothing of its patch form."""
+    """A BiRefNet in the hub's layout, without a patch order."""
     directory = tmp_path / "tiny-birefnet"
     directory.mkdir()
     torch.manual_seed(0)
@@ -51,7 +53,7 @@ def write_config(directory: Path, **values: object) -> None:
 
 
 def alpha(source: str | Path, **arguments: str) -> Tensor:
-    model = load(str(source), **arguments)  # type: ignore[arg-type]  # all of them take text
+    model = load(str(source), **arguments)  # type: ignore[arg-type]  # all of these take text
     x = torch.randn(1, 3, *model.input_size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         return model(x)
@@ -63,17 +65,14 @@ def refusal(source: str | Path, **arguments: object) -> ModelError:
     return caught.value
 
 
-# --- u2netp, built in ---
-
-
-def test_u2netp_is_there_without_anything_else() -> None:
+def test_u2netp_is_built_in() -> None:
     model = load("u2netp")
 
     assert (model.name, model.licence, model.input_size) == ("u2netp", "Apache-2.0", (320, 320))
     assert model.revision == "11048b165b23cf5516940fbd90811f34c36e59f1e7b6b67784ead36f04134227"
 
 
-def test_u2netp_finds_the_bright_disc_on_a_dark_ground() -> None:
+def test_u2netp_finds_a_bright_disc_on_a_dark_background() -> None:
     model = load("u2netp")
     rows, columns = np.mgrid[:320, :320]
     disc = (rows - 160) ** 2 + (columns - 160) ** 2 < 80**2
@@ -86,7 +85,7 @@ def test_u2netp_finds_the_bright_disc_on_a_dark_ground() -> None:
     assert (mask & disc).sum() / (mask | disc).sum() > 0.95
 
 
-def test_folding_batch_norm_changes_no_value() -> None:
+def test_folding_batch_norm_changes_no_output() -> None:
     block = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5)).eval()
     for name, value in block[1].state_dict().items():
         if value.is_floating_point():
@@ -104,7 +103,7 @@ def test_folding_batch_norm_changes_no_value() -> None:
         torch.testing.assert_close(actual, block(x), atol=1e-5, rtol=1e-4)
 
 
-def test_the_large_u2net_is_known_by_its_keys(tmp_path: Path) -> None:
+def test_the_large_u2net_is_recognised_by_its_keys(tmp_path: Path) -> None:
     save_file(U2Net("u2net").state_dict(), tmp_path / "u2net.safetensors")
 
     model = load(str(tmp_path / "u2net.safetensors"))
@@ -112,10 +111,7 @@ def test_the_large_u2net_is_known_by_its_keys(tmp_path: Path) -> None:
     assert (model.name, model.input_size) == ("u2net", (320, 320))
 
 
-# --- a directory, a file ---
-
-
-def test_a_directory_a_file_and_a_pickle_of_one_model_give_one_answer(folder: Path, tmp_path: Path) -> None:
+def test_a_directory_a_file_and_a_pickle_give_the_same_alpha(folder: Path, tmp_path: Path) -> None:
     write_config(folder, input_size=64, patch_order="columns_first")
     pickled = tmp_path / "pickled"
     pickled.mkdir()
@@ -123,14 +119,14 @@ def test_a_directory_a_file_and_a_pickle_of_one_model_give_one_answer(folder: Pa
     torch.save(state, pickled / "pytorch_model.bin")
     write_config(pickled, input_size=64, patch_order="columns_first")
 
-    answers = [alpha(folder), alpha(folder / "model.safetensors"), alpha(pickled)]
+    results = [alpha(folder), alpha(folder / "model.safetensors"), alpha(pickled)]
 
-    for answer in answers[1:]:
-        torch.testing.assert_close(answer, answers[0], atol=1e-6, rtol=0)
-    assert 0 <= answers[0].min() < answers[0].max() <= 1
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-6, rtol=0)
+    assert 0 <= results[0].min() < results[0].max() <= 1
 
 
-def test_what_auto_classes_save_is_loaded_by_them_and_by_us(tmp_path: Path) -> None:
+def test_a_model_saved_by_auto_classes_is_loaded_by_them_and_by_us(tmp_path: Path) -> None:
     auto = pytest.importorskip("transformers").AutoModelForImageSegmentation
     from workers.models.birefnet_transformers import BiRefNetConfig, BiRefNetForImageSegmentation, register
 
@@ -147,19 +143,14 @@ def test_what_auto_classes_save_is_loaded_by_them_and_by_us(tmp_path: Path) -> N
     assert model.input_size == (64, 96)
 
 
-def test_u2netp_pays_nothing_for_transformers() -> None:
-    import subprocess
-
+def test_u2netp_does_not_import_transformers() -> None:
     code = "import sys; from workers.models import load; load('u2netp'); sys.exit('transformers' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# --- the patch form ---
-
-
 @pytest.mark.parametrize(
-    ("code", "stated", "decided"),
+    ("code", "configured", "order"),
     [
         (OLD_CODE, None, "columns_first"),
         (NEW_CODE, None, "channels_first"),
@@ -167,25 +158,25 @@ def test_u2netp_pays_nothing_for_transformers() -> None:
         (None, "columns_first", "columns_first"),
     ],
 )
-def test_the_patch_form_is_what_config_or_else_the_code_says(
-    folder: Path, code: str | None, stated: str | None, decided: str
+def test_the_patch_order_is_read_from_the_config_or_else_from_the_code(
+    folder: Path, code: str | None, configured: str | None, order: str
 ) -> None:
-    write_config(folder, input_size=64, **({"patch_order": stated} if stated else {}))
+    write_config(folder, input_size=64, **({"patch_order": configured} if configured else {}))
     if code:
         (folder / "birefnet.py").write_text(f"raise SystemExit('never run')\n{code}")
 
     model = load(str(folder))
 
-    assert model.revision.endswith(f"-{decided}")
+    assert model.revision.endswith(f"-{order}")
     with torch.inference_mode():
-        network = BiRefNet("tiny", decided).eval()  # type: ignore[arg-type]  # one of the literals
+        network = BiRefNet("tiny", order).eval()  # type: ignore[arg-type]  # one of the literals
         network.load_state_dict(load_file(folder / "model.safetensors"))
         x = torch.randn(1, 3, 64, 64)
         torch.testing.assert_close(model(x), network(x).sigmoid(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("code", [None, "x = 1\n", OLD_CODE + NEW_CODE, "def broken(:\n", "# get_patches_batch(x)\n"])
-def test_a_patch_form_that_nothing_tells_is_never_guessed(folder: Path, code: str | None) -> None:
+def test_an_unknown_patch_order_is_never_guessed(folder: Path, code: str | None) -> None:
     if code:
         (folder / "birefnet.py").write_text(code)
 
@@ -195,13 +186,13 @@ def test_a_patch_form_that_nothing_tells_is_never_guessed(folder: Path, code: st
     assert '"patch_order": "columns_first"' in str(error)
 
 
-def test_a_patch_form_that_does_not_exist_is_refused(folder: Path) -> None:
+def test_an_invalid_patch_order_is_refused(folder: Path) -> None:
     write_config(folder, patch_order="rows_first")
 
     assert refusal(folder).code == "patch_order_unknown"
 
 
-def test_a_model_that_is_no_preset_is_served_under_a_name_that_a_queue_may_have(folder: Path) -> None:
+def test_the_served_name_of_a_local_model_is_valid_as_a_queue_name(folder: Path) -> None:
     odd = folder.rename(folder.with_name("möbel, v2 (neu)"))
     write_config(odd, input_size=64, patch_order="columns_first")
 
@@ -210,29 +201,26 @@ def test_a_model_that_is_no_preset_is_served_under_a_name_that_a_queue_may_have(
     assert model.served_name == f"m-bel-v2-neu-@{model.revision[:12]}"
 
 
-# --- refusals ---
-
-
-def test_a_revision_of_what_is_built_in_is_refused() -> None:
+def test_a_revision_of_the_built_in_model_is_refused() -> None:
     assert refusal("u2netp", revision="a" * 40).code == "model_missing"
 
 
-def test_a_name_that_is_nothing_lists_the_presets() -> None:
+def test_an_unknown_name_lists_the_presets() -> None:
     error = refusal("rmbg-3")
 
     assert error.code == "model_unknown"
     assert "rmbg-2.0" in str(error)
 
 
-@pytest.mark.parametrize("stated", ["", "non-commercial", "birefnet:non-commercial", "rmbg-2.0:yes"])
-def test_rmbg_refuses_until_its_licence_is_stated(stated: str) -> None:
-    error = refusal("rmbg-2.0", accept_licence=stated)
+@pytest.mark.parametrize("statement", ["", "non-commercial", "birefnet:non-commercial", "rmbg-2.0:yes"])
+def test_rmbg_requires_a_statement_of_its_licence(statement: str) -> None:
+    error = refusal("rmbg-2.0", accept_licence=statement)
 
     assert error.code == "licence_not_stated"
     assert "CUTFLEET_ACCEPT_LICENCE=rmbg-2.0:commercial-agreement or rmbg-2.0:non-commercial" in str(error)
 
 
-def test_a_copied_folder_is_asked_what_its_model_card_demands(folder: Path) -> None:
+def test_a_local_model_requires_a_statement_of_the_licence_in_its_card(folder: Path) -> None:
     write_config(folder, input_size=64, patch_order="columns_first")
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: bria-rmbg-2.0\n---\n# a model\n")
 
@@ -244,14 +232,14 @@ def test_a_copied_folder_is_asked_what_its_model_card_demands(folder: Path) -> N
     assert model.terms == "bria-rmbg-2.0 (commercial-agreement)"
 
 
-def test_a_free_licence_asks_for_nothing(folder: Path) -> None:
+def test_a_free_licence_requires_no_statement(folder: Path) -> None:
     write_config(folder, input_size=64, patch_order="columns_first")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
 
     assert load(str(folder)).licence == "mit"
 
 
-def test_keys_that_do_not_fit_are_listed(folder: Path) -> None:
+def test_keys_that_do_not_match_are_listed(folder: Path) -> None:
     write_config(folder, input_size=64, patch_order="columns_first")
     state = load_file(folder / "model.safetensors")
     state["bb.stranger"] = state.pop("bb.norm3.bias")
@@ -265,14 +253,14 @@ def test_keys_that_do_not_fit_are_listed(folder: Path) -> None:
         assert part in str(error)
 
 
-def test_a_cut_off_file_is_refused(folder: Path) -> None:
+def test_a_truncated_file_is_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
 
     assert refusal(folder).code == "model_mismatch"
 
 
-def test_a_directory_without_weights_says_what_it_looked_for(tmp_path: Path) -> None:
+def test_a_directory_without_weights_lists_the_expected_files(tmp_path: Path) -> None:
     error = refusal(tmp_path)
 
     assert error.code == "model_missing"
@@ -286,7 +274,7 @@ class _Trap:
     target = ""
 
 
-def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
     _Trap.target = str(tmp_path / "ran")
     (tmp_path / "model.pth").write_bytes(pickle.dumps({"weight": _Trap()}, protocol=2))
     torch.save({"weight": _Trap()}, tmp_path / "model.bin")
@@ -298,7 +286,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path: P
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu_is_an_error_and_auto_says_that_it_is_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_cuda_without_a_gpu_is_an_error_and_auto_logs_that_it_uses_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     error = refusal("u2netp", device="cuda")
 
     with caplog.at_level("WARNING"):
@@ -307,16 +295,16 @@ def test_cuda_without_a_gpu_is_an_error_and_auto_says_that_it_is_the_cpu(caplog:
     assert error.code == "no_gpu"
     assert "CUTFLEET_DEVICE" in str(error)
     assert device.type == "cpu"
-    told = [row.getMessage() for row in caplog.records if row.name == "workers.models.device"]
-    assert told == ["No GPU is visible to torch: the model runs on the CPU."]
+    messages = [record.getMessage() for record in caplog.records if record.name == "workers.models.device"]
+    assert messages == ["No GPU is visible to torch: the model runs on the CPU."]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("device", "gpu"), ("dtype", "float8")])
-def test_a_device_or_precision_that_does_not_exist_is_refused(setting: str, value: str) -> None:
+def test_an_unknown_device_or_precision_is_refused(setting: str, value: str) -> None:
     assert value in str(refusal("u2netp", **{setting: value}))
 
 
-def test_bfloat16_is_what_it_loads_as_when_asked() -> None:
+def test_dtype_is_the_precision_of_the_model() -> None:
     model = load("u2netp", dtype="bfloat16")
 
     with torch.inference_mode():
@@ -325,10 +313,10 @@ def test_bfloat16_is_what_it_loads_as_when_asked() -> None:
     assert out.dtype == torch.bfloat16
 
 
-def test_every_preset_that_is_a_birefnet_says_its_backbone_and_patch_form() -> None:
-    family = [preset for preset in presets.PRESETS.values() if preset.architecture == "birefnet"]
+def test_every_birefnet_preset_has_a_backbone_and_a_patch_order() -> None:
+    family = [preset for preset in PRESETS.values() if preset.architecture == "birefnet"]
 
     assert len(family) == 7
     assert all(preset.backbone in SIZES and preset.patch_order for preset in family)
-    assert presets.PRESETS["rmbg-2.0"].patch_order == "columns_first"
-    assert set(registry.PACKAGED) == {"u2netp"}
+    assert PRESETS["rmbg-2.0"].patch_order == "columns_first"
+    assert set(PACKAGED) == {"u2netp"}

@@ -1,4 +1,4 @@
-"""Models exported to ONNX, behind the same interface."""
+"""Models exported to ONNX behave like any other `LoadedModel`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from jobs.errors import ModelError
 from tests.support.u2netp_graph import export
 from workers.models import load
-from workers.models.batcher import Predictor
+from workers.models.batcher import Batcher
 from workers.models.onnx import PACKAGED_GRAPHS
 from workers.models.u2net import U2Net
 
@@ -22,7 +22,7 @@ SIZE = (16, 24)
 
 
 def save_graph(path: Path, *, sigmoid: bool, shape: tuple[int | str, ...] = ("batch", 3, *SIZE)) -> None:
-    """The mean of the three channels, twice: a small first output, then the map at full size."""
+    """A graph with two outputs: a small one first, then the mean of the three channels at full size."""
     nodes = [
         helper.make_node("GlobalAveragePool", ["image"], ["small"]),
         helper.make_node("ReduceMean", ["image", "axis"], ["mean"], keepdims=1),
@@ -40,7 +40,7 @@ def save_graph(path: Path, *, sigmoid: bool, shape: tuple[int | str, ...] = ("ba
 
 
 @pytest.mark.parametrize("sigmoid", [True, False])
-def test_a_graph_gives_alpha_whether_or_not_it_ends_in_a_sigmoid(tmp_path: Path, sigmoid: bool) -> None:
+def test_a_graph_with_or_without_a_sigmoid_gives_alpha(tmp_path: Path, sigmoid: bool) -> None:
     save_graph(tmp_path / "mean.onnx", sigmoid=sigmoid)
     x = torch.randn(3, 3, *SIZE)
 
@@ -50,7 +50,7 @@ def test_a_graph_gives_alpha_whether_or_not_it_ends_in_a_sigmoid(tmp_path: Path,
     torch.testing.assert_close(model(x), x.mean(1, keepdim=True).sigmoid(), atol=1e-5, rtol=0)
 
 
-def test_a_directory_may_hold_a_graph_and_a_graph_may_take_one_image_at_a_time(tmp_path: Path) -> None:
+def test_a_graph_with_a_fixed_batch_of_one_takes_larger_batches(tmp_path: Path) -> None:
     save_graph(tmp_path / "model.onnx", sigmoid=True, shape=(1, 3, *SIZE))
     x = torch.randn(3, 3, *SIZE)
 
@@ -59,20 +59,20 @@ def test_a_directory_may_hold_a_graph_and_a_graph_may_take_one_image_at_a_time(t
     torch.testing.assert_close(model(x), x.mean(1, keepdim=True).sigmoid(), atol=1e-5, rtol=0)
 
 
-def test_the_predictor_runs_it_like_any_other(tmp_path: Path) -> None:
+def test_the_batcher_runs_a_graph(tmp_path: Path) -> None:
     save_graph(tmp_path / "mean.onnx", sigmoid=True)
     rgb = torch.randint(0, 256, (*SIZE, 3), dtype=torch.uint8).numpy()
     model = load(str(tmp_path / "mean.onnx"))
 
-    with Predictor(model, batch_limit=2) as predictor:
-        mask = predictor.predict(rgb)
+    with Batcher(model, batch_limit=2) as batcher:
+        mask = batcher.predict(rgb)
 
     normalised = (rgb / 255 - model.mean) / model.std
     expected = torch.from_numpy(normalised).mean(-1).sigmoid() * 255
     assert (torch.from_numpy(mask).float() - expected).abs().max() <= 0.51
 
 
-def test_a_size_left_open_must_be_stated(tmp_path: Path) -> None:
+def test_a_dynamic_input_size_must_be_configured(tmp_path: Path) -> None:
     save_graph(tmp_path / "model.onnx", sigmoid=True, shape=("batch", 3, "height", "width"))
 
     with pytest.raises(ModelError, match='"input_size"') as caught:
@@ -83,7 +83,7 @@ def test_a_size_left_open_must_be_stated(tmp_path: Path) -> None:
     assert load(str(tmp_path)).input_size == (8, 16)
 
 
-def test_what_is_no_graph_and_what_gives_no_map_are_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_graph_and_a_graph_without_a_mask_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"not a graph")
     save_graph(tmp_path / "flat.onnx", sigmoid=True, shape=("batch", 7))
 
@@ -94,7 +94,7 @@ def test_what_is_no_graph_and_what_gives_no_map_are_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("setting", [{"dtype": "float16"}, {"compiled": True}])
-def test_what_onnxruntime_would_ignore_is_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
+def test_settings_that_onnxruntime_would_ignore_are_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
     save_graph(tmp_path / "mean.onnx", sigmoid=True)
 
     with pytest.raises(ModelError, match="unset CUTFLEET_DTYPE and CUTFLEET_COMPILE"):
@@ -103,27 +103,25 @@ def test_what_onnxruntime_would_ignore_is_refused(tmp_path: Path, setting: dict[
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_built_in_model_gives_the_masks_of_torch(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    fast = load("u2netp")
+    by_onnxruntime = load("u2netp")
     monkeypatch.setattr("workers.models.registry.is_installed", lambda: False)
-    plain = load("u2netp")
+    by_torch = load("u2netp")
     x = torch.randn(count, 3, 320, 320)
 
     with torch.inference_mode():
-        apart = (fast(x) - plain(x)).abs().max().item() * 255
+        difference = (by_onnxruntime(x) - by_torch(x)).abs().max().item() * 255
 
-    assert apart < 0.1  # grey levels
-    assert (fast.revision, plain.at_once) == (plain.revision, 1)
-    assert fast.at_once == torch.get_num_threads()
+    assert difference < 0.1, "grey levels"
+    assert by_onnxruntime.revision == by_torch.revision
+    assert (by_onnxruntime.at_once, by_torch.at_once) == (torch.get_num_threads(), 1)
 
 
-def test_the_graph_of_the_built_in_model_is_the_one_of_its_network() -> None:
-    """A change of the network without `python -m tests.support.u2netp_graph` would leave CPU workers with the old one."""
-    fresh, shipped = (
-        export(U2Net("u2netp")).graph,
-        onnx.load(str(PACKAGED_GRAPHS["u2netp"]), load_external_data=False).graph,
-    )
+def test_the_packaged_graph_is_the_graph_of_the_network() -> None:
+    """If this fails after a change of the network, write the graph again: `python -m tests.support.u2netp_graph`."""
+    exported = export(U2Net("u2netp")).graph
+    packaged = onnx.load(str(PACKAGED_GRAPHS["u2netp"]), load_external_data=False).graph
 
-    assert [describe(node) for node in shipped.node] == [describe(node) for node in fresh.node]
+    assert [describe(node) for node in packaged.node] == [describe(node) for node in exported.node]
 
 
 def describe(node: onnx.NodeProto) -> tuple[str, list[str], list[str]]:

@@ -1,5 +1,5 @@
-"""Models that bring their own code: refused without opt-in and pin, loaded in spite of the faults that such code has
-under current transformers.
+"""Models with their own code: refused without opt-in and pinned revision, and loaded in spite of the faults that such
+code has under current transformers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def trusted(path: Path) -> LoadedModel:
     return load(str(path), trust_remote_code=True, revision=code_revision(path))
 
 
-def answers(model: LoadedModel) -> bool:
+def computes_alpha(model: LoadedModel) -> bool:
     x = torch.randn(2, 3, *model.input_size)
     with torch.inference_mode():
         return torch.allclose(model(x), (x.sum(1, keepdim=True) / 2).sigmoid(), atol=1e-6)
@@ -66,50 +66,50 @@ def replaced(code: str, old: str, new: str) -> str:
     return code.replace(old, new)
 
 
-def test_sound_code_is_loaded_strictly_and_its_last_output_is_the_map(tmp_path: Path) -> None:
+def test_code_without_faults_is_loaded_and_its_last_output_is_the_mask(tmp_path: Path) -> None:
     model = trusted(make_folder(tmp_path / "sound"))
 
-    assert answers(model)
+    assert computes_alpha(model)
     assert model.input_size == (32, 32)
     assert model.revision.endswith(code_revision(tmp_path / "sound"))
 
 
-def test_fault_1_a_config_that_is_no_pretrained_config(tmp_path: Path) -> None:
+def test_a_config_that_is_no_pretrained_config_is_loaded(tmp_path: Path) -> None:
     code = (
         replaced(MODEL_CODE, "        self.post_init()\n", "        self.config = Config()\n")
         + "class Config:\n    pass\n"
     )
 
-    assert answers(trusted(make_folder(tmp_path / "fault", model=code)))
+    assert computes_alpha(trusted(make_folder(tmp_path / "fault", model=code)))
 
 
-def test_fault_2_a_config_that_skips_its_bases_constructor(tmp_path: Path) -> None:
+def test_a_config_that_skips_the_constructor_of_its_base_is_loaded(tmp_path: Path) -> None:
     code = replaced(CONFIG_CODE, "        super().__init__(**kwargs)\n", "")
 
-    assert answers(trusted(make_folder(tmp_path / "fault", config=code)))
+    assert computes_alpha(trusted(make_folder(tmp_path / "fault", config=code)))
 
 
-def test_fault_3_a_constructor_that_reads_values_of_its_tensors(tmp_path: Path) -> None:
+def test_a_constructor_that_reads_tensor_values_is_run(tmp_path: Path) -> None:
     code = replaced(
         MODEL_CODE,
         "        self.post_init()\n",
         "        self.rates = [x.item() for x in torch.arange(4)]\n        self.post_init()\n",
     )
 
-    assert answers(trusted(make_folder(tmp_path / "fault", model=code)))
+    assert computes_alpha(trusted(make_folder(tmp_path / "fault", model=code)))
 
 
-def test_fault_4_a_model_that_never_calls_post_init(tmp_path: Path) -> None:
+def test_a_model_that_never_calls_post_init_is_loaded(tmp_path: Path) -> None:
     code = replaced(MODEL_CODE, "        self.post_init()\n", "")
 
-    assert answers(trusted(make_folder(tmp_path / "fault", model=code)))
+    assert computes_alpha(trusted(make_folder(tmp_path / "fault", model=code)))
 
 
-def test_fault_5_a_folder_whose_name_holds_a_dot(tmp_path: Path) -> None:
-    assert answers(trusted(make_folder(tmp_path / "STRANGER-2.0")))
+def test_a_folder_with_a_dot_in_its_name_is_loaded(tmp_path: Path) -> None:
+    assert computes_alpha(trusted(make_folder(tmp_path / "STRANGER-2.0")))
 
 
-def test_it_takes_an_explicit_opt_in(tmp_path: Path) -> None:
+def test_running_code_requires_an_opt_in(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", model="raise SystemExit('it ran')")
 
     with pytest.raises(ModelError, match="CUTFLEET_TRUST_REMOTE_CODE=1") as caught:
@@ -119,7 +119,7 @@ def test_it_takes_an_explicit_opt_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("revision", ["", "main", "v2.0", "0123456789abcdef"])
-def test_it_takes_a_full_revision(tmp_path: Path, revision: str) -> None:
+def test_running_code_requires_a_full_revision(tmp_path: Path, revision: str) -> None:
     folder = make_folder(tmp_path / "model", model="raise SystemExit('it ran')")
 
     with pytest.raises(ModelError, match="full 40-digit revision") as caught:
@@ -128,7 +128,7 @@ def test_it_takes_a_full_revision(tmp_path: Path, revision: str) -> None:
     assert caught.value.code == "remote_code_refused"
 
 
-def test_code_that_changed_since_it_was_pinned_does_not_run(tmp_path: Path) -> None:
+def test_code_that_differs_from_its_pinned_revision_does_not_run(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
     pinned = code_revision(folder)
     (folder / "network.py").write_text("raise SystemExit('it ran')")
@@ -139,7 +139,7 @@ def test_code_that_changed_since_it_was_pinned_does_not_run(tmp_path: Path) -> N
     assert caught.value.code == "remote_code_refused"
 
 
-def test_a_hub_repository_is_asked_for_opt_in_and_revision_before_anything_is_fetched() -> None:
+def test_a_hub_repository_is_refused_before_it_is_fetched() -> None:
     for arguments in ({}, {"trust_remote_code": True}, {"trust_remote_code": True, "revision": "main"}):
         with pytest.raises(ModelError) as caught:
             load("somebody/some-model", **arguments)
@@ -147,7 +147,7 @@ def test_a_hub_repository_is_asked_for_opt_in_and_revision_before_anything_is_fe
         assert caught.value.code == "remote_code_refused"
 
 
-def test_weights_that_do_not_fit_its_class_are_refused(tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_class_are_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
     save_file({"conv.weight": torch.zeros(1, 3, 1, 1)}, folder / "model.safetensors")
 
@@ -157,7 +157,7 @@ def test_weights_that_do_not_fit_its_class_are_refused(tmp_path: Path) -> None:
     assert caught.value.code == "model_mismatch"
 
 
-def test_code_that_fails_is_a_refusal_and_no_traceback(tmp_path: Path) -> None:
+def test_code_that_fails_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="ZeroDivisionError") as caught:
         trusted(make_folder(tmp_path / "model", model="1 / 0"))
 

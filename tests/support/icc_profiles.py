@@ -1,6 +1,6 @@
-"""ICC profiles written here from published numbers: Display P3 and Adobe RGB (1998), and a CMYK press with a table.
+"""Create ICC profiles from published numbers: Display P3 and Adobe RGB (1998), and a CMYK press with a lookup table.
 
-Source: ICC.1:2010 (version 4) and ICC.1:2001-04 (version 2, where a table holds Lab in eight bits).
+Source: ICC.1:2010 (version 4) and ICC.1:2001-04 (version 2, whose table stores Lab in eight bits).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Floats = NDArray[np.float64]
 D65 = (0.3127, 0.3290)
 D50 = np.array([0.9642, 1.0, 0.8249])
 DISPLAY_P3 = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
-"""Chromaticities of red, green and blue: SMPTE EG 432-1; curve: IEC 61966-2-1 (sRGB's)."""
+"""Chromaticities of red, green and blue: SMPTE EG 432-1. Curve: IEC 61966-2-1, as for sRGB."""
 ADOBE_RGB = ((0.640, 0.330), (0.210, 0.710), (0.150, 0.060))
-"""Adobe RGB (1998) Color Image Encoding, 2005; curve: a power of 563/256."""
+"""Adobe RGB (1998) Color Image Encoding, 2005. Curve: a power of 563/256."""
 ADOBE_GAMMA = 563 / 256
 SRGB = ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060))
 GRID = 9
@@ -35,7 +35,7 @@ def adobe_rgb() -> bytes:
 
 
 def cmyk_press() -> bytes:
-    """Device to Lab by a table of eight bits, as presses' profiles have; no way back, which a source needs not."""
+    """Device to Lab by a table of eight bits, as in profiles of presses. A source needs no table for the way back."""
     ramps = np.tile(np.arange(256, dtype=np.uint8), 4).tobytes()
     steps = np.linspace(0, 1, GRID)
     inks = np.stack(np.meshgrid(steps, steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 4)
@@ -47,7 +47,7 @@ def cmyk_press() -> bytes:
 
 
 def press_lab(inks: Floats) -> Floats:
-    """(N, 4) shares of cyan, magenta, yellow and black -> (N, 3) Lab: light that each ink lets through, multiplied."""
+    """(N, 4) shares of cyan, magenta, yellow and black -> (N, 3) Lab, by the product of what each ink transmits."""
     cyan, magenta, yellow, black = inks.T[..., None]
     light = (1 - cyan * [0.95, 0.45, 0.15]) * (1 - magenta * [0.15, 0.92, 0.45]) * (1 - yellow * [0.02, 0.12, 0.93])
     xyz = (light * (1 - 0.94 * black)) @ to_d50(SRGB).T
@@ -57,7 +57,7 @@ def press_lab(inks: Floats) -> Floats:
 
 
 def to_d50(primaries: tuple[tuple[float, float], ...]) -> Floats:
-    """(3, 3): linear red, green, blue -> XYZ as seen under D50, white at D65 adapted by Bradford."""
+    """(3, 3): linear red, green, blue with white D65 -> XYZ under D50, adapted by Bradford."""
     columns = np.array([_xyz(*xy) for xy in primaries]).T
     white = _xyz(*D65)
     plain = columns * np.linalg.solve(columns, white)
@@ -66,7 +66,7 @@ def to_d50(primaries: tuple[tuple[float, float], ...]) -> Floats:
 
 
 def to_srgb(linear: Floats, primaries: tuple[tuple[float, float], ...]) -> Floats:
-    """(..., 3) linear light of those primaries -> sRGB in 0 to 255, cut off where sRGB has no such colour."""
+    """(..., 3) linear light of those primaries -> sRGB, 0 to 255, clipped outside sRGB's gamut."""
     light = (linear @ to_d50(primaries).T @ np.linalg.inv(to_d50(SRGB)).T).clip(0, 1)
     return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
 

@@ -1,5 +1,5 @@
-"""Writes `workers/models/u2netp.onnx`: the graph of the built-in network for onnxruntime. The weights stay in their one
-file, and are handed over when the graph is opened.
+"""Write `workers/models/u2netp.onnx`: the graph of the built-in network for onnxruntime. It has no weights; they are
+passed from `u2netp.safetensors` when the graph is opened.
 
     python -m tests.support.u2netp_graph
 """
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import io
 import warnings
-from pathlib import Path
 
 import onnx
 import torch
 from torch import Tensor, nn
 
-import workers.models.onnx as ours
+from workers.models.onnx import PACKAGED_GRAPHS
 from workers.models.u2net import U2Net
 
 
@@ -28,11 +27,11 @@ class _Alpha(nn.Module):
 
 
 def export(network: nn.Module) -> onnx.ModelProto:
-    """Alpha (1, 1, 320, 320) of an image (1, 3, 320, 320), the network's weights inside, by their own names."""
+    """Export the graph from (1, 3, 320, 320) to alpha (1, 1, 320, 320), including the weights by their own names."""
     file = io.BytesIO()
     names = {"input_names": ["input"], "output_names": ["alpha"]}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter that needs no further package is the older one
+        warnings.simplefilter("ignore")  # the older exporter warns, and needs no other package
         torch.onnx.export(_Alpha(network.eval()), (torch.zeros(1, 3, 320, 320),), file, dynamo=False, **names)  # type: ignore[arg-type]
     return onnx.load_from_string(file.getvalue())
 
@@ -43,8 +42,9 @@ def without_weights(model: onnx.ModelProto) -> bytes:
             weights.ClearField("raw_data")
             weights.data_location = onnx.TensorProto.EXTERNAL
             weights.external_data.add(key="location", value="given when it is opened")
-    return model.SerializeToString()
+    data: bytes = model.SerializeToString()
+    return data
 
 
 if __name__ == "__main__":
-    Path(ours.__file__).with_name("u2netp.onnx").write_bytes(without_weights(export(U2Net("u2netp"))))
+    PACKAGED_GRAPHS["u2netp"].write_bytes(without_weights(export(U2Net("u2netp"))))

@@ -1,6 +1,4 @@
-"""Images of every kind that a catalogue has, each made here; what is checked is the pixels, or the code it is
-refused with.
-"""
+"""Decode images of every kind that a catalogue has, generated here; check the pixels, or the error code."""
 
 from __future__ import annotations
 
@@ -15,19 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from jobs.errors import ContentError
 from workers.imaging.colour import srgb_profile
 from workers.imaging.decode import DecodedImage, Limits, decode_image
+from workers.imaging.pixels import Pixels
 
-Pixels = NDArray[np.uint8]
 HARD = Path(os.environ.get("CUTFLEET_TEST_DATA", Path(__file__).parents[3] / "shared")) / "hard"
 
 
 def scene(width: int = 48, height: int = 32) -> Pixels:
-    """Smooth, and unlike itself in every orientation."""
+    """A gradient that differs in every orientation."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], axis=-1).astype(np.uint8)
 
@@ -42,13 +41,13 @@ def decoded(data: bytes, *, limits: Limits | None = None) -> DecodedImage:
     return decode_image(data, limits=limits or Limits(), animation="first")
 
 
-def refusal(data: bytes, *, limits: Limits | None = None) -> str:
+def error_code(data: bytes, *, limits: Limits | None = None) -> str:
     with pytest.raises(ContentError) as caught:
         decoded(data, limits=limits)
     return caught.value.code
 
 
-def apart(one: Pixels, other: Pixels) -> int:
+def difference(one: Pixels, other: Pixels) -> int:
     assert one.shape == other.shape
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
@@ -122,15 +121,15 @@ def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> Non
     assert np.abs(image.rgb.astype(int) - scene().astype(int)).mean() < (4 if kind == "JPEG" else 0.01)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # Pillow says so; the image is what counts
-def test_damaged_exif_costs_no_image() -> None:
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # from Pillow
+def test_damaged_exif_does_not_fail_an_image() -> None:
     data = saved(Image.fromarray(scene()), "JPEG", quality=98, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\1\2")
 
     assert decoded(data).rgb.shape == scene().shape
 
 
 def wide_gamut_profile() -> bytes:
-    """A matrix profile with primaries far from sRGB's (its red and green columns exchanged) and sRGB's curves."""
+    """A matrix profile with sRGB's curves and primaries far from sRGB's: its red and green columns are exchanged."""
     profile = srgb_profile()
     table = {profile[at : at + 4]: at for at in range(132, 132 + 12 * int.from_bytes(profile[128:132], "big"), 12)}
     red, green = table[b"rXYZ"], table[b"gXYZ"]
@@ -143,7 +142,7 @@ def wide_gamut_profile() -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("JPEG", {"quality": 100})])
-def test_a_profile_is_converted_as_littlecms_does(kind: str, options: dict[str, Any]) -> None:
+def test_a_profile_is_applied_as_littlecms_applies_it(kind: str, options: dict[str, Any]) -> None:
     data = saved(Image.fromarray(scene()), kind, icc_profile=wide_gamut_profile(), **options)
 
     ours = decoded(data).rgb
@@ -152,8 +151,8 @@ def test_a_profile_is_converted_as_littlecms_does(kind: str, options: dict[str, 
     with Image.open(io.BytesIO(data)) as image:
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     assert converted is not None
-    assert apart(ours, np.asarray(converted)) <= 1
-    assert apart(ours, scene()) > 50
+    assert difference(ours, np.asarray(converted)) <= 1
+    assert difference(ours, scene()) > 50
 
 
 def test_an_srgb_profile_changes_nothing() -> None:
@@ -163,14 +162,14 @@ def test_an_srgb_profile_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("profile", [b"no profile at all", srgb_profile()[:300]], ids=["none", "cut"])
-def test_a_broken_profile_is_left_out_and_noted(profile: bytes) -> None:
+def test_a_broken_profile_is_ignored_and_noted(profile: bytes) -> None:
     image = decoded(saved(Image.fromarray(scene()), "PNG", icc_profile=profile))
 
     assert np.array_equal(image.rgb, scene())
     assert image.notes[0].startswith("icc_profile_ignored")
 
 
-def test_a_profile_of_another_colour_space_is_left_out_and_noted() -> None:
+def test_a_profile_of_another_colour_space_is_ignored_and_noted() -> None:
     grey = Image.fromarray(scene()).convert("L")
 
     image = decoded(saved(grey, "PNG", icc_profile=srgb_profile()))
@@ -202,7 +201,7 @@ def test_sixteen_bits_are_scaled_and_never_clipped(kind: str) -> None:
 
 
 def png16_rgb(values: NDArray[np.uint16]) -> bytes:
-    """Pillow writes none."""
+    """A 16-bit RGB PNG, which Pillow can't write."""
     height, width = values.shape[:2]
     lines = np.zeros((height, 1 + 6 * width), np.uint8)
     lines[:, 1:] = values.astype(">u2").view(np.uint8).reshape(height, -1)
@@ -221,7 +220,7 @@ def test_sixteen_bit_colour_is_within_one_level_of_exact_scaling() -> None:
     assert np.abs(decoded(png16_rgb(values)).rgb - values / 257).max() <= 1
 
 
-def test_float_images_are_scaled_by_one_or_by_their_own_range() -> None:
+def test_float_images_are_scaled_from_0_to_1_or_from_their_own_range() -> None:
     ramp = np.linspace(0, 1, 48 * 32, dtype=np.float32).reshape(32, 48)
 
     unit = decoded(saved(Image.fromarray(ramp), "TIFF"))
@@ -242,7 +241,7 @@ def test_lab_becomes_srgb() -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_alpha_is_kept_beside_the_colour(mode: str, kind: str) -> None:
+def test_alpha_is_separated_from_colour(mode: str, kind: str) -> None:
     rgba = np.dstack([scene(), scene()[..., 0]])
     image = Image.fromarray(rgba).convert(mode)
 
@@ -252,7 +251,7 @@ def test_alpha_is_kept_beside_the_colour(mode: str, kind: str) -> None:
     assert np.array_equal(found.rgb, np.asarray(image.convert("RGBA"))[..., :3])
 
 
-def test_alpha_that_hides_nothing_is_none() -> None:
+def test_opaque_alpha_is_none() -> None:
     assert decoded(saved(Image.fromarray(scene()).convert("RGBA"), "PNG")).alpha is None
 
 
@@ -268,7 +267,7 @@ def test_palette_and_colour_key_transparency_become_alpha() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
-def test_of_an_animation_the_first_frame_is_taken_or_it_is_refused(kind: str) -> None:
+def test_an_animation_gives_its_first_frame_or_is_refused(kind: str) -> None:
     frames = [Image.new("RGB", (32, 24), colour) for colour in ("#c02010", "#10c020", "#2010c0")]
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
 
@@ -276,11 +275,11 @@ def test_of_an_animation_the_first_frame_is_taken_or_it_is_refused(kind: str) ->
     with pytest.raises(ContentError) as caught:
         decode_image(data, limits=Limits(), animation="refuse")
 
-    assert apart(first[10:11, 10:11], np.array([[[0xC0, 0x20, 0x10]]], np.uint8)) < 12
+    assert difference(first[10:11, 10:11], np.array([[[0xC0, 0x20, 0x10]]], np.uint8)) < 12
     assert caught.value.code == "animated"
 
 
-def test_the_second_image_of_an_mpo_is_no_animation() -> None:
+def test_an_mpo_is_no_animation() -> None:
     frames = [Image.new("RGB", (32, 24), colour) for colour in ("#c02010", "#10c020")]
     data = saved(frames[0], "MPO", save_all=True, append_images=frames[1:])
 
@@ -291,24 +290,26 @@ def test_the_second_image_of_an_mpo_is_no_animation() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.97])
 @pytest.mark.parametrize(("kind", "options"), [*EXACT, *CLOSE, ("GIF", {})])
-def test_part_of_a_file_is_refused_and_never_part_of_an_image(kind: str, options: dict[str, Any], share: float) -> None:
+def test_a_truncated_file_is_refused_and_never_decoded_in_part(
+    kind: str, options: dict[str, Any], share: float
+) -> None:
     noise = np.random.default_rng(6).integers(0, 256, (64, 96, 3), np.uint8)
     data = saved(Image.fromarray(noise), kind, **options)
 
-    assert refusal(data[: int(len(data) * share)]) in ("truncated", "damaged")
+    assert error_code(data[: int(len(data) * share)]) in ("truncated", "damaged")
 
 
-def test_a_broken_stream_is_refused() -> None:
+def test_a_damaged_stream_is_refused() -> None:
     data = bytearray(saved(Image.fromarray(scene()), "PNG"))
     at = data.index(b"IDAT") + 4
     data[at : at + 12] = b"\xff" * 12
 
-    assert refusal(bytes(data)) == "damaged"
+    assert error_code(bytes(data)) == "damaged"
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89", b"<!doctype html><html>404</html>", b"\x7fELF\2\1\1" + bytes(99)])
-def test_what_is_no_image_is_refused_as_such(data: bytes) -> None:
-    assert refusal(data) == "not_an_image"
+def test_a_file_that_is_no_image_has_its_own_code(data: bytes) -> None:
+    assert error_code(data) == "not_an_image"
 
 
 @pytest.mark.parametrize(
@@ -324,41 +325,43 @@ def test_what_is_no_image_is_refused_as_such(data: bytes) -> None:
         saved(Image.new("RGB", (32, 32)), "TGA"),
     ],
 )
-def test_an_image_of_another_format_is_refused_as_such(data: bytes) -> None:
-    assert refusal(data) == "unsupported_format"
+def test_an_image_of_an_unsupported_format_has_its_own_code(data: bytes) -> None:
+    assert error_code(data) == "unsupported_format"
 
 
-def test_a_raw_file_is_not_taken_for_its_thumbnail() -> None:
+def test_the_thumbnail_of_a_raw_file_is_not_decoded() -> None:
     thumbnail = saved(Image.fromarray(scene()), "TIFF", tiffinfo={254: 1})
 
-    assert refusal(thumbnail) == "unsupported_format"
+    assert error_code(thumbnail) == "unsupported_format"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "GIF", "BMP", "JPEG2000"])
-def test_the_pixel_limit_is_held_before_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_limit_is_checked_before_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = saved(Image.new("RGB", (200, 100)), kind)
-    monkeypatch.setattr("workers.imaging.decode._read", lambda *_: pytest.fail("decoded all the same"))
+    with Image.open(io.BytesIO(data)) as image:
+        monkeypatch.setattr(type(image), "load", lambda *_: pytest.fail("Pillow decodes the image"))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("simplejpeg decodes the image"))
 
-    assert refusal(data, limits=Limits(max_pixels=19_999)) == "too_many_pixels"
+    assert error_code(data, limits=Limits(max_pixels=19_999)) == "too_many_pixels"
 
 
 def test_an_image_at_the_pixel_limit_passes() -> None:
     assert decoded(saved(Image.new("RGB", (200, 100)), "PNG"), limits=Limits(max_pixels=20_000)).rgb.shape[0] == 100
 
 
-def test_a_bomb_of_a_few_bytes_is_refused_from_its_header() -> None:
+def test_a_decompression_bomb_is_refused_from_its_header() -> None:
     data = bytearray(saved(Image.new("1", (8, 8)), "PNG"))
     data[16:24] = struct.pack(">II", 30_000, 30_000)
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
 
-    assert refusal(bytes(data)) == "too_many_pixels"
+    assert error_code(bytes(data)) == "too_many_pixels"
 
 
-def test_the_byte_limit_is_held() -> None:
-    assert refusal(saved(Image.fromarray(scene()), "PNG"), limits=Limits(max_bytes=100)) == "too_many_bytes"
+def test_the_byte_limit_is_checked() -> None:
+    assert error_code(saved(Image.fromarray(scene()), "PNG"), limits=Limits(max_bytes=100)) == "too_many_bytes"
 
 
-def test_artist_and_copyright_are_read_and_nothing_else() -> None:
+def test_only_artist_and_copyright_are_read_from_exif() -> None:
     exif = Image.Exif()
     exif[0x013B], exif[0x8298], exif[0x0110] = "A. Turner", "(c) 2024 A. Turner", "a camera"
 
@@ -367,7 +370,7 @@ def test_artist_and_copyright_are_read_and_nothing_else() -> None:
     assert image.credit == (("artist", "A. Turner"), ("copyright", "(c) 2024 A. Turner"))
 
 
-def test_damage_anywhere_is_a_refusal_or_an_image_and_never_another_error() -> None:
+def test_damaged_bytes_give_a_content_error_or_an_image() -> None:
     random = np.random.default_rng(7)
     small = Image.fromarray(scene())
     files = [saved(small, kind, **options) for kind, options in [*EXACT, *CLOSE, ("GIF", {})]]
@@ -384,17 +387,17 @@ def test_damage_anywhere_is_a_refusal_or_an_image_and_never_another_error() -> N
             assert image.rgb.dtype == np.uint8 and image.rgb.ndim == 3
 
 
-@pytest.mark.skipif(not HARD.is_dir(), reason="the collection of hard files is not beside this project")
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow says so of damaged EXIF; the images are what counts
-def test_each_hard_file_ends_as_its_manifest_says() -> None:
+@pytest.mark.skipif(not HARD.is_dir(), reason="no collection of hard files in CUTFLEET_TEST_DATA")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from Pillow, for damaged EXIF
+def test_each_hard_file_has_the_result_of_its_manifest() -> None:
     with open(HARD / "manifest.csv", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
 
     for row in rows:
         try:
             decoded((HARD / row["file"]).read_bytes())
-            end = "processed"
+            result = "processed"
         except ContentError:
-            end = "clear error"
-        assert end in row["expected"], row["file"]
+            result = "clear error"
+        assert result in row["expected"], row["file"]
     assert len(rows) > 90

@@ -1,13 +1,12 @@
-"""Renditions read back from their bytes: background, fill, size, profile, and the verdicts of their rules."""
+"""Decode renditions from their bytes; check background, fill, size, profile, and the results of their rules."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import io
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -17,17 +16,17 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from jobs.recipe import Rendition, Rules, load_recipe
-from workers.imaging.marketplace_rules import Check
+from workers.imaging.marketplace_rules import RuleResult
+from workers.imaging.pixels import Pixels
 from workers.imaging.renditions import Encoded, find_subject, render, render_all
 
-Pixels = NDArray[np.uint8]
 Format = Literal["jpeg", "png", "webp"]
 Box = tuple[int, int, int, int]
 BOX = (150, 200, 550, 450)
 
 
 def cutout(width: int = 900, height: int = 700, *, box: Box = BOX) -> tuple[Pixels, Pixels]:
-    """A red subject with a soft edge in `box` (left, top, right, bottom); green where it is clear."""
+    """A red subject with a soft edge in `box` (left, top, right, bottom), on transparent green."""
     alpha = np.zeros((height, width), np.uint8)
     alpha[box[1] : box[3], box[0] : box[2]] = 255
     alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), 1.5), np.uint8)
@@ -46,18 +45,18 @@ def rendered(rendition: Rendition, *, size: tuple[int, int] = (900, 700), box: B
 
 
 def extent(marked: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what is marked."""
+    """Left, top, right, bottom of the marked pixels."""
     columns, rows = np.flatnonzero(marked.any(0)), np.flatnonzero(marked.any(1))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def is_subject(pixels: Pixels) -> NDArray[np.bool_]:
-    """Red, and half covered at least."""
+    """Red, with an alpha of at least one half."""
     return np.asarray(pixels[..., 1] < 128)
 
 
 @pytest.mark.parametrize("format_", ["jpeg", "png", "webp"])
-def test_a_square_is_centred_filled_and_exactly_white_around(format_: Format) -> None:
+def test_a_square_has_a_centred_subject_its_fill_and_an_exactly_white_background(format_: Format) -> None:
     rendition = Rendition(
         name="shop",
         format=format_,
@@ -79,15 +78,15 @@ def test_a_square_is_centred_filled_and_exactly_white_around(format_: Format) ->
     assert encoded.content_type == f"image/{format_}"
 
 
-def test_flat_colour_of_any_kind_is_kept_outside_the_soft_edge() -> None:
+def test_a_background_of_any_colour_is_exact_outside_the_soft_edge() -> None:
     _, pixels = rendered(Rendition(name="a", format="png", background="#1e90ff"))
 
     assert (pixels[:150] == (0x1E, 0x90, 0xFF)).all()
     assert (pixels[320, 300] == (200, 30, 40)).all()
-    assert not (pixels == (0, 200, 0)).all(-1).any(), "nothing of the old background is left"
+    assert not (pixels == (0, 200, 0)).all(-1).any(), "no pixel of the old background remains"
 
 
-def test_min_px_enlarges_up_to_the_limit_and_no_further() -> None:
+def test_min_px_enlarges_the_subject_up_to_max_upscale() -> None:
     _, free = rendered(Rendition(name="a", canvas="square", fill=0.8, min_px=800, max_upscale=4))
     _, bound = rendered(Rendition(name="a", canvas="square", fill=0.8, min_px=2000, max_upscale=1.5))
 
@@ -97,7 +96,7 @@ def test_min_px_enlarges_up_to_the_limit_and_no_further() -> None:
     assert right - left == pytest.approx(400 * 1.5, abs=6)
 
 
-def test_max_px_shrinks() -> None:
+def test_max_px_shrinks_the_rendition() -> None:
     _, pixels = rendered(Rendition(name="a", format="png", canvas="square", fill=0.8, max_px=200))
 
     assert pixels.shape == (200, 200, 3)
@@ -106,7 +105,7 @@ def test_max_px_shrinks() -> None:
     assert (pixels[:20] == 255).all()
 
 
-def test_trim_cuts_to_the_subject_with_its_margin() -> None:
+def test_trim_crops_to_the_subject_with_its_margin() -> None:
     _, tight = rendered(Rendition(name="a", format="png", canvas="trim", background="transparent"))
     _, wide = rendered(Rendition(name="a", format="png", canvas="trim", background="transparent", margin=0.1))
 
@@ -116,7 +115,7 @@ def test_trim_cuts_to_the_subject_with_its_margin() -> None:
     assert np.array_equal(wide[margin:-margin, margin:-margin], tight)
 
 
-def test_a_margin_beyond_the_frame_is_filled() -> None:
+def test_a_margin_beyond_the_source_is_transparent() -> None:
     _, pixels = rendered(Rendition(name="a", format="png", canvas="trim", background="transparent", margin=1.0))
 
     assert pixels.shape[1] > 900
@@ -127,12 +126,12 @@ def test_a_margin_beyond_the_frame_is_filled() -> None:
 def test_a_transparent_rendition_has_no_fringe(max_px: int) -> None:
     _, pixels = rendered(Rendition(name="a", format="png", background="transparent", max_px=max_px))
 
-    seen = pixels[..., 3] > 8
-    assert np.abs(pixels[seen][:, :3].astype(int) - (200, 30, 40)).max() <= 8
+    visible = pixels[..., 3] > 8
+    assert np.abs(pixels[visible][:, :3].astype(int) - (200, 30, 40)).max() <= 8
     assert not pixels[pixels[..., 3] == 0].any()
 
 
-def test_webp_holds_alpha() -> None:
+def test_lossless_webp_keeps_colour_and_alpha() -> None:
     encoded, pixels = rendered(Rendition(name="a", format="webp", background="transparent", lossless=True))
 
     rgb, alpha = cutout()
@@ -142,18 +141,18 @@ def test_webp_holds_alpha() -> None:
 
 
 @pytest.mark.parametrize("format_", ["jpeg", "webp"])
-def test_jpeg_and_webp_carry_an_srgb_profile_and_no_exif(format_: Format) -> None:
+def test_jpeg_and_webp_have_an_srgb_profile_and_no_exif(format_: Format) -> None:
     encoded, _ = rendered(Rendition(name="a", format=format_))
 
     with Image.open(io.BytesIO(encoded.body)) as image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         assert "sRGB" in ImageCms.getProfileDescription(profile)
-        assert profile.profile.creation_date == datetime.datetime(2026, 1, 1), "the same bytes from every worker"
+        assert profile.profile.creation_date == datetime.datetime(2026, 1, 1), "every worker writes the same bytes"
         assert not dict(image.getexif())
 
 
 @pytest.mark.parametrize("format_", ["jpeg", "webp", "png"])
-def test_credit_is_kept_where_it_is_asked_for(format_: Format) -> None:
+def test_credit_is_stored_in_the_rendition(format_: Format) -> None:
     rgb, alpha = cutout()
     credit = (("artist", "Ü. Müller"), ("copyright", "© 版权"))
 
@@ -172,18 +171,18 @@ def test_credit_is_kept_where_it_is_asked_for(format_: Format) -> None:
             assert len(dict(image.getexif())) == 2
 
 
-def test_where_there_is_no_subject_there_is_no_rendition() -> None:
+def test_an_image_without_a_subject_has_no_rendition() -> None:
     rgb, alpha = cutout()
 
     assert render_all(rgb, np.zeros_like(alpha), (Rendition(name="a"),)) == {}
 
 
-def verdicts(checks: tuple[Check, ...]) -> dict[str, str]:
+def verdicts(checks: tuple[RuleResult, ...]) -> dict[str, str]:
     return {check.name: check.verdict for check in checks}
 
 
 @pytest.mark.parametrize("name", ["amazon-main", "google-shopping", "ebay", "shopify", "walmart"])
-def test_a_good_image_passes_every_marketplace(name: str) -> None:
+def test_a_good_image_passes_the_rules_of_every_marketplace(name: str) -> None:
     (rendition,) = load_recipe(name).renditions
 
     encoded, pixels = rendered(rendition, size=(2400, 2000), box=(300, 250, 2000, 1800))
@@ -193,7 +192,7 @@ def test_a_good_image_passes_every_marketplace(name: str) -> None:
     assert len(encoded.body) < 3e6
 
 
-def test_an_image_that_breaks_a_rule_fails_with_what_was_measured() -> None:
+def test_a_failed_rule_has_the_measured_value() -> None:
     rules = Rules(min_px=5000, max_mb=0.001, min_fill=0.9, exact_background=True)
     rendition = Rendition(name="a", canvas="square", fill=0.5, rules=rules)
 
@@ -211,7 +210,7 @@ def test_an_image_that_breaks_a_rule_fails_with_what_was_measured() -> None:
     assert {check.name: check.value for check in encoded.checks}["pixels"] == "808"
 
 
-def test_less_than_advised_is_a_warning() -> None:
+def test_fewer_pixels_than_advised_are_a_warning() -> None:
     rendition = Rendition(name="a", canvas="square", rules=Rules(min_px=100, advised_px=4000))
 
     assert verdicts(rendered(rendition)[0].checks)["pixels"] == "warn"
@@ -224,19 +223,19 @@ def test_a_background_that_is_not_exact_fails() -> None:
     subject = find_subject(alpha)
     assert subject is not None
 
-    sound = render(rgb, alpha, rendition, subject=subject)
-    bad = render(rgb, hazy, dataclasses.replace(rendition), subject=subject)
+    exact = render(rgb, alpha, rendition, subject=subject)
+    inexact = render(rgb, hazy, rendition, subject=subject)
 
-    assert verdicts(sound.checks)["background"] == "pass"
-    assert verdicts(bad.checks)["background"] == "fail"
+    assert verdicts(exact.checks)["background"] == "pass"
+    assert verdicts(inexact.checks)["background"] == "fail"
 
 
 GOLDEN = Path(__file__).parent / "golden"
 MARKETPLACES = ("amazon-main", "google-shopping", "ebay", "shopify", "walmart")
 
 
-def golden_of(name: str) -> tuple[str, Image.Image]:
-    """What a marketplace's image is, in words, and how it looks, 64 pixels wide."""
+def golden(name: str) -> tuple[str, Image.Image]:
+    """Properties of a marketplace's rendition, as JSON, and the rendition at 64 x 64 pixels."""
     (rendition,) = load_recipe(name).renditions
     rgb, alpha = cutout(1300, 1000, box=(200, 150, 1000, 800))
     y, x = np.mgrid[0:1000, 0:1300]
@@ -244,34 +243,34 @@ def golden_of(name: str) -> tuple[str, Image.Image]:
     rgb[..., 2] = (y // 4) % 256
     subject = find_subject(alpha)
     assert subject is not None
-    made = render(rgb, alpha, rendition, subject=subject)
-    with Image.open(io.BytesIO(made.body)) as image:
-        told = {"format": image.format, "mode": image.mode, "size": image.size, "checks": made.findings}
-        return json.dumps(told), image.convert("RGB").resize((64, 64), Image.Resampling.BOX)
+    encoded = render(rgb, alpha, rendition, subject=subject)
+    with Image.open(io.BytesIO(encoded.body)) as image:
+        properties = {"format": image.format, "mode": image.mode, "size": image.size, "checks": encoded.findings}
+        return json.dumps(properties), image.convert("RGB").resize((64, 64), Image.Resampling.BOX)
 
 
 @pytest.mark.parametrize("name", MARKETPLACES)
-def test_each_marketplace_gets_the_image_it_got_before(name: str) -> None:
-    """If this fails on purpose: raise `PIPELINE_VERSION` where pixels have changed, look at the new image, and write
+def test_the_rendition_for_a_marketplace_is_the_golden_one(name: str) -> None:
+    """If this fails on purpose: increase `PIPELINE_VERSION` if pixels have changed, look at the new image, and write
     the golden files with `PYTHONPATH=. python tests/unit/test_encode_renditions.py`.
     """
     with Image.open(GOLDEN / f"{name}.png") as before:
-        told, now = golden_of(name)
+        properties, now = golden(name)
 
-        assert without_bytes(before.info["told"]) == without_bytes(told)
+        assert without_file_size(before.info["properties"]) == without_file_size(properties)
         difference = np.abs(np.asarray(before).astype(int) - np.asarray(now).astype(int))
     assert difference.max() <= 2, "processors and libraries round differently"
 
 
-def without_bytes(told: str) -> dict[str, object]:
-    """The size of a JPEG is its library's business."""
-    fields = json.loads(told)
+def without_file_size(properties: str) -> dict[str, Any]:
+    """The size of a JPEG depends on the version of libjpeg."""
+    fields: dict[str, Any] = json.loads(properties)
     return fields | {"checks": [check for check in fields["checks"] if check[0] != "megabytes"]}
 
 
 if __name__ == "__main__":
     for name in MARKETPLACES:
-        told, image = golden_of(name)
+        properties, image = golden(name)
         info = PngInfo()
-        info.add_text("told", told)
+        info.add_text("properties", properties)
         image.save(GOLDEN / f"{name}.png", pnginfo=info)

@@ -1,4 +1,4 @@
-"""The contact sheet, read back."""
+"""Draw a contact sheet and read it back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import io
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from workers.imaging.encode import encode_cutout_png, encode_mask_png
-from workers.tools.contact_sheet import sheet_of_folder, worst_edge
+from workers.imaging.pixels import Pixels
+from workers.tools.contact_sheet import crop_worst_edge, sheet_of_folder
 
-Pixels = NDArray[np.uint8]
 
-
-def put(folder: Path, name: str, *, size: tuple[int, int]) -> None:
+def put_outputs(folder: Path, name: str, *, size: tuple[int, int]) -> None:
     rgb = np.full((*size, 3), (200, 30, 40), np.uint8)
     alpha = np.zeros(size, np.uint8)
     alpha[size[0] // 4 : -size[0] // 4] = 255
@@ -32,8 +30,8 @@ def put(folder: Path, name: str, *, size: tuple[int, int]) -> None:
 
 
 def test_a_sheet_has_a_row_for_each_image_that_has_outputs(tmp_path: Path) -> None:
-    put(tmp_path, "a.jpg", size=(500, 900))
-    put(tmp_path, "deep/b.jpg", size=(40, 30))
+    put_outputs(tmp_path, "a.jpg", size=(500, 900))
+    put_outputs(tmp_path, "deep/b.jpg", size=(40, 30))
     (tmp_path / "sources" / "failed.jpg").write_bytes(b"no image")
 
     rows = sheet_of_folder(tmp_path, tmp_path / "sheet.png")
@@ -43,7 +41,7 @@ def test_a_sheet_has_a_row_for_each_image_that_has_outputs(tmp_path: Path) -> No
         pixels = np.asarray(image)
     red = (pixels[..., 0] > 180) & (pixels[..., 1] < 60)
     assert red[:370].any() and red[370:].any()
-    assert (pixels == 235).all(-1).any() and (pixels == 200).all(-1).any(), "the checkerboard shows"
+    assert (pixels == 235).all(-1).any() and (pixels == 200).all(-1).any(), "the checkerboard is visible"
 
 
 def test_a_folder_without_outputs_has_no_sheet(tmp_path: Path) -> None:
@@ -51,13 +49,13 @@ def test_a_folder_without_outputs_has_no_sheet(tmp_path: Path) -> None:
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_the_worst_edge_is_where_most_is_uncertain() -> None:
+def test_the_worst_edge_is_the_part_with_most_uncertain_alpha() -> None:
     mask = np.zeros((900, 900), np.uint8)
     mask[600:700, 500:600] = 128
     cutout: Pixels = np.zeros((900, 900, 3), np.uint8)
     cutout[600:700, 500:600] = 77
 
-    crop = worst_edge(cutout, mask, side=300)
+    crop = crop_worst_edge(cutout, mask, side=300)
 
     assert crop.shape == (300, 300, 3)
     assert (crop == 77).all(-1).sum() == 100 * 100

@@ -1,16 +1,14 @@
-"""Each figure on a mask drawn so that its value is known."""
+"""Each figure, on a mask for which its value is known."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from jobs.recipe import Review
+from workers.imaging.pixels import Pixels
 from workers.imaging.quality import measure_mask, review_reasons
-
-Pixels = NDArray[np.uint8]
 
 
 def blank(height: int = 1200, width: int = 1600) -> Pixels:
@@ -18,7 +16,7 @@ def blank(height: int = 1200, width: int = 1600) -> Pixels:
 
 
 def boxed(*boxes: tuple[int, int, int, int]) -> Pixels:
-    """Boxes as left, top, right, bottom."""
+    """A mask of boxes, each left, top, right, bottom."""
     mask = blank()
     for left, top, right, bottom in boxes:
         mask[top:bottom, left:right] = 255
@@ -26,7 +24,7 @@ def boxed(*boxes: tuple[int, int, int, int]) -> Pixels:
 
 
 def reasons(mask: Pixels) -> tuple[str, ...]:
-    """Of a recipe that wants whole subjects."""
+    """Review reasons under a recipe that requires whole subjects."""
     return review_reasons(measure_mask(mask), Review(max_border=0.02))
 
 
@@ -41,7 +39,7 @@ def test_a_sound_mask_needs_no_review() -> None:
     assert reasons(SOUND) == ()
 
 
-def test_an_empty_and_a_full_mask_are_found() -> None:
+def test_an_empty_and_a_full_mask_need_review() -> None:
     assert "empty" in reasons(blank())
     assert "full" in reasons(boxed((0, 0, 1600, 1200)))
 
@@ -55,31 +53,31 @@ def test_an_empty_and_a_full_mask_are_found() -> None:
         ("left", (0, 300, 1200, 900)),
     ],
 )
-def test_a_subject_cut_by_the_border_is_found_on_its_side(side: str, box: tuple[int, int, int, int]) -> None:
+def test_a_subject_cut_by_the_border_is_measured_on_its_side(side: str, box: tuple[int, int, int, int]) -> None:
     figures = measure_mask(boxed(box))
 
     assert figures[f"border_{side}"] == pytest.approx(0.5, abs=0.01)
     assert sum(figures[f"border_{name}"] > 0 for name in ("top", "right", "bottom", "left")) == 1
     assert reasons(boxed(box)) == ("cut_off",)
-    assert review_reasons(figures, Review()) == (), "portraits run out of their frame: no matter unless asked"
+    assert review_reasons(figures, Review()) == (), "portraits are cut by the border: no review by default"
 
 
-def test_pieces_are_counted_and_specks_are_not() -> None:
+def test_pieces_are_counted_without_specks() -> None:
     three = boxed((100, 100, 400, 400), (600, 100, 900, 400), (1100, 100, 1400, 400), (800, 800, 808, 808))
 
     assert measure_mask(three)["pieces"] == 3
     assert reasons(three) == ("pieces",)
 
 
-def test_a_two_piece_subject_shows_in_its_figure() -> None:
+def test_two_pieces_need_review_only_if_the_recipe_allows_one() -> None:
     figures = measure_mask(boxed((100, 100, 400, 400), (600, 100, 900, 400)))
 
     assert figures["pieces"] == 2
     assert review_reasons(figures, Review(max_pieces=1)) == ("pieces",)
-    assert review_reasons(figures, Review()) == (), "shoes come in pairs: no matter unless asked"
+    assert review_reasons(figures, Review()) == (), "shoes come in pairs: no review by default"
 
 
-def test_holes_are_counted_and_bays_are_not() -> None:
+def test_holes_are_counted_without_bays() -> None:
     mask = SOUND.copy()
     mask[400:500, 500:600] = 0
     mask[600:700, 500:600] = 0
@@ -88,7 +86,7 @@ def test_holes_are_counted_and_bays_are_not() -> None:
     assert measure_mask(mask)["holes"] == 2
 
 
-def test_uncertain_alpha_is_a_share_of_the_subject() -> None:
+def test_uncertain_alpha_is_measured_as_share_of_the_subject() -> None:
     mask = SOUND.copy()
     mask[300:900, 400:800] = 128
 
@@ -96,7 +94,7 @@ def test_uncertain_alpha_is_a_share_of_the_subject() -> None:
     assert reasons(mask) == ("uncertain",)
 
 
-def test_the_edge_is_wider_the_softer_it_is_at_any_size() -> None:
+def test_a_softer_edge_is_wider_at_any_size() -> None:
     sharp, soft = (measure_mask(np.asarray(cv2.blur(SOUND, (width, width)), np.uint8)) for width in (3, 61))
     small = measure_mask(np.asarray(cv2.blur(SOUND, (61, 61))[::4, ::4].copy(), np.uint8))
 

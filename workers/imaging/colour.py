@@ -1,5 +1,5 @@
-"""Colour profiles: whatever space an image was stored in becomes sRGB, by littleCMS. A profile that can't be used is
-left out and noted; it never costs the image.
+"""ICC profiles: convert an image from its stored colour space to sRGB with littleCMS. A profile that can't be used is
+ignored and noted; it never fails the image.
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ import numpy as np
 from PIL import Image, ImageCms
 
 Convert = Callable[[Image.Image], Image.Image]
-"""Takes an image of the mode it was made for, gives one of mode RGB in sRGB."""
+"""Converts an image of one fixed mode to mode RGB in sRGB."""
 
 _SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
-_SAME = 1
-"""Grey levels: the many profiles that call themselves sRGB differ by rounding only, and are left out."""
+_ROUNDING = 1
+"""Grey levels. The many profiles that are named sRGB differ from it by no more; they need no conversion."""
 
 
 def srgb_converter(profile: bytes | None, mode: str) -> tuple[Convert | None, str]:
-    """`mode`: RGB, L, CMYK or LAB. Returns None where the pixels are sRGB already but for their mode, and a note,
-    empty unless a profile was left out.
+    """Return the conversion to sRGB, None if the pixels only need another mode, and a note, empty unless `profile` is
+    ignored. `mode`: RGB, L, CMYK or LAB.
     """
     if mode == "LAB":
         return _lab_transform(), ""
     if not profile:
-        return _plain(mode), ""
+        return _without_profile(mode), ""
     try:
         transform = _transform(profile, mode)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as exc:
-        return _plain(mode), f"icc_profile_ignored: {exc}"
-    return transform or _plain(mode), ""
+        return _without_profile(mode), f"icc_profile_ignored: {exc}"
+    return transform or _without_profile(mode), ""
 
 
 @functools.cache
 def srgb_profile() -> bytes:
-    """A small sRGB profile for the formats that carry one: the same bytes in every process."""
+    """Return a small sRGB profile to embed; the same bytes in every process."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    struct.pack_into(">6H", profile, 24, 2026, 1, 1, 0, 0, 0)  # its date, which littleCMS takes from the clock
+    struct.pack_into(">6H", profile, 24, 2026, 1, 1, 0, 0, 0)  # the creation date: littleCMS takes it from the clock
     return bytes(profile)
 
 
-def _plain(mode: str) -> Convert | None:
-    """CMYK without a profile: the plain conversion, as every viewer does it."""
+def _without_profile(mode: str) -> Convert | None:
+    """Return the conversion without a profile: Pillow's own for CMYK, as image viewers do."""
     return (lambda band: band.convert("RGB")) if mode == "CMYK" else None
 
 
 @functools.lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> Convert | None:
-    """None when the profile is sRGB. A catalogue has few profiles; building one takes milliseconds."""
+    """Return None if the profile is sRGB. Cached: a catalogue has few profiles, and building one takes milliseconds."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space
     if _SPACES.get(space) != mode:
@@ -72,4 +72,4 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     pixels = Image.fromarray(np.ascontiguousarray(grid)) if mode == "RGB" else Image.fromarray(levels[None])
     before = np.asarray(pixels.convert("RGB"), np.int16)
     after = np.asarray(transform.apply(pixels), np.int16)
-    return bool(np.abs(after - before).max() <= _SAME)
+    return bool(np.abs(after - before).max() <= _ROUNDING)

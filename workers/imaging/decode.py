@@ -1,5 +1,5 @@
-"""Image in: bytes of whatever format, told by content, become upright 8-bit sRGB, or a `ContentError` with a stable
-code. Nothing is decoded before its header's size has passed the limits, and what ends too early is refused whole.
+"""Decode an image of any supported format to upright 8-bit sRGB, or raise `ContentError`. The limits are checked on the
+header, before decoding. A truncated file is refused, never decoded in part.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from jobs.errors import ContentError
 from workers.imaging.colour import Convert, srgb_converter
-from workers.imaging.formats import ANIMATED, is_cut_short, open_image, sniff_format
+from workers.imaging.formats import ANIMATED, is_truncated, open_image, sniff_format
+from workers.imaging.pixels import Pixels
 
-Pixels = NDArray[np.uint8]
-
-Image.MAX_IMAGE_PIXELS = None  # `Limits` is checked on every header instead: per recipe, and without a warning first
+Image.MAX_IMAGE_PIXELS = None  # `Limits` is checked on every header instead; Pillow would first only warn
 
 _BAND_PIXELS = 1 << 18
 _BASE_MODES = {"1": "L", "L": "L", "LA": "L", "La": "L", "CMYK": "CMYK", "LAB": "LAB"}
-"""The mode whose profile applies; any mode not here is converted to RGB first."""
+"""By Pillow mode: the mode that an ICC profile is applied in. Any other mode is converted to RGB first."""
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
-_CUT_SHORT = re.compile(r"truncated|premature end|unexpected end|end of (file|stream)|not enough (image )?data", re.I)
+_TRUNCATED = re.compile(r"truncated|premature end|unexpected end|end of (file|stream)|not enough (image )?data", re.I)
 _HARMLESS = re.compile(r"extraneous bytes|ICC marker|JFIF|Adobe|subsampling", re.I)
-"""libjpeg's warnings that cost no pixel: Pillow then decides."""
+"""libjpeg warnings that affect no pixel; Pillow decodes these files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What an image may weigh: `max_pixels` (width times height) once decoded, `max_bytes` of the file."""
+    """`max_pixels`: width times height. `max_bytes`: size of the file."""
 
     max_pixels: int = 100_000_000
     max_bytes: int = 100_000_000
@@ -43,8 +42,8 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class DecodedImage:
-    """`rgb`: (H, W, 3) uint8, upright sRGB, ours to change. `alpha`: (H, W) uint8, None where nothing is transparent.
-    `notes`: what was ignored or scaled. `credit`: artist and copyright of EXIF or of a PNG's text, where present.
+    """`rgb`: (H, W, 3) upright sRGB, writable. `alpha`: (H, W), None if nothing is transparent. `notes`: what was
+    ignored or scaled. `credit`: artist and copyright from EXIF or from a PNG's text, if present.
     """
 
     rgb: Pixels
@@ -54,8 +53,10 @@ class DecodedImage:
 
 
 def decode_image(data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> DecodedImage:
-    """Raises `ContentError`: `too_many_bytes`, `too_many_pixels`, `not_an_image`, `unsupported_format`, `truncated`,
-    `damaged`, `animated`. Of a multi-image JPEG or HEIC takes the main one: those are no animations.
+    """Decode the first frame, or the main image of a multi-image JPEG or HEIC, which is never an animation.
+
+    Raises `ContentError`: `too_many_bytes`, `too_many_pixels`, `not_an_image`, `unsupported_format`, `truncated`,
+    `damaged`, `animated`.
     """
     if len(data) > limits.max_bytes:
         raise ContentError(
@@ -64,24 +65,26 @@ def decode_image(data: bytes, *, limits: Limits, animation: Literal["first", "re
             code="too_many_bytes",
         )
     kind = sniff_format(data)
-    if is_cut_short(data, kind):
+    if is_truncated(data, kind):
         raise ContentError(
-            f"The {kind} says that it is longer than the {len(data)} bytes here: a broken upload.", code="truncated"
+            f"The {kind} has {len(data)} bytes and declares more: the upload is incomplete.", code="truncated"
         )
     with _decoder_errors(kind), open_image(data, kind) as image:
         _check_pixels(image.width, image.height, limits)
         if animation == "refuse" and kind in ANIMATED and getattr(image, "is_animated", False):
-            raise ContentError(f"The {kind} has several frames, and the recipe refuses those.", code="animated")
-        return _read(image, data, limits)
+            raise ContentError(
+                f'The {kind} has several frames, and the recipe has animation = "refuse".', code="animated"
+            )
+        return _decode(image, data, limits)
 
 
 def count_pixels(data: bytes, limits: Limits) -> int:
-    """As the header says, for who must know before decoding; 0 where decoding will refuse it, and say why."""
+    """Return width times height from the header; 0 for an image that `decode_image` refuses."""
     try:
         with open_image(data, sniff_format(data)) as image:
             pixels = image.width * image.height
             return pixels if pixels <= limits.max_pixels else 0
-    except Exception:  # whatever a decoder raises: decoding raises it again, and gives it its name
+    except Exception:  # `decode_image` raises it again, with its code
         return 0
 
 
@@ -91,24 +94,24 @@ def _decoder_errors(kind: str) -> Iterator[None]:
         yield
     except (ContentError, MemoryError):
         raise
-    except Exception as exc:  # decoders raise a dozen types; each is about these bytes
+    except Exception as exc:  # decoders raise a dozen types; the cause is always these bytes
         reason = _reason(exc)
-        if _CUT_SHORT.search(reason):
+        if _TRUNCATED.search(reason):
             raise ContentError(
-                f"The {kind} ends too early, as a broken upload does: {reason}", code="truncated"
+                f"The {kind} is truncated, probably an incomplete upload: {reason}", code="truncated"
             ) from exc
         raise ContentError(f"The {kind} can't be decoded: {reason}", code="damaged") from exc
 
 
 def _reason(exc: Exception) -> str:
     if isinstance(exc, UnidentifiedImageError):
-        return "its header can't be read"
+        return "the header can't be read"
     return " ".join(str(exc).split()) or type(exc).__name__
 
 
 def _check_pixels(width: int, height: int, limits: Limits) -> None:
     if width < 1 or height < 1:
-        raise ContentError(f"The image claims {width} x {height} pixels.", code="damaged")
+        raise ContentError(f"The header declares {width} x {height} pixels.", code="damaged")
     if width * height > limits.max_pixels:
         raise ContentError(
             f"The image has {width} x {height} pixels ({width * height / 1e6:.1f} MP), the limit is "
@@ -117,7 +120,7 @@ def _check_pixels(width: int, height: int, limits: Limits) -> None:
         )
 
 
-def _read(image: Image.Image, data: bytes, limits: Limits) -> DecodedImage:
+def _decode(image: Image.Image, data: bytes, limits: Limits) -> DecodedImage:
     notes: list[str] = []
     base = "L" if image.mode in _DEEP_MODES else _BASE_MODES.get(image.mode, "RGB")
     convert, note = srgb_converter(image.info.get("icc_profile"), base)
@@ -141,7 +144,7 @@ def _read(image: Image.Image, data: bytes, limits: Limits) -> DecodedImage:
 
 
 def _decode_jpeg(image: Image.Image, data: bytes, notes: list[str]) -> Pixels | None:
-    """None where Pillow must decode: no JPEG, CMYK, or a file that libjpeg warns of without losing pixels."""
+    """Return None if Pillow must decode: another format, CMYK, or a JPEG with a warning of `_HARMLESS`."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     try:
@@ -152,12 +155,12 @@ def _decode_jpeg(image: Image.Image, data: bytes, notes: list[str]) -> Pixels | 
         notes.append(f"jpeg_warning: {exc}")
         return None
     if rgb.shape[:2] != (image.height, image.width):
-        raise ValueError(f"two sizes in one file: {image.size} and {rgb.shape[1::-1]}")
+        raise ValueError(f"the header declares {image.size} pixels, the data has {rgb.shape[1::-1]}")
     return rgb
 
 
 def _convert(image: Image.Image, convert: Convert | None) -> tuple[Pixels, Pixels | None]:
-    """Band by band, so that beside Pillow's image and ours there is no third."""
+    """Convert in bands, so that memory holds no third copy beside Pillow's image and the result."""
     base = _BASE_MODES.get(image.mode, "RGB")
     rgb = np.empty((image.height, image.width, 3), np.uint8)
     alpha = np.empty(rgb.shape[:2], np.uint8) if image.has_transparency_data else None
@@ -180,8 +183,8 @@ def _convert_in_place(rgb: Pixels, base: str, convert: Convert) -> None:
 
 
 def _convert_deep(image: Image.Image, convert: Convert | None, notes: list[str]) -> tuple[Pixels, Pixels | None]:
-    """16-bit, 32-bit and float grey, scaled and never clipped: 16-bit by 257, float in [0, 1] by 255, all else from
-    its own range, noted.
+    """Scale 16-bit, 32-bit and float grey to 8 bits without clipping: 16-bit by 1/257, float in [0, 1] by 255. Anything
+    else is scaled from its own range, with a note.
     """
     values = np.asarray(image)
     key = image.info.get("transparency")
@@ -218,7 +221,7 @@ def _bands(rgb: Pixels) -> Iterator[tuple[int, int]]:
 
 
 def _exif(image: Image.Image, notes: list[str]) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Orientation, 1 where it says nothing sensible, and the artist and copyright, which our own PNGs keep as text."""
+    """Return orientation, 1 if missing or invalid, and artist and copyright, which our PNGs keep as text."""
     try:
         exif = image.getexif()
         orientation = exif.get(ExifTags.Base.Orientation)
@@ -226,7 +229,7 @@ def _exif(image: Image.Image, notes: list[str]) -> tuple[int, tuple[tuple[str, s
             "artist": exif.get(ExifTags.Base.Artist) or image.info.get("Artist"),
             "copyright": exif.get(ExifTags.Base.Copyright) or image.info.get("Copyright"),
         }
-    except Exception as exc:  # Pillow's EXIF reader raises anything on damage; the pixels are sound
+    except Exception as exc:  # Pillow's EXIF reader raises any type on damage; the pixels are intact
         notes.append(f"exif_ignored: {exc}")
         return 1, ()
     credit = tuple((name, text.strip("\0 ")) for name, text in fields.items() if isinstance(text, str) and text)
@@ -234,7 +237,7 @@ def _exif(image: Image.Image, notes: list[str]) -> tuple[int, tuple[tuple[str, s
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """`orientation`: EXIF 2.32, tag 0x0112; anything but 2 to 8 leaves the pixels as they are."""
+    """Turn and mirror by EXIF 2.32, tag 0x0112. Any `orientation` but 2 to 8 leaves the pixels unchanged."""
     match orientation:
         case 2:
             turned = cv2.flip(pixels, 1)

@@ -1,9 +1,9 @@
-"""Foreground colour of soft pixels. A pixel with alpha between 0 and 1 still holds the old background's colour, which
-shows as a fringe on any other; here it gets the colour that the subject alone has there.
+"""Estimate the foreground colour of soft pixels. A pixel with alpha between 0 and 1 still contains the old background's
+colour, which shows as a fringe on a new background; it gets the subject's colour instead.
 
-Method: blur fusion, M. Forte, "Approximate Fast Foreground Colour Estimation", ICIP 2021. What differs, by measurement:
-blurred colours are computed on a reduced image with three radii, not two, and only the last step, which brings the
-detail back, runs at full size, on soft pixels alone. Alpha is not touched, nor any pixel with alpha 0 or 255.
+Method: blur fusion, M. Forte, "Approximate Fast Foreground Colour Estimation", ICIP 2021. Two differences, chosen by
+measurement: the blurred colours are computed on a reduced image with three radii, not two; and only the last step,
+which restores the detail, runs at full size, and only on soft pixels.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.imaging.pixels import Pixels
 from workers.imaging.resize import shrink
 
-Pixels = NDArray[np.uint8]
 Planes = NDArray[np.float32]
 
 _SIDE = 384
 """Longest side of the reduced image. 256 leaves 7 % more colour error than 384, which leaves 6 % more than 1024."""
 _RADII = (0.12, 0.04, 0.006)
-"""Radii of the box blurs, as shares of the longest side: far colours first, near ones where there are any. A smaller
-last one is better where edges are thin, and worse where they are wide; the best of nineteen that were tried."""
+"""Radii of the box blurs as shares of the longest side, from far colours to near ones. A smaller last radius is better
+for thin edges and worse for wide ones; these are the best of nineteen sets that were measured."""
 _TINY = 1e-5
-_BAND_PIXELS = 1 << 19
+BAND_PIXELS = 1 << 19
 _MAP_WIDTH = 256
-"""Soft pixels are looked up as rows of an image: OpenCV's remap takes no line longer than 32767."""
+"""Columns of the map of soft pixels for OpenCV's remap, which takes no line longer than 32767."""
 
 
 def clean_edges(rgb: Pixels, alpha: Pixels) -> None:
-    """`rgb`: (H, W, 3) sRGB, changed in place where 0 < `alpha` < 255. `alpha`: (H, W) uint8, that the image's own
-    colours mix by.
+    """Replace the colour of `rgb` (H, W, 3) in place where 0 < `alpha` < 255. `alpha`: (H, W), the share of the subject
+    in each pixel; it is not changed.
     """
     height, width = alpha.shape
     scale = min(1.0, _SIDE / max(height, width))
@@ -44,8 +44,8 @@ def clean_edges(rgb: Pixels, alpha: Pixels) -> None:
 
 
 def _blurred_colours(colour: Planes, alpha: Planes) -> tuple[Planes, Planes]:
-    """`colour`: (3, h, w) in 0 to 255, `alpha`: (h, w) in 0 to 1. Returns subject and ground, (h, w, 3): what colour
-    each has nearby, also where it can't be seen. Planes, not pixels: twice as fast, and what is broadcast is a plane.
+    """Return the nearby colour of the subject and of the background for every pixel, (h, w, 3) each. `colour`: (3, h,
+    w), 0 to 255; `alpha`: (h, w), 0 to 1. Computed on planes, which is twice as fast as on interleaved pixels.
     """
     rest = np.float32(1) - alpha
     subject, ground = colour, colour
@@ -67,7 +67,7 @@ def _weighted_blur(planes: Planes, weight: Planes, side: int) -> Planes:
 
 
 def _reduced(alpha: Pixels, size: tuple[int, int]) -> Planes:
-    """In 0 to 1. Two steps, since averaging whole areas of a large image takes ten times as long."""
+    """Resize to (h, w), 0 to 1. Two steps for a large image: averaging whole areas would take ten times as long."""
     height, width = size
     if max(alpha.shape) > 4 * max(size):
         alpha = np.asarray(cv2.resize(alpha, (2 * width, 2 * height), interpolation=cv2.INTER_LINEAR), np.uint8)
@@ -76,13 +76,13 @@ def _reduced(alpha: Pixels, size: tuple[int, int]) -> Planes:
 
 def _bands(alpha: Pixels) -> Iterator[tuple[Pixels, int]]:
     height, width = alpha.shape
-    step = max(1, _BAND_PIXELS // width)
+    step = max(1, BAND_PIXELS // width)
     for top in range(0, height, step):
         yield alpha[top : top + step], top
 
 
 def _clean_band(rgb: Pixels, alpha: Pixels, subject: Planes, ground: Planes, *, top: int, height: int) -> None:
-    """`rgb`, `alpha`: full-width rows from row `top` of an image of `height`."""
+    """`rgb`, `alpha`: rows of full width from row `top` of an image of `height` rows."""
     width = alpha.shape[1]
     soft = cv2.findNonZero(cv2.inRange(alpha, 1, 254))
     if soft is None:
@@ -94,22 +94,22 @@ def _clean_band(rgb: Pixels, alpha: Pixels, subject: Planes, ground: Planes, *, 
     x = x * np.float32(columns / width) - np.float32(0.5)
     y = (y + np.float32(top)) * np.float32(rows / height) - np.float32(0.5)
     pixels = rgb.reshape(-1, 3)
-    near, far = _look_up(subject, x, y), _look_up(ground, x, y)
+    near, far = _sample(subject, x, y), _sample(ground, x, y)
     mix = np.repeat(alpha.reshape(-1).take(index) * np.float32(1 / 255), 3).reshape(-1, 3)
-    seen = pixels.take(index, axis=0).astype(np.float32)
-    # near + mix * (seen - mix * near - (1 - mix) * far), with few temporaries
-    seen -= far
+    colour = pixels.take(index, axis=0).astype(np.float32)
+    # near + mix * (colour - mix * near - (1 - mix) * far), with few temporary arrays
+    colour -= far
     np.subtract(near, far, out=far)
     far *= mix
-    seen -= far
-    seen *= mix
-    seen += near
-    seen += np.float32(0.5)
-    pixels[index] = np.clip(seen, 0, 255, out=seen).astype(np.uint8)
+    colour -= far
+    colour *= mix
+    colour += near
+    colour += np.float32(0.5)
+    pixels[index] = np.clip(colour, 0, 255, out=colour).astype(np.uint8)
 
 
-def _look_up(colours: Planes, x: Planes, y: Planes) -> Planes:
-    """`colours`: (h, w, 3), read bilinearly at (`x`, `y`), (N,) each. Returns (N, 3)."""
+def _sample(colours: Planes, x: Planes, y: Planes) -> Planes:
+    """Read `colours` (h, w, 3) bilinearly at (`x`, `y`), (N,) each. Returns (N, 3)."""
     lines = -(-len(x) // _MAP_WIDTH)
     shape = (lines, _MAP_WIDTH)
     found = cv2.remap(

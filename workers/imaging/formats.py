@@ -1,4 +1,4 @@
-"""What format the bytes are, told by their first bytes and never by a name, and how each is opened."""
+"""Recognise an image format by its bytes, never by a file name, and open the file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from PIL import (
 from jobs.errors import ContentError
 
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
-"""Formats whose further images are frames or pages. In MPO and HEIF they are views, depth maps and thumbnails."""
+"""Formats whose further images are frames or pages. In MPO and HEIF they are views, depth maps or thumbnails."""
 
 SUPPORTED = "JPEG, PNG, WebP, AVIF, HEIC, TIFF, GIF, BMP and JPEG 2000"
 
-_PLUGINS = (  # named here because opening imports none: each registers itself when imported
+_PLUGINS = (  # `Image.open` imports no plugin; each registers itself when it is imported
     AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
@@ -38,7 +38,7 @@ _PLUGINS = (  # named here because opening imports none: each registers itself w
     WebPImagePlugin,
 )
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images run beside each other, one thread each
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker decodes several images at once, one thread each
 
 _MAGIC = (
     (re.compile(rb"\xff\xd8\xff"), "JPEG"),
@@ -62,7 +62,10 @@ _UNSUPPORTED = (
         ),
         "SVG",
     ),
-    (re.compile(rb"P[1-7]\s|#\?RADIANCE|v/1\x01|DDS |qoif|icns|SIMPLE  =|\x1f\x8b|IIMM"), "a format of few readers"),
+    (
+        re.compile(rb"P[1-7]\s|#\?RADIANCE|v/1\x01|DDS |qoif|icns|SIMPLE  =|\x1f\x8b|IIMM"),
+        "in a format that few programs read",
+    ),
     (re.compile(rb".{4}ftyp", re.S), "a video or another media container"),
 )
 _WEB_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head|body)\b", re.I)
@@ -74,7 +77,9 @@ _REDUCED = 1
 
 
 def sniff_format(data: bytes) -> str:
-    """Raises `ContentError`: `unsupported_format` for images of other formats, else `not_an_image`."""
+    """Return Pillow's name of the format. Raises `ContentError`: `unsupported_format` for an image of a format that we
+    don't read, else `not_an_image`.
+    """
     head = data[:4096]
     for magic, kind in _MAGIC:
         if magic.match(head):
@@ -84,26 +89,26 @@ def sniff_format(data: bytes) -> str:
         return "AVIF"
     if brands & _HEIF_BRANDS:
         return "HEIF"
-    for magic, words in _UNSUPPORTED:
+    for magic, description in _UNSUPPORTED:
         if magic.match(head):
-            raise _unsupported(words)
+            raise _unsupported(description)
     if _TIFF.match(head):
         return "TIFF"
     if data[-18:-2] == b"TRUEVISION-XFILE":
         raise _unsupported("a Targa file")
-    raise ContentError(_no_image(head, len(data)))
+    raise ContentError(_describe_other(head, len(data)))
 
 
 def open_image(data: bytes, kind: str) -> Image.Image:
-    """Reads the header only. Raises what Pillow raises, and `ContentError` (`unsupported_format`)."""
+    """Read the header. Raises `ContentError` (`unsupported_format`), and what Pillow raises."""
     image = Image.open(io.BytesIO(data), formats=(kind,))
     if kind == "TIFF" and image.tag_v2.get(254, 0) & _REDUCED:  # type: ignore[attr-defined]  # TIFF only
         raise _unsupported("a raw file whose first page is a thumbnail")
     return image
 
 
-def is_cut_short(data: bytes, kind: str) -> bool:
-    """Whether the container says that it is longer than what is here."""
+def is_truncated(data: bytes, kind: str) -> bool:
+    """Whether the container declares more bytes than `data` has. False for a format that declares no size."""
     if kind == "WEBP":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if kind == "JPEG2000" and data.startswith(b"\xff\x4f"):
@@ -113,20 +118,20 @@ def is_cut_short(data: bytes, kind: str) -> bool:
     return False
 
 
-def _no_image(head: bytes, size_bytes: int) -> str:
+def _describe_other(head: bytes, size_bytes: int) -> str:
     if not head:
         return "The file is empty: upload it again."
     if _WEB_PAGE.match(head):
-        return "The file is a web page, as a failed download leaves one: fetch the image again."
-    return f"The file is no image: {size_bytes} bytes that begin with {bytes(head[:16])!r}."
+        return "The file is a web page, probably from a failed download: fetch the image again."
+    return f"The file is not an image: {size_bytes} bytes that begin with {bytes(head[:16])!r}."
 
 
-def _unsupported(words: str) -> ContentError:
-    return ContentError(f"The file is {words}; we read {SUPPORTED}.", code="unsupported_format")
+def _unsupported(description: str) -> ContentError:
+    return ContentError(f"The file is {description}. Supported formats: {SUPPORTED}.", code="unsupported_format")
 
 
 def _brands(head: bytes) -> set[bytes]:
-    """ISO/IEC 14496-12, 4.3: major brand, version, compatible brands."""
+    """Return the major and the compatible brands (ISO/IEC 14496-12, 4.3)."""
     if head[4:8] != b"ftyp":
         return set()
     end = min(int.from_bytes(head[:4], "big"), len(head))
@@ -134,7 +139,7 @@ def _brands(head: bytes) -> set[bytes]:
 
 
 def _box_end(data: bytes) -> int:
-    """Where the last top-level box ends by its own size; a size of 0 means the end of the file."""
+    """Return where the last top-level box ends by its declared size; size 0 means that it ends with the file."""
     at = 0
     while 0 <= at <= len(data) - 8:
         size = int.from_bytes(data[at : at + 4], "big")

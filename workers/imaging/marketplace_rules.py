@@ -1,40 +1,43 @@
-"""A rendition measured against its rules: read back from the bytes that are published, never from what was meant."""
+"""Check a rendition against its marketplace's rules, by decoding the bytes that are published."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
-from typing import Literal
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from jobs.recipe import Rendition, Rules
+from jobs.results import Verdict
 from workers.imaging.colour import srgb_profile
-
-Pixels = NDArray[np.uint8]
+from workers.imaging.pixels import Pixels
 
 _BLOCK = 16
-"""JPEG codes colour in blocks of this many pixels, so a soft edge rings that far; beyond, background must be exact."""
+"""Side of the blocks of JPEG, in pixels. An edge can ring that far; beyond, the background must be exact."""
 _RINGING = 8
-"""Grey levels; what differs by more is another colour, not ringing."""
+"""Grey levels. A larger difference is another colour, not ringing."""
 _FILL_TOLERANCE = 0.01
+"""Marketplaces judge the fill by eye: a fill this close to its limit is a warning."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
-    """`name`: format, colour_space, pixels, megabytes, fill or background. `limit`: what the rule asks, in words."""
+class RuleResult:
+    """`name`: format, colour_space, pixels, megabytes, fill or background. `value`: measured. `limit`: required, in
+    words.
+    """
 
     name: str
-    verdict: Literal["pass", "warn", "fail"]
+    verdict: Verdict
     value: str
     limit: str
 
 
-def check_rendition(body: bytes, rendition: Rendition, *, longest_subject: int) -> tuple[Check, ...]:
-    """`longest_subject`: the subject's longest side in the rendition's pixels. Empty without rules."""
+def check_rendition(body: bytes, rendition: Rendition, *, longest_subject: int) -> tuple[RuleResult, ...]:
+    """Return a result for each rule; empty if the rendition has none. `longest_subject`: the subject's longest side in
+    pixels of the rendition.
+    """
     rules = rendition.rules
     if rules is None:
         return ()
@@ -43,11 +46,11 @@ def check_rendition(body: bytes, rendition: Rendition, *, longest_subject: int) 
         space = "sRGB" if _is_srgb(image) else f"{image.mode}, another profile or none"
         pixels = np.asarray(image.convert("RGB"))
     longest = max(pixels.shape[:2])
-    checks = [
-        _check("format", kind == rendition.format, kind, rendition.format),
-        _check("colour_space", space == "sRGB", space, "sRGB"),
+    results = [
+        _result("format", kind == rendition.format, kind, rendition.format),
+        _result("colour_space", space == "sRGB", space, "sRGB"),
         _check_pixels(longest, rules),
-        _check(
+        _result(
             "megabytes",
             not rules.max_mb or len(body) <= rules.max_mb * 1e6,
             f"{len(body) / 1e6:.2f}",
@@ -56,39 +59,38 @@ def check_rendition(body: bytes, rendition: Rendition, *, longest_subject: int) 
         _check_fill(longest_subject / longest, rules),
     ]
     if rules.exact_background:
-        checks.append(_check_background(pixels, rendition))
-    return tuple(checks)
+        results.append(_check_background(pixels, rendition))
+    return tuple(results)
 
 
-def _check(name: str, holds: bool, value: str, limit: str) -> Check:
-    return Check(name, "pass" if holds else "fail", value, limit)
+def _result(name: str, passes: bool, value: str, limit: str) -> RuleResult:
+    return RuleResult(name, Verdict.PASS if passes else Verdict.FAIL, value, limit)
 
 
-def _check_pixels(longest: int, rules: Rules) -> Check:
+def _check_pixels(longest: int, rules: Rules) -> RuleResult:
     limit = f"at least {rules.min_px}, better {rules.advised_px}, {_at_most(rules.max_px)}"
     if longest < rules.min_px or (rules.max_px and longest > rules.max_px):
-        return Check("pixels", "fail", str(longest), limit)
-    return Check("pixels", "warn" if longest < rules.advised_px else "pass", str(longest), limit)
+        return RuleResult("pixels", Verdict.FAIL, str(longest), limit)
+    return RuleResult("pixels", Verdict.WARN if longest < rules.advised_px else Verdict.PASS, str(longest), limit)
 
 
-def _check_fill(fill: float, rules: Rules) -> Check:
-    """Marketplaces measure by eye: within a hundredth of the limit is a warning."""
+def _check_fill(fill: float, rules: Rules) -> RuleResult:
     limit = f"{rules.min_fill:g} to {rules.max_fill:g}"
     beyond = max(rules.min_fill - fill, fill - rules.max_fill, 0.0)
-    verdict: Literal["pass", "warn", "fail"] = "pass" if not beyond else "warn" if beyond <= _FILL_TOLERANCE else "fail"
-    return Check("fill", verdict, f"{fill:.3f}", limit)
+    verdict = Verdict.FAIL if beyond > _FILL_TOLERANCE else Verdict.WARN if beyond else Verdict.PASS
+    return RuleResult("fill", verdict, f"{fill:.3f}", limit)
 
 
-def _check_background(pixels: Pixels, rendition: Rendition) -> Check:
-    """The frame's outermost lines, and all that is farther than a block from another colour."""
+def _check_background(pixels: Pixels, rendition: Rendition) -> RuleResult:
+    """Check the pixels that are more than a block away from any other colour: they must have the exact background."""
     colour = np.array(list(bytes.fromhex(rendition.background[1:])))
     other = cv2.bitwise_not(cv2.inRange(pixels, colour - _RINGING, colour + _RINGING))
     near = cv2.dilate(other, np.ones((2 * _BLOCK + 1, 2 * _BLOCK + 1), np.uint8))
     exact = cv2.inRange(pixels, colour, colour)
     clear = int((near == 0).sum())
     wrong = clear - int(((near == 0) & (exact > 0)).sum())
-    value = f"{wrong} of {clear} pixels differ" if clear else "no background in sight"
-    return _check("background", clear > 0 and not wrong, value, f"exactly {rendition.background}")
+    value = f"{wrong} of {clear} pixels differ" if clear else "no background found"
+    return _result("background", clear > 0 and not wrong, value, f"exactly {rendition.background}")
 
 
 def _is_srgb(image: Image.Image) -> bool:

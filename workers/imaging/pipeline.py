@@ -1,4 +1,4 @@
-"""One image through all stages, in order: decode, shrink, predict, enlarge, clean the edges, measure, encode."""
+"""Cut out one image: decode, shrink, predict the mask, enlarge it, clean the edges, measure, encode."""
 
 from __future__ import annotations
 
@@ -9,43 +9,42 @@ from typing import Literal, Protocol
 
 import cv2
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from jobs.job import Remark
 from jobs.recipe import Recipe
+from jobs.results import ImageNote, Verdict
 from workers.imaging.decode import DecodedImage, Limits, decode_image
 from workers.imaging.edges import clean_edges
 from workers.imaging.encode import encode_cutout_png, encode_mask_png
+from workers.imaging.pixels import Pixels
 from workers.imaging.quality import measure_mask, review_reasons
 from workers.imaging.renditions import Encoded, render_all
 from workers.imaging.resize import enlarge, shrink
 
-Pixels = NDArray[np.uint8]
-
 
 class MaskPredictor(Protocol):
-    """`input_size`: (height, width)."""
+    """Computes masks; `workers.models.batcher.Batcher` is one."""
 
     @property
-    def input_size(self) -> tuple[int, int]: ...
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the images that it takes."""
+        ...
 
     def predict(self, rgb: Pixels, *, live: bool = False) -> Pixels:
-        """`rgb`: (H, W, 3) uint8 of `input_size`. Returns the mask, (H, W) uint8, 255 is subject."""
+        """Return the mask (H, W), 255 is subject. `rgb`: (H, W, 3) of `input_size`. `live`: before backfill images."""
         ...
 
 
 class Decoder(Protocol):
-    """`decode_image`, or something around it: in a child process, or with a note of when decoding begins."""
+    """`decode_image`, or a function with the same contract, such as one that decodes in a subprocess."""
 
     def __call__(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> DecodedImage: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """`cutout`, `mask`: whole files; `mask` empty where the one that is stored stays. `renditions`: by name; none where
-    there is no subject. `quality`: figures by name. `review`: why a person should look; empty is fine. `notes`: what
-    decoding ignored or scaled. `seconds`: wall time of `decode`, `device` (waiting included) and `encode`.
+    """`cutout`, `mask`: files; `mask` is empty if the stored one stays. `renditions`: by name; empty if there is no
+    subject. `quality`: figures by name. `review`: reasons for a review, empty if there are none. `notes`: what decoding
+    ignored or scaled. `seconds`: wall time of `decode`, `device` (including the wait) and `encode`.
     """
 
     cutout: bytes
@@ -60,17 +59,9 @@ class Outputs:
     cutout_type: str = "image/png"
     mask_type: str = "image/png"
 
-    def remark(self, key: str) -> Remark:
-        rules = {name: made.findings for name, made in self.renditions.items() if made.checks}
-        return Remark(key, self.review, self.quality, rules)
-
-
-def limit_threads(torch_threads: int) -> None:
-    """One thread an image outside the model: images run beside each other instead. `torch_threads`: for a model
-    on the CPU; 1 when the device is a GPU. Call once per process, before the first image.
-    """
-    cv2.setNumThreads(1)
-    torch.set_num_threads(torch_threads)
+    def note(self, key: str) -> ImageNote:
+        rules = {name: rendition.findings for name, rendition in self.renditions.items() if rendition.checks}
+        return ImageNote(key, self.review, self.quality, rules)
 
 
 def cut_out(
@@ -83,7 +74,9 @@ def cut_out(
     text: Mapping[str, str] | None = None,
     decode: Decoder = decode_image,
 ) -> Outputs:
-    """`text`: provenance kept in every PNG but the mask. Raises `ContentError`, and what `predictor` raises."""
+    """Return the files and figures for the image in `data`. `text`: provenance for the text chunks of every PNG but the
+    mask. Raises `ContentError`, and what `predictor` raises.
+    """
     started = time.perf_counter()
     image = decode(data, limits=limits, animation=recipe.animation)
     if recipe.alpha == "ignore":
@@ -105,8 +98,8 @@ def cut_out(
 
 
 def shrink_for_model(image: DecodedImage, size: tuple[int, int]) -> Pixels:
-    """(h, w, 3) of `size`. What is transparent is shown on white, as a shop would: the colours hidden under it are
-    nothing that the model should see.
+    """Return (h, w, 3) of `size`. Transparent pixels become white, as in a shop: the model must not see the colours
+    that they hide.
     """
     small = shrink(image.rgb, size)
     if image.alpha is None:
@@ -116,7 +109,9 @@ def shrink_for_model(image: DecodedImage, size: tuple[int, int]) -> Pixels:
 
 
 def combine_alpha(mask: Pixels, alpha: Pixels | None, recipe: Recipe) -> Pixels:
-    """`mask`, `alpha`: (H, W); `alpha` is the source's own, None where nothing is transparent."""
+    """Combine the mask with the source's own alpha, as `recipe.alpha` says. `mask`, `alpha`: (H, W); `alpha` is None if
+    nothing is transparent.
+    """
     if alpha is None:
         return mask
     if recipe.alpha == "keep":
@@ -125,26 +120,26 @@ def combine_alpha(mask: Pixels, alpha: Pixels | None, recipe: Recipe) -> Pixels:
 
 
 def encode_outputs(image: DecodedImage, alpha: Pixels, recipe: Recipe, *, text: Mapping[str, str]) -> Outputs:
-    """All that is made of a cutout, which `image.rgb` with `alpha` is; needs no model."""
+    """Encode `image.rgb` with `alpha` as cutout and mask, and make the renditions; no model is needed."""
     credit = image.credit if recipe.keep_credit else ()
-    made = render_outputs(image, alpha, recipe, text=text)
+    outputs = render_outputs(image, alpha, recipe, text=text)
     cutout = encode_cutout_png(image.rgb, alpha, text={**text, **dict(credit)})
-    return dataclasses.replace(made, cutout=cutout, mask=encode_mask_png(alpha))
+    return dataclasses.replace(outputs, cutout=cutout, mask=encode_mask_png(alpha))
 
 
 def render_outputs(image: DecodedImage, alpha: Pixels, recipe: Recipe, *, text: Mapping[str, str]) -> Outputs:
-    """Renditions and figures; `cutout` and `mask` are empty."""
+    """Make the renditions and measure the mask; `cutout` and `mask` stay empty."""
     quality = measure_mask(alpha)
     credit = image.credit if recipe.keep_credit else ()
     renditions = render_all(image.rgb, alpha, recipe.renditions, credit=credit, text=text)
-    broken = any(check.verdict == "fail" for made in renditions.values() for check in made.checks)
+    has_failed_rule = any(check.verdict is Verdict.FAIL for encoded in renditions.values() for check in encoded.checks)
     return Outputs(
         cutout=b"",
         mask=b"",
         width=alpha.shape[1],
         height=alpha.shape[0],
         quality=quality,
-        review=review_reasons(quality, recipe.review) + (("rules",) if broken else ()),
+        review=review_reasons(quality, recipe.review) + (("rules",) if has_failed_rule else ()),
         notes=image.notes,
         seconds={},
         renditions=renditions,

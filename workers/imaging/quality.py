@@ -1,14 +1,14 @@
-"""How sure we are of a mask, in figures. All are read off the mask reduced to `_SIDE` at its longest side, so that they
-mean the same at any size and cost a few milliseconds at most.
+"""Measure the quality of a mask. All figures are taken from the mask reduced to `_SIDE` at its longest side, so that
+they are comparable at any size and take at most a few milliseconds.
 
 subject_share     sum(alpha) / (255 N), N all pixels: share of the frame
-uncertain_share   count(0.05 < alpha < 0.95) / count(alpha >= 0.05): how much of the subject is neither in nor out
+uncertain_share   count(0.05 < alpha < 0.95) / count(alpha >= 0.05): share of the subject that is soft
 border_top, border_right, border_bottom, border_left
-                  count(alpha >= 0.5) / n along that outermost line: the subject runs out of the frame there
+                  count(alpha >= 0.5) / n along that outermost line: the frame cuts the subject there
 pieces            8-connected regions of alpha >= 0.5 with at least 1 % of the subject's pixels
 holes             4-connected regions of alpha < 0.5 that touch no border, with at least 0.1 % of the subject's pixels
-edge_width_px     2 count(0.05 < alpha < 0.95) / (border pixels of alpha >= 0.5, both sides), in source pixels: small
-                  is sharp; a straight edge that rises over w pixels gives about 0.9 w
+edge_width_px     2 count(0.05 < alpha < 0.95) / (border pixels of alpha >= 0.5, both sides), in source pixels: a
+                  small value is a sharp edge; a straight edge that rises over w pixels gives about 0.9 w
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from collections.abc import Mapping
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from jobs.recipe import Review
-
-Pixels = NDArray[np.uint8]
+from workers.imaging.pixels import Pixels
 
 _SIDE = 256
 _SEARCH_SIDE = 1024
-"""Where the worst edge is looked for: near enough for a part of some hundred pixels."""
+"""Longest side of the mask that is searched for the worst edge: exact enough for a part of some hundred pixels."""
 _CLEAR, _HALF, _SURE = 13, 128, 242
 """0.05, 0.5 and 0.95 of 255."""
 _PIECE_SHARE, _HOLE_SHARE = 0.01, 0.001
@@ -33,7 +31,7 @@ _BORDERS = ("border_top", "border_right", "border_bottom", "border_left")
 
 
 def measure_mask(alpha: Pixels) -> Mapping[str, float]:
-    """`alpha`: (H, W) uint8. The figures above, rounded to four digits."""
+    """Return the figures listed above, rounded to four digits. `alpha`: (H, W)."""
     small, scale = _reduced(alpha)
     solid = (small >= _HALF).astype(np.uint8)
     subject = int(solid.sum())
@@ -51,7 +49,9 @@ def measure_mask(alpha: Pixels) -> Mapping[str, float]:
 
 
 def review_reasons(figures: Mapping[str, float], review: Review) -> tuple[str, ...]:
-    """Why a person should look: `empty`, `full`, `cut_off`, `pieces`, `holes`, `uncertain`; worst first."""
+    """Return why a person should review the image, worst first: `empty`, `full`, `uncertain`, `cut_off`, `pieces`,
+    `holes`.
+    """
     reasons = {
         "empty": figures["subject_share"] < review.min_subject,
         "full": figures["subject_share"] > review.max_subject,
@@ -60,12 +60,12 @@ def review_reasons(figures: Mapping[str, float], review: Review) -> tuple[str, .
         "pieces": figures["pieces"] > review.max_pieces,
         "holes": figures["holes"] > review.max_holes,
     }
-    return tuple(name for name, holds in reasons.items() if holds)
+    return tuple(name for name, applies in reasons.items() if applies)
 
 
 def find_worst_edge(alpha: Pixels, side: int) -> tuple[slice, slice]:
-    """Rows and columns of the part of at most `side` by `side` pixels that has most with 0.05 < alpha < 0.95; where
-    there are none, most of the outline.
+    """Return rows and columns of the part, at most `side` by `side`, with the most pixels of 0.05 < alpha < 0.95; of a
+    mask that has none, the part with the most of the outline.
     """
     height, width = alpha.shape
     scale = max(1.0, max(alpha.shape) / _SEARCH_SIDE)
@@ -77,16 +77,16 @@ def find_worst_edge(alpha: Pixels, side: int) -> tuple[slice, slice]:
     rows, columns = (max(1, min(length, round(side / scale))) for length in reversed(size))
     density = sums[rows:, columns:] - sums[:-rows, columns:] - sums[rows:, :-columns] + sums[:-rows, :-columns]
     top, left = np.unravel_index(int(density.argmax()), density.shape)
-    return _at_most(round(int(top) * scale), side, height), _at_most(round(int(left) * scale), side, width)
+    return _clip(round(int(top) * scale), side, height), _clip(round(int(left) * scale), side, width)
 
 
-def _at_most(start: int, side: int, length: int) -> slice:
+def _clip(start: int, side: int, length: int) -> slice:
     start = max(0, min(start, length - side))
     return slice(start, min(length, start + side))
 
 
 def _reduced(alpha: Pixels) -> tuple[Pixels, float]:
-    """And how many source pixels one of its pixels is wide."""
+    """Return the reduced mask, and the width of one of its pixels in source pixels."""
     scale = max(1.0, max(alpha.shape) / _SIDE)
     height, width = (max(1, round(side / scale)) for side in alpha.shape)
     if scale > 4:
@@ -108,7 +108,7 @@ def _count_holes(solid: Pixels, least: float) -> int:
 
 
 def _border_pixels(solid: Pixels) -> int:
-    """Pixels on either side of the outline, the frame's own border not counted."""
+    """Count the pixels on both sides of the outline, without the frame's border."""
     kernel = np.ones((3, 3), np.uint8)
     widest = cv2.dilate(solid, kernel, borderType=cv2.BORDER_REPLICATE)
     least = cv2.erode(solid, kernel, borderType=cv2.BORDER_REPLICATE)

@@ -1,5 +1,5 @@
-"""Further images from cutout and mask: cropped, centred, flattened, encoded, and measured against their rules. They
-need no model, so a changed recipe can be rendered again from the stored cutout.
+"""Make renditions of a cutout: crop, centre, flatten, encode, and check them against their rules. They need no model,
+so a changed recipe can be rendered from the stored cutout.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from numpy.typing import NDArray
 
 from jobs.recipe import Rendition
 from workers.imaging.encode import encode_cutout_png, encode_flat_png, encode_with_pillow
-from workers.imaging.marketplace_rules import Check, check_rendition
+from workers.imaging.marketplace_rules import RuleResult, check_rendition
+from workers.imaging.pixels import Pixels
 
-Pixels = NDArray[np.uint8]
 Credit = tuple[tuple[str, str], ...]
 
 _BAND_PIXELS = 1 << 18
 _SUBJECT = 13
-"""Alpha from here on, 5 %, counts as subject when its extent is taken."""
+"""Smallest alpha, 5 %, that counts as subject in its bounding box."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """`body`: a whole file. `checks`: what its rules ask and what it has; empty without rules."""
+    """`body`: the file. `checks`: empty if the rendition has no rules."""
 
     body: bytes
     content_type: str
-    checks: tuple[Check, ...] = ()
+    checks: tuple[RuleResult, ...] = ()
 
     @property
     def findings(self) -> tuple[tuple[str, str, str, str], ...]:
-        """The checks as a remark keeps them."""
+        """The checks in the form that an image's note stores: name, verdict, value, limit."""
         return tuple((check.name, check.verdict, check.value, check.limit) for check in self.checks)
 
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """Pixels `left` to `right`, `top` to `bottom`, the ends not included; may reach beyond the image."""
+    """Pixels `left` to `right` and `top` to `bottom`, the ends excluded; may extend beyond the image."""
 
     left: int
     top: int
@@ -68,8 +68,8 @@ def render_all(
     credit: Credit = (),
     text: Mapping[str, str] | None = None,
 ) -> Mapping[str, Encoded]:
-    """`rgb`: (H, W, 3), `alpha`: (H, W), straight. By name; none where there is no subject: a blank image is no
-    result.
+    """Return the renditions by name; empty if there is no subject, since a blank image is never a result. `rgb`: (H, W,
+    3), `alpha`: (H, W), straight.
     """
     subject = find_subject(alpha) if renditions else None
     if subject is None:
@@ -89,7 +89,7 @@ def render(
     credit: Credit = (),
     text: Mapping[str, str] | None = None,
 ) -> Encoded:
-    """`subject`: from `find_subject`. `text`: kept in a PNG."""
+    """Make one rendition. `subject`: from `find_subject`. `text`: for a PNG's text chunks."""
     frame, scale = lay_out(alpha.shape, subject, rendition)
     if rendition.background == "transparent":
         pixels, cover = _place_transparent(rgb, alpha, frame, scale)
@@ -103,13 +103,13 @@ def render(
 
 
 def find_subject(alpha: Pixels) -> Box | None:
-    """The smallest box around everything that is not clear; None when all is."""
+    """Return the bounding box of the subject; None if there is none."""
     left, top, width, height = cv2.boundingRect(cv2.inRange(alpha, _SUBJECT, 255))
     return Box(left, top, left + width, top + height) if width and height else None
 
 
 def lay_out(shape: tuple[int, ...], subject: Box, rendition: Rendition) -> tuple[Box, float]:
-    """`shape`: (H, W). Returns the frame in source pixels, and the scale from those to the rendition's."""
+    """Return the frame in source pixels and the scale from source to rendition pixels. `shape`: (H, W)."""
     match rendition.canvas:
         case "source":
             frame = Box(0, 0, shape[1], shape[0])
@@ -140,31 +140,31 @@ def _centred(subject: Box, side: int) -> Box:
 
 
 def _place_flat(rgb: Pixels, alpha: Pixels, frame: Box, scale: float, colour: tuple[int, int, int]) -> Pixels:
-    """Flattened first, resized then: where the background is one colour it stays exactly that."""
-    pixels = _framed(rgb, frame, colour)
-    cover = _framed(alpha, frame, 0)
+    """Flatten, then resize: in this order the background keeps exactly its colour."""
+    pixels = _crop(rgb, frame, colour)
+    cover = _crop(alpha, frame, 0)
     rows = max(1, _BAND_PIXELS // frame.width)
     for top in range(0, frame.height, rows):
         share = cv2.cvtColor(cover[top : top + rows], cv2.COLOR_GRAY2RGB)
         ground = cv2.multiply(np.full_like(share, colour), 255 - share, scale=1 / 255)
         cv2.add(cv2.multiply(pixels[top : top + rows], share, scale=1 / 255), ground, dst=pixels[top : top + rows])
-    return _scaled(pixels, frame, scale)
+    return _resize(pixels, frame, scale)
 
 
 def _place_transparent(rgb: Pixels, alpha: Pixels, frame: Box, scale: float) -> tuple[Pixels, Pixels]:
-    """Resized with alpha multiplied in, so that no colour of clear pixels comes in at the edge."""
-    pixels, cover = _framed(rgb, frame, (0, 0, 0)), _framed(alpha, frame, 0)
-    if _target(frame, scale) == (frame.width, frame.height):
+    """Resize with premultiplied alpha, so that the colour of transparent pixels does not bleed into the edge."""
+    pixels, cover = _crop(rgb, frame, (0, 0, 0)), _crop(alpha, frame, 0)
+    if _target_size(frame, scale) == (frame.width, frame.height):
         return pixels, cover
-    mixed = _scaled(pixels.astype(np.uint16) * cover[..., None], frame, scale).astype(np.uint32)
-    share = _scaled(cover.astype(np.uint16) * 255, frame, scale).astype(np.uint32)
+    mixed = _resize(pixels.astype(np.uint16) * cover[..., None], frame, scale).astype(np.uint32)
+    share = _resize(cover.astype(np.uint16) * 255, frame, scale).astype(np.uint32)
     half = share[..., None] // 2
     straight = (mixed * 255 + half) // np.maximum(share, 1)[..., None]
     return np.minimum(straight, 255).astype(np.uint8), ((share + 127) // 255).astype(np.uint8)
 
 
-def _framed(pixels: Pixels, frame: Box, fill: int | tuple[int, int, int]) -> Pixels:
-    """`frame` of `pixels`, with `fill` where it reaches beyond."""
+def _crop(pixels: Pixels, frame: Box, fill: int | tuple[int, int, int]) -> Pixels:
+    """Return the pixels inside `frame`, with `fill` where it extends beyond the image."""
     height, width = pixels.shape[:2]
     inside = pixels[max(0, frame.top) : max(0, frame.bottom), max(0, frame.left) : max(0, frame.right)]
     before = (max(0, -frame.top), max(0, -frame.left))
@@ -174,12 +174,12 @@ def _framed(pixels: Pixels, frame: Box, fill: int | tuple[int, int, int]) -> Pix
     )
 
 
-def _target(frame: Box, scale: float) -> tuple[int, int]:
+def _target_size(frame: Box, scale: float) -> tuple[int, int]:
     return max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
 
 
-def _scaled(pixels: NDArray[Any], frame: Box, scale: float) -> NDArray[Any]:
-    target = _target(frame, scale)
+def _resize(pixels: NDArray[Any], frame: Box, scale: float) -> NDArray[Any]:
+    target = _target_size(frame, scale)
     if target == (frame.width, frame.height):
         return pixels
     return np.asarray(cv2.resize(pixels, target, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR))
@@ -188,7 +188,7 @@ def _scaled(pixels: NDArray[Any], frame: Box, scale: float) -> NDArray[Any]:
 def _encode_flat(pixels: Pixels, rendition: Rendition, credit: Credit, text: Mapping[str, str]) -> bytes:
     if rendition.format == "png":
         return encode_flat_png(pixels, text={**text, **dict(credit)})
-    return encode_with_pillow(pixels, rendition, credit)
+    return encode_with_pillow(pixels, rendition, credit=credit)
 
 
 def _encode_transparent(
@@ -198,4 +198,4 @@ def _encode_transparent(
         return encode_cutout_png(pixels, cover, text={**text, **dict(credit)})
     rgba = np.dstack([pixels, cover])
     rgba[cover == 0] = 0
-    return encode_with_pillow(rgba, rendition, credit)
+    return encode_with_pillow(rgba, rendition, credit=credit)

@@ -1,4 +1,4 @@
-"""Shrinking images and enlarging masks: Pillow's bilinear filter at a fraction of its time."""
+"""Shrink images and enlarge masks with Pillow's bilinear filter, in a fraction of Pillow's time."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
-Pixels = NDArray[np.uint8]
+from workers.imaging.pixels import Pixels
 
 
 def shrink(rgb: Pixels, size: tuple[int, int]) -> Pixels:
-    """(H, W, 3) to `size` (height, width), not keeping the aspect, as the models were trained. Antialiased bilinear on
-    the channels-last view.
+    """Resize (H, W, 3) to `size` (height, width), antialiased bilinear. The aspect ratio is not kept: the models were
+    trained that way.
     """
     return _resize(torch.from_numpy(rgb).permute(2, 0, 1), size).permute(1, 2, 0).contiguous().numpy()
 
 
 def enlarge(mask: Pixels, size: tuple[int, int]) -> Pixels:
-    """(h, w) to `size` (height, width), bilinear; antialiased where a side becomes smaller than the mask's."""
+    """Resize (h, w) to `size` (height, width), bilinear; antialiased if a side of `size` is shorter than the mask's."""
     height, width = size
     if height >= mask.shape[0] and width >= mask.shape[1]:
         return np.asarray(cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
@@ -27,8 +26,8 @@ def enlarge(mask: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def _resize(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """`planes`: (C, H, W) uint8. The batch stride is written out, else torch takes a batch of one for planar and
-    repacks it (pytorch issue 68430).
+    """`planes`: (C, H, W) uint8. The batch stride is explicit: torch treats a batch of one as planar and repacks it
+    (pytorch issue 68430).
     """
     channels, height, width = planes.shape
     batch = planes.as_strided((1, channels, height, width), (planes.numel(), *planes.stride()))

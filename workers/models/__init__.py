@@ -1,4 +1,4 @@
-"""The models: one file per architecture, and `load`, which gives any of them in one shape."""
+"""Models: one module per architecture, and `load`, which returns any of them as a `LoadedModel`."""
 
 from workers.models.device import describe_device, resolve_device
 from workers.models.registry import LoadedModel, load

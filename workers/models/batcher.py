@@ -1,7 +1,8 @@
-"""The thread that owns the device: many callers hand in images and wait, it takes whatever is waiting as one batch.
+"""Compute masks in batches on one device thread. Callers submit images and block; the thread takes all waiting images
+as the next batch.
 
-Out of memory halves the batch for good and goes on with the same images. Any other device error, or no progress for
-`STALL_S`, loses the device: every caller gets `DeviceLost`, and the process is to end.
+Out of memory halves the batch limit permanently and retries the same images. After any other device error, or no
+progress for `STALL_S`, the device is lost: every caller gets `DeviceLost`, and the process must exit.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.errors import ContentError, DeviceLost, OutOfMemory
+from workers.imaging.pixels import Pixels
 from workers.models import LoadedModel
 
 PADDED_SIZES = (1, 2, 4, 8, 16)
-"""Batches a compiled model ever sees, so that it never compiles again under load."""
+"""Batch sizes of a compiled model. It is compiled for each at the start, and never while it serves."""
 
 STALL_S = 300.0
-"""A batch that takes longer has hung: the slowest sound one, a batch of one on a loaded CPU, takes under a minute."""
+"""A longer batch has hung: the slowest, one image on a loaded CPU, takes less than a minute."""
 
-_LOOK_S = 1.0
+_CHECK_S = 1.0
+"""Interval at which a waiting caller checks for a stall."""
 
-Pixels = NDArray[np.uint8]
 
+class Batcher:
+    """A `MaskPredictor` that owns `model` until it is closed. `batch_limit`: most images in a batch; reduced when the
+    device is out of memory.
 
-class Predictor:
-    """Owns `model` until closed. `batch_limit`: most images in a batch; falls on out-of-memory.
-
-    For health and metrics, safe to read from any thread: `lost` (an event), `last_progress` (monotonic seconds),
-    `waiting`, `batch_sizes` (size -> batches of it), `images`, `device_s`.
+    Health and metrics, readable from any thread: `lost` (event), `last_progress` (monotonic seconds), `waiting`,
+    `batch_sizes` (batches by size), `images` (computed), `device_s`.
     """
 
     def __init__(self, model: LoadedModel, *, batch_limit: int, stall_s: float = STALL_S) -> None:
@@ -47,7 +48,7 @@ class Predictor:
         self.last_progress = time.monotonic()
         self.batch_sizes: Counter[int] = Counter()
         self.images = 0
-        self._busy: tuple[float, float | None] = (0.0, None)
+        self._busy: tuple[float, float | None] = (0.0, None)  # seconds of finished batches, start of the current one
         self._model = model
         self._stall_s = stall_s
         self._scale, self._shift = _normalisation(model)
@@ -66,20 +67,20 @@ class Predictor:
 
     @property
     def waiting(self) -> int:
-        """Images handed in and not yet answered, those on the device included."""
+        """Images submitted and not computed yet, including those on the device."""
         with self._changed:
             return len(self._live) + len(self._backfill) + len(self._running)
 
     @property
     def device_s(self) -> float:
-        """Time in the model so far, the batch that runs now included: a slow one must not look like idling."""
+        """Seconds in the model, including the current batch: a slow batch must not look like an idle device."""
         total_s, since = self._busy
         return total_s if since is None else total_s + time.monotonic() - since
 
     def warm_up(self) -> None:
-        """Runs the batch sizes to come once, before any image is handed in: all padded ones of a compiled model, else
-        the largest, halved until it fits, and one alone, so that what the model takes is known. Raises `OutOfMemory` if
-        not even one image fits, or what the device raises.
+        """Run each batch size once, before the first image: all padded sizes of a compiled model, else the largest,
+        halved until it fits, and a batch of one. Sets `batch_limit`. Raises `OutOfMemory` if one image does not fit,
+        and what the device raises.
         """
         done: Future[None] = Future()
         with self._changed:
@@ -87,48 +88,27 @@ class Predictor:
             self._changed.notify_all()
         done.result()
 
-    def _answer_warm_up(self, done: Future[None]) -> None:
-        """On the device's own thread: CUDA keeps handles, workspaces and chosen kernels for each thread apart."""
-        self._warming = None
-        try:
-            self._find_batch_that_fits()
-        except Exception as exc:  # the caller of `warm_up` decides
-            done.set_exception(exc)
-        else:
-            done.set_result(None)
-
-    def _find_batch_that_fits(self) -> None:
-        while not self._fits(self.batch_limit):
-            if self.batch_limit == 1:
-                raise self._too_small()
-            self.batch_limit //= 2
-        for size in PADDED_SIZES if self._model.compiled else (1,):
-            if size < self.batch_limit:
-                self._fits(size)
-
-    def _fits(self, size: int) -> bool:
-        return self._forward_or_none(np.zeros((size, *self.input_size, 3), np.uint8), size) is not None
-
     def predict(self, rgb: Pixels, *, live: bool = False) -> Pixels:
-        """`rgb`: (H, W, 3) uint8, sRGB, of `input_size`. Blocks; returns the mask, (H, W) uint8, 255 is subject.
+        """Block until the mask is computed, (H, W), 255 is subject. `rgb`: (H, W, 3) sRGB of `input_size`. `live`:
+        before all backfill images.
 
-        Raises `OutOfMemory` if the device does not hold even this one image, `ContentError` (`mask_not_finite`), and
-        `DeviceLost` after which the predictor is dead.
+        Raises `OutOfMemory` if one image does not fit the device, `ContentError` (`mask_not_finite`), or `DeviceLost`,
+        which every later call raises too.
         """
         if rgb.shape != (*self.input_size, 3) or rgb.dtype != np.uint8:
             raise ValueError(f"Expected uint8 of {(*self.input_size, 3)}, got {rgb.dtype} of {rgb.shape}.")
         request = _Request(rgb, live=live)
         with self._changed:
             if self._closing or self.lost.is_set():
-                raise DeviceLost("The predictor has ended; this worker process must end too.")
+                raise DeviceLost("The batcher is closed or its device is lost; this worker process must exit.")
             if not self.waiting:
                 self.last_progress = time.monotonic()
-            self._lane(request).append(request)
+            self._queue_of(request).append(request)
             self._changed.notify_all()
         return self._wait_for(request)
 
     def close(self) -> None:
-        """Answers everything handed in, then ends the thread. Safe to call twice."""
+        """Compute all submitted images, then end the thread. Safe to call twice."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -141,37 +121,59 @@ class Predictor:
         self.close()
 
     def _wait_for(self, request: _Request) -> Pixels:
-        """Whoever waits is the watchdog: there is no hang without a waiting caller."""
+        """Detect a stall in the waiting caller: a device can only hang while a caller waits."""
         while True:
             try:
-                return request.answer.result(timeout=min(_LOOK_S, self._stall_s))
+                return request.mask.result(timeout=min(_CHECK_S, self._stall_s))
             except FutureTimeout:
-                silent_s = time.monotonic() - self.last_progress
-                if silent_s > self._stall_s and not request.answer.done():
+                stalled_s = time.monotonic() - self.last_progress
+                if stalled_s > self._stall_s and not request.mask.done():
                     self._lose(f"The device has made no progress for {self._stall_s:g} s.")
 
     def _serve(self) -> None:
         while self._has_work():
             if self._warming is not None:
-                self._answer_warm_up(self._warming)
+                self._warm_up_here(self._warming)
                 continue
             try:
-                if batch := self._take():
+                if batch := self._take_batch():
                     self._run(batch)
-            except Exception as exc:  # whatever the device raises, callers must hear of it
+            except Exception as exc:  # the device raises any type; every caller gets `DeviceLost`
                 self._lose(f"The device failed: {type(exc).__name__}: {exc}", cause=exc)
                 return
 
     def _has_work(self) -> bool:
-        """Blocks; false when closed and done, or lost."""
+        """Block until there is work. False if the device is lost, or if all is computed after `close`."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._warming or self._live or self._backfill or self._closing or self.lost.is_set()
             )
             return not self.lost.is_set() and bool(self._warming or self._live or self._backfill)
 
-    def _take(self) -> list[_Request]:
-        """The next batch: live first, oldest first; empty if all were just told that the device is lost."""
+    def _warm_up_here(self, done: Future[None]) -> None:
+        """Runs on the device thread: CUDA has separate handles, workspaces and chosen kernels for each thread."""
+        self._warming = None
+        try:
+            self._find_batch_that_fits()
+        except Exception as exc:  # raised in the caller of `warm_up`
+            done.set_exception(exc)
+        else:
+            done.set_result(None)
+
+    def _find_batch_that_fits(self) -> None:
+        while not self._fits(self.batch_limit):
+            if self.batch_limit == 1:
+                raise self._out_of_memory()
+            self.batch_limit //= 2
+        for size in PADDED_SIZES if self._model.compiled else (1,):
+            if size < self.batch_limit:
+                self._fits(size)
+
+    def _fits(self, size: int) -> bool:
+        return self._forward_or_none(np.zeros((size, *self.input_size, 3), np.uint8), size) is not None
+
+    def _take_batch(self) -> list[_Request]:
+        """Take the next batch: live first, oldest first. Empty if the device was lost just now."""
         with self._changed:
             limit = min(self.batch_limit, len(self._live) + len(self._backfill))
             self._running = [(self._live or self._backfill).popleft() for _ in range(limit)]
@@ -185,7 +187,7 @@ class Predictor:
         self.last_progress = time.monotonic()
         self._busy = (self._busy[0] + self.last_progress - started, None)
         if masks is None:
-            self._step_down(batch, size)
+            self._reduce_limit(batch, size)
             return
         self.batch_sizes[len(batch)] += 1
         self.images += len(batch)
@@ -195,7 +197,7 @@ class Predictor:
             request.finish(mask)
 
     def _forward_or_none(self, rgb: Pixels, size: int) -> list[Pixels | None] | None:
-        """None: out of memory, whose traceback and tensors are gone when this returns."""
+        """Return None if out of memory; by then the traceback and its tensors are freed."""
         try:
             return self._forward(rgb, size)
         except (MemoryError, RuntimeError) as exc:
@@ -207,7 +209,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _forward(self, rgb: Pixels, size: int) -> list[Pixels | None]:
-        """`rgb`: (N, H, W, 3), padded to `size`. A mask is None where the model gave something that is no number."""
+        """Pad `rgb` (N, H, W, 3) to `size` and compute. A mask is None if the model's output has NaN or infinity."""
         if size > len(rgb):
             rgb = np.concatenate([rgb, np.zeros((size - len(rgb), *rgb.shape[1:]), np.uint8)])
         pixels = torch.from_numpy(rgb).to(self._model.device).permute(0, 3, 1, 2)
@@ -215,31 +217,34 @@ class Predictor:
         alpha = self._model(x)
         finite = alpha.isfinite().flatten(1).all(1).cpu().tolist()
         masks: Pixels = (alpha.float() * 255).round().to(torch.uint8).squeeze(1).cpu().numpy()
-        return [mask if sound else None for mask, sound in zip(masks, finite, strict=True)]
+        return [mask if is_finite else None for mask, is_finite in zip(masks, finite, strict=True)]
 
     def _padded(self, count: int) -> int:
         return min(size for size in PADDED_SIZES if size >= count) if self._model.compiled else count
 
-    def _step_down(self, batch: list[_Request], size: int) -> None:
+    def _reduce_limit(self, batch: list[_Request], size: int) -> None:
+        """Queue the batch again under half of the limit; fail a batch of one."""
         with self._changed:
             self._running = []
             if len(batch) > 1:
-                self.batch_limit = (size + 1) // 2  # of three: two may fit
+                self.batch_limit = (size + 1) // 2  # rounded up: of three images, two may fit
                 for request in reversed(batch):
-                    self._lane(request).appendleft(request)
+                    self._queue_of(request).appendleft(request)
                 return
-        batch[0].fail(self._too_small())
+        batch[0].fail(self._out_of_memory())
 
-    def _too_small(self) -> OutOfMemory:
+    def _out_of_memory(self) -> OutOfMemory:
         height, width = self.input_size
         dtype = str(self._model.dtype).removeprefix("torch.")
         return OutOfMemory(
-            f"The device does not hold one image at {height} x {width} in {dtype} with {self._model.name}. "
-            "Use a smaller model, float16, or a larger device."
+            f"The device's memory does not hold one image at {height} x {width} in {dtype} with {self._model.name}. "
+            "Set CUTFLEET_MODEL to a smaller model or CUTFLEET_DTYPE=float16, or use a larger device."
         )
 
     def _lose(self, why: str, *, cause: Exception | None = None) -> None:
-        """Who was in the batch learns it: one of them may be the reason. `why`: the same for the same fault."""
+        """Fail all images. `why`: equal for equal faults. Images of the running batch get `on_device`: one of them may
+        be the cause.
+        """
         with self._changed:
             self.lost.set()
             running, waiting = self._running, [*self._live, *self._backfill]
@@ -252,7 +257,7 @@ class Predictor:
             error.__cause__ = cause
             request.fail(error)
 
-    def _lane(self, request: _Request) -> deque[_Request]:
+    def _queue_of(self, request: _Request) -> deque[_Request]:
         return self._live if request.live else self._backfill
 
 
@@ -260,23 +265,24 @@ class _Request:
     def __init__(self, rgb: Pixels, *, live: bool) -> None:
         self.rgb = rgb
         self.live = live
-        self.answer: Future[Pixels] = Future()
+        self.mask: Future[Pixels] = Future()
 
     def finish(self, mask: Pixels | None) -> None:
         if mask is None:
             self.fail(
                 ContentError(
-                    "The model gave no numbers for this image: the precision overflows. Set CUTFLEET_DTYPE=float32.",
+                    "The model's output for this image has NaN or infinity: the precision overflows. "
+                    "Set CUTFLEET_DTYPE=float32.",
                     code="mask_not_finite",
                 )
             )
             return
-        with contextlib.suppress(InvalidStateError):  # a hung batch that came back: its caller was told already
-            self.answer.set_result(mask)
+        with contextlib.suppress(InvalidStateError):  # the batch hung and came back: its caller has `DeviceLost`
+            self.mask.set_result(mask)
 
     def fail(self, error: Exception) -> None:
-        with contextlib.suppress(InvalidStateError):  # answered a moment ago, by the device itself
-            self.answer.set_exception(error)
+        with contextlib.suppress(InvalidStateError):  # the device computed it a moment ago
+            self.mask.set_exception(error)
 
 
 def _largest_padded(limit: int) -> int:
@@ -284,14 +290,14 @@ def _largest_padded(limit: int) -> int:
 
 
 def _normalisation(model: LoadedModel) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (1, 3, 1, 1) each on the device, that take uint8 to normalised: x * scale - shift."""
+    """Return scale and shift, (1, 3, 1, 1) each, on the device: x * scale - shift normalises uint8."""
     mean = torch.tensor(model.mean, device=model.device).view(1, 3, 1, 1)
     std = torch.tensor(model.std, device=model.device).view(1, 3, 1, 1)
     return 1 / (255 * std), mean / std
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:
-    """torch's own type, the CPU allocator's text, and what cuBLAS and cuDNN say when their workspace does not fit."""
+    """Recognise torch's type, and the texts of the CPU allocator, cuBLAS and cuDNN."""
     if isinstance(exc, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(text in str(exc) for text in ("can't allocate memory", "ALLOC_FAILED", "out of memory"))

@@ -1,5 +1,5 @@
 """BiRefNet for inference (Zheng et al., "Bilateral Reference for High-Resolution Dichotomous Image Segmentation", CAAI
-AIR 2024): RMBG-2.0 and the BiRefNet family. State dicts are those of the published checkpoints, unused heads included.
+AIR 2024): RMBG-2.0 and the BiRefNet family. State dicts are those of the published checkpoints, including unused heads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GRADIENT = 16  # channels of the gradient attention
 class BiRefNet(nn.Module):
     """`x`: (N, 3, H, W) normalised, H and W multiples of 32. Returns (N, 1, H, W) logits.
 
-    `backbone`: a name of `SIZES`. `patch_order`: how the decoder cuts `x` into patches; the keys do not tell.
+    `backbone`: a name of `SIZES`. `patch_order`: how the decoder cuts `x` into patches; keys and shapes don't show it.
     """
 
     def __init__(self, backbone: str, patch_order: PatchOrder) -> None:
@@ -45,7 +45,7 @@ class BiRefNet(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """From the deepest features up, each scale joined by the backbone's and by patches of the image itself."""
+    """Upsamples the deepest features; each scale adds the backbone's features and patches of the image itself."""
 
     def __init__(self, channels: list[int], patch_order: PatchOrder) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class _Decoder(nn.Module):
             self.add_module(f"gdt_convs_pred_{scale}", nn.Sequential(nn.Conv2d(_GRADIENT, 1, 1)))
 
     def forward(self, x: Tensor, features: list[Tensor]) -> Tensor:
-        """`features`: the backbone's at 1/4, 1/8 and 1/16, and the squeezed ones at 1/32."""
+        """`features`: of the backbone at 1/4, 1/8 and 1/16, and the squeezed ones at 1/32."""
         decoded = features[3]
         for scale in (4, 3, 2):
             decoded = self._decode(x, decoded, scale)
@@ -75,7 +75,7 @@ class _Decoder(nn.Module):
             decoded = decoded * self.get_submodule(f"gdt_convs_attn_{scale}")(attention).sigmoid()
             lateral = features[scale - 2]
             decoded = _resize(decoded, lateral) + self.get_submodule(f"lateral_block{scale}")(lateral)
-        return self._logits(x, self._decode(x, decoded, 1))
+        return self.apply_head(x, self._decode(x, decoded, 1))
 
     def _decode(self, x: Tensor, decoded: Tensor, scale: int) -> Tensor:
         patches = cut_patches(x, decoded.shape[2], decoded.shape[3], order=self.patch_order)
@@ -83,9 +83,9 @@ class _Decoder(nn.Module):
         out: Tensor = self.get_submodule(f"decoder_block{scale}")(joined)
         return out
 
-    def _logits(self, x: Tensor, decoded: Tensor) -> Tensor:
-        """The 1 x 1 head where it is cheapest: it commutes with upsampling, and folds into the linear convolution
-        before it. The same sums as upsampling and joining all channels at full size, without their gigabyte.
+    def apply_head(self, x: Tensor, decoded: Tensor) -> Tensor:
+        """Apply the 1 x 1 head before upsampling, with which it commutes, and fold it into the convolution before it.
+        The sums are the same as for all channels at full size, which would take a gigabyte.
         """
         head: nn.Conv2d = self.conv_out1[0]  # type: ignore[assignment]  # Sequential gives Module
         image: _ImageBlock = self.ipt_blk1  # type: ignore[assignment]  # added by name
@@ -96,7 +96,7 @@ class _Decoder(nn.Module):
 
 
 class _ImageBlock(nn.Module):
-    """Two convolutions with nothing between, on patches of the image."""
+    """Two convolutions without an activation between them, on patches of the image."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class _ImageBlock(nn.Module):
         return out
 
     def project(self, x: Tensor, head: Tensor) -> Tensor:
-        """`forward` followed by the 1 x 1 convolution `head` (1, outside, 1, 1), as one convolution to one channel."""
+        """Apply `forward` and the 1 x 1 convolution `head` (1, outside, 1, 1) as one convolution to one channel."""
         weight = torch.einsum("o,oikl->ikl", head.flatten(), self.conv_out.weight)[None]
         bias = None if self.conv_out.bias is None else (head.flatten() @ self.conv_out.bias)[None]
         return functional.conv2d(self.conv1(x), weight, bias, padding=1)
@@ -130,7 +130,7 @@ class _DecoderBlock(nn.Module):
 
 
 class _DeformablePyramid(nn.Module):
-    """Deformable convolutions of several reaches and the mean of the whole image, joined (deformable ASPP)."""
+    """Deformable convolutions of several kernel sizes, joined with the mean of the whole image (deformable ASPP)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,18 +151,18 @@ class _DeformablePyramid(nn.Module):
 class _DeformableBranch(nn.Module):
     def __init__(self, kernel: int) -> None:
         super().__init__()
-        self.atrous_conv = _DeformableConv(kernel)
+        self.atrous_conv = DeformableConv(kernel)
         self.bn = nn.BatchNorm2d(_BRANCH)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.bn(self.atrous_conv(x)))
 
 
-class _DeformableConv(nn.Module):
-    """A convolution that looks where `offset_conv` points, each tap weighted by `modulator_conv` (0 to 2)."""
+class DeformableConv(nn.Module):
+    """A convolution that samples at the offsets of `offset_conv`, each tap weighted by `modulator_conv` (0 to 2)."""
 
     def __init__(self, kernel: int) -> None:
-        from torchvision.ops import deform_conv2d  # here: it brings torch's compiler, seconds that u2net does not need
+        from torchvision.ops import deform_conv2d  # here: it imports torch's compiler, seconds that u2net does not need
 
         super().__init__()
         self._deform = deform_conv2d
@@ -172,7 +172,7 @@ class _DeformableConv(nn.Module):
         self.regular_conv = nn.Conv2d(_INNER, _BRANCH, kernel, padding=padding, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """bfloat16 goes through float32: `deform_conv2d` has no kernel for it, and float16 would lose its range."""
+        """Compute bfloat16 in float32: `deform_conv2d` has no kernel for it, and float16 has a smaller range."""
         exact = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
         out: Tensor = self._deform(
             x.to(exact),
@@ -199,7 +199,7 @@ def _gradient_features(width: int) -> nn.Sequential:
 
 
 def cut_patches(x: Tensor, height: int, width: int, *, order: PatchOrder) -> Tensor:
-    """`x` (N, C, H, W) as patches of `height` x `width`, stacked as channels: (N, C * patches, height, width)."""
+    """Cut `x` (N, C, H, W) into patches, stacked as channels: (N, C * patches, height, width)."""
     count, channels, full_height, full_width = x.shape
     grid = x.view(count, channels, full_height // height, height, full_width // width, width)
     axes = (0, 4, 2, 1, 3, 5) if order == "columns_first" else (0, 1, 2, 4, 3, 5)

@@ -1,5 +1,5 @@
-"""BiRefNet as a transformers model: `register()` once, then `AutoModelForImageSegmentation` saves and loads it as any
-other, without remote code. Imports transformers, which nothing else of ours needs.
+"""BiRefNet as a transformers model: after `register()`, `AutoModelForImageSegmentation` saves and loads it without
+remote code. Only this module needs transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from workers.models.birefnet import BiRefNet
 
 
 class BiRefNetConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # transformers is partly untyped
-    """`patch_order` has no default that is right for every checkpoint: None is refused when the model is built."""
+    """`patch_order` has no default that suits every checkpoint: the model's constructor refuses None."""
 
     model_type = "cutfleet_birefnet"
 
@@ -23,7 +23,7 @@ class BiRefNetConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # tran
         backbone: str = "swin_v1_l",
         patch_order: PatchOrder | None = None,
         input_size: tuple[int, int] = (1024, 1024),
-        **kwargs: Any,  # what transformers itself keeps in every config
+        **kwargs: Any,  # fields that transformers adds to every config
     ) -> None:
         self.backbone = backbone
         self.patch_order = patch_order
@@ -32,7 +32,7 @@ class BiRefNetConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # tran
 
 
 class BiRefNetForImageSegmentation(PreTrainedModel):  # type: ignore[no-untyped-call]  # as above
-    """Keys as in the published checkpoints. Returns a list whose last entry is the (N, 1, H, W) logits, as theirs."""
+    """Keys as in the published checkpoints. Like their code, returns a list with the (N, 1, H, W) logits last."""
 
     config_class = BiRefNetConfig
     main_input_name = "pixel_values"
@@ -40,7 +40,7 @@ class BiRefNetForImageSegmentation(PreTrainedModel):  # type: ignore[no-untyped-
     def __init__(self, config: BiRefNetConfig) -> None:
         super().__init__(config)
         if config.patch_order is None:
-            raise ValueError("The configuration has no patch_order: columns_first (RMBG-2.0) or channels_first.")
+            raise ValueError("The configuration has no patch_order: set columns_first (RMBG-2.0) or channels_first.")
         network = BiRefNet(config.backbone, config.patch_order)
         self.bb = network.bb
         self.squeeze_module = network.squeeze_module
@@ -52,6 +52,6 @@ class BiRefNetForImageSegmentation(PreTrainedModel):  # type: ignore[no-untyped-
 
 
 def register() -> None:
-    """Makes the Auto classes know this model. Safe to call twice."""
+    """Register this model with transformers' Auto classes. Safe to call twice."""
     AutoConfig.register(BiRefNetConfig.model_type, BiRefNetConfig, exist_ok=True)
     AutoModelForImageSegmentation.register(BiRefNetConfig, BiRefNetForImageSegmentation, exist_ok=True)

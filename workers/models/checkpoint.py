@@ -1,4 +1,4 @@
-"""Weights from a file into a network: data only, never code, and every key accounted for."""
+"""Read weights from a file into a network. Reading never runs code, and every key must match."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from jobs.errors import ModelError
 
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin", "model.onnx")
-"""What a model's directory may hold, the first found being used."""
+"""Names of a weights file in a model's directory; the first that exists is used."""
 
 PICKLED = (".bin", ".pth", ".pt")
 WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that training wrappers put before every key."""
+"""Prefixes that training wrappers add to every key."""
 
 NAMED_IN_ERRORS = 8
-"""How many keys a mismatch lists of each kind; the counts are always exact."""
+"""Keys of each kind that a mismatch lists; the counts are complete."""
 
 
 def find_weights(directory: Path) -> Path:
-    """The weights in a directory laid out as the hub does. Raises `ModelError` (`model_missing`)."""
+    """Return the weights file in a directory of the hub's layout. Raises `ModelError` (`model_missing`)."""
     for name in WEIGHTS_NAMES:
         if (directory / name).is_file():
             return directory / name
@@ -37,14 +37,14 @@ def find_weights(directory: Path) -> Path:
         return others[0]
     found = ", ".join(sorted(path.name for path in others)) or "none"
     raise ModelError(
-        f"{directory} holds no {' or '.join(WEIGHTS_NAMES)}, and not exactly one other weights file ({found}). "
+        f"{directory} has no {' or '.join(WEIGHTS_NAMES)}, and not exactly one other weights file (found: {found}). "
         "Set CUTFLEET_MODEL to the file.",
         code="model_missing",
     )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` in `directory`; empty where there is none. Raises `ModelError` on one that can't be read."""
+    """Read `config.json` in `directory`; empty if there is none. Raises `ModelError` (`model_mismatch`)."""
     path = directory / "config.json"
     if not path.is_file():
         return {}
@@ -58,9 +58,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in `path` as float32, without wrappers' prefixes.
+    """Read the state dict in `path` as float32, without the prefixes of wrappers.
 
-    Raises `ModelError` (`model_missing`, `model_mismatch`, and `unsafe_weights` for a pickle that would run code).
+    Raises `ModelError`: `model_missing`, `model_mismatch`, or `unsafe_weights` for a pickle that would run code.
     """
     if not path.is_file():
         raise ModelError(f"There is no weights file {path}.", code="model_missing")
@@ -72,7 +72,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fill(network: nn.Module, state: Mapping[str, Tensor], *, name: str) -> None:
-    """Gives `network` exactly the weights of `state`. Raises `ModelError` (`model_mismatch`) that lists all others."""
+    """Load `state` into `network`. Raises `ModelError` (`model_mismatch`) if keys or shapes differ, and lists them."""
     expected = network.state_dict()
     missing = sorted(expected.keys() - state.keys())
     extra = sorted(state.keys() - expected.keys())
@@ -87,12 +87,12 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], *, name: str) -> None:
         if keys
     ]
     if problems:
-        raise ModelError(f"The keys of {name} do not fit the model. {'. '.join(problems)}.", code="model_mismatch")
+        raise ModelError(f"The keys of {name} do not match the model. {'. '.join(problems)}.", code="model_mismatch")
     network.load_state_dict(dict(state), strict=True, assign=True)
 
 
 def digest(*paths: Path) -> str:
-    """SHA-256, hex, of the files' bytes in the order given."""
+    """Return the SHA-256, in hex, of the files' bytes in the given order."""
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -105,7 +105,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as exc:
-        raise ModelError(f"{path} is not a whole safetensors file: {exc}.", code="model_mismatch") from exc
+        raise ModelError(f"{path} is not a complete safetensors file: {exc}.", code="model_mismatch") from exc
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -114,12 +114,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as exc:
         reason = str(exc).splitlines()[0]
         raise ModelError(
-            f"{path} is refused: it is no plain table of tensors, and reading it could run code ({reason}) "
-            "Convert it to safetensors where you trust it.",
+            f"{path} is refused: it contains more than tensors, and reading it could run code ({reason}). "
+            "If you trust it, convert it to safetensors.",
             code="unsafe_weights",
         ) from exc
     except (RuntimeError, EOFError) as exc:
-        raise ModelError(f"{path} is not a whole torch file: {exc}.", code="model_mismatch") from exc
+        raise ModelError(f"{path} is not a complete torch file: {exc}.", code="model_mismatch") from exc
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"{path} holds no plain table of tensors.", code="model_mismatch")
+        raise ModelError(f"{path} is not a state dict: tensors by name.", code="model_mismatch")
     return state

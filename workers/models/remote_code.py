@@ -1,5 +1,5 @@
-"""A model that brings its own code, run only where the operator said so and pinned what was read. Its class is built
-directly on a real device and filled strictly: what `from_pretrained` adds is what breaks such code.
+"""Run a model's own code, only if the operator allows it and pins the revision that was read. The class is constructed
+directly on the CPU and its weights are loaded strictly: the extra steps of `from_pretrained` break such code.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.catalogue import REVISION
 from jobs.errors import ModelError
+from jobs.hub import REVISION
 
 AUTO_CLASS = "AutoModelForImageSegmentation"
 
 
 def code_revision(directory: Path) -> str:
-    """40 hex digits that change with any Python file of `directory`: what a pin on local code means."""
+    """Return 40 hex digits that change with any Python file in `directory`: the revision of local code."""
     total = hashlib.sha1(usedforsecurity=False)
     for path in sorted(directory.rglob("*.py")):
         content = path.read_bytes()
@@ -32,35 +32,35 @@ def code_revision(directory: Path) -> str:
 
 
 def check_opt_in(name: str, *, trusted: bool, revision: str) -> None:
-    """Raises `ModelError` (`remote_code_refused`) unless running the code was allowed and a full revision pinned."""
+    """Raise `ModelError` (`remote_code_refused`) unless running the code is allowed and a full revision is pinned."""
     if not trusted:
         raise ModelError(
-            f"{name} is no architecture of ours and would run its own Python code here. If you have read it and trust "
-            "it, set CUTFLEET_TRUST_REMOTE_CODE=1 and pin it with CUTFLEET_MODEL_REVISION.",
+            f"{name} has no built-in architecture: its own Python code would run here. If you have read that code and "
+            "trust it, set CUTFLEET_TRUST_REMOTE_CODE=1 and pin it with CUTFLEET_MODEL_REVISION.",
             code="remote_code_refused",
         )
     if not REVISION.fullmatch(revision):
         raise ModelError(
-            f"CUTFLEET_MODEL_REVISION is {revision!r}; running the code of {name} needs the full 40-digit revision "
+            f"CUTFLEET_MODEL_REVISION is {revision!r}; running the code of {name} requires the full 40-digit revision "
             "that you have read, not a branch or a tag.",
             code="remote_code_refused",
         )
 
 
 def check_pinned_code(directory: Path, revision: str) -> None:
-    """For a local directory, which has no revision of its own, the pin is `code_revision`."""
+    """Raise `ModelError` (`remote_code_refused`) if the code of a local directory has another `code_revision`."""
     if (actual := code_revision(directory)) != revision:
         raise ModelError(
-            f"The code in {directory} is {actual}, not the pinned {revision or '(none)'}. Read it again, then set "
+            f"The code in {directory} has revision {actual}, not the pinned {revision or '(none)'}. Read it, then set "
             f"CUTFLEET_MODEL_REVISION={actual}.",
             code="remote_code_refused",
         )
 
 
 def build_network(directory: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The class that `auto_map` names, constructed on the CPU from its own configuration, not filled yet.
+    """Construct the class that `auto_map` names on the CPU, with its own configuration and without the weights.
 
-    Raises `ModelError` (`model_mismatch`) if there is none or its code fails.
+    Raises `ModelError` (`model_mismatch`) if there is no such class or its code fails.
     """
     names = config.get("auto_map", {})
     if AUTO_CLASS not in names:
@@ -72,18 +72,18 @@ def build_network(directory: Path, config: Mapping[str, Any]) -> nn.Module:
         if "AutoConfig" in names and "config" in accepted:
             arguments["config"] = _make_config(_import_class(directory, names["AutoConfig"]), config)
         if "bb_pretrained" in accepted:
-            arguments["bb_pretrained"] = False  # else it would fetch a backbone's weights
+            arguments["bb_pretrained"] = False  # else it fetches the weights of a backbone
         with torch.device("cpu"):
             network = model_class(**arguments)
-    except Exception as exc:  # whatever a stranger's code raises
+    except Exception as exc:  # foreign code raises anything
         raise ModelError(f"The code in {directory} fails: {type(exc).__name__}: {exc}", code="model_mismatch") from exc
     if not isinstance(network, nn.Module):
-        raise ModelError(f"{names[AUTO_CLASS]} in {directory} is no torch module.", code="model_mismatch")
+        raise ModelError(f"{names[AUTO_CLASS]} in {directory} is not a torch module.", code="model_mismatch")
     return network
 
 
-def logits_of(output: Any) -> Tensor:
-    """The map in what such a model returns: the last of a list, `.logits`, or the tensor itself, before the sigmoid."""
+def find_logits(output: Any) -> Tensor:
+    """Return the logits in a model's output: the last entry of a list, `.logits`, or the tensor itself."""
     while isinstance(output, (list, tuple)):
         output = output[-1]
     logits: Tensor = getattr(output, "logits", output)
@@ -91,7 +91,9 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _make_config(config_class: type, values: Mapping[str, Any]) -> Any:
-    """Constructed with what it accepts, given the rest, and completed where it skips its base's constructor."""
+    """Construct it with the values that it accepts, set the others as attributes, and add the defaults that are missing
+    if it skips the constructor of `PretrainedConfig`.
+    """
     from transformers import PretrainedConfig
 
     accepted = inspect.signature(config_class).parameters
@@ -106,7 +108,7 @@ def _make_config(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def _import_class(directory: Path, reference: str) -> type:
-    """`module.Class` of `directory`, as a package of its own: a folder's name may hold a dot or a dash."""
+    """Import `module.Class` from `directory`, as a package with a generated name: a folder's may contain a dot."""
     package = f"cutfleet_model_{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]}"
     if package not in sys.modules:
         module = types.ModuleType(package)

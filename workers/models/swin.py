@@ -1,5 +1,5 @@
 """Swin Transformer, the backbone of BiRefNet, for inference (Liu et al., "Swin Transformer: Hierarchical Vision
-Transformer using Shifted Windows", ICCV 2021). Features stay (N, H, W, C) throughout; names as in the checkpoints.
+Transformer using Shifted Windows", ICCV 2021). Features stay (N, H, W, C); names as in the checkpoints.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PATCH = 4
-"""Side of the pixels that become one token."""
+"""Side in pixels of the square that becomes one token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,14 @@ class _Stage(nn.Module):
         self.downsample = _PatchMerging(width) if merges else None
 
     def forward(self, x: Tensor) -> Tensor:
-        apart = _windows_apart(x.shape[1], x.shape[2], window=self.window, device=x.device)
+        masked = _mask_windows(x.shape[1], x.shape[2], window=self.window, device=x.device)
         for block in self.blocks:
-            x = block(x, apart)
+            x = block(x, masked)
         return x
 
 
 class _Block(nn.Module):
-    """Attention within windows, every other block with the windows shifted by half, then a perceptron."""
+    """Attention within windows, then a perceptron; every other block shifts the windows by half."""
 
     def __init__(self, width: int, *, heads: int, window: int, shift: int) -> None:
         super().__init__()
@@ -95,13 +95,13 @@ class _Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = _Perceptron(width)
 
-    def forward(self, x: Tensor, apart: Tensor) -> Tensor:
+    def forward(self, x: Tensor, masked: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         padded = functional.pad(self.norm1(x), (0, 0, 0, -width % self.window, 0, -height % self.window))
         if self.shift:
             padded = padded.roll((-self.shift, -self.shift), dims=(1, 2))
         windows = _to_windows(padded, self.window)
-        attended = _from_windows(self.attn(windows, apart if self.shift else None), padded.shape, self.window)
+        attended = _from_windows(self.attn(windows, masked if self.shift else None), padded.shape, self.window)
         if self.shift:
             attended = attended.roll((self.shift, self.shift), dims=(1, 2))
         x = x + attended[:, :height, :width]
@@ -122,15 +122,15 @@ class _WindowAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, apart: Tensor | None) -> Tensor:
-        """`x`: (N, windows, tokens, C). `apart`: (windows, tokens, tokens) true where tokens may not see each other.
+    def forward(self, x: Tensor, masked: Tensor | None) -> Tensor:
+        """`x`: (N, windows, tokens, C). `masked`: (windows, tokens, tokens), true for pairs without attention.
 
-        Windows and heads become one dimension, so that the mask is the same for every image and never repeated.
+        Windows and heads become one dimension, so that all images share one mask.
         """
         count, windows, tokens, width = x.shape
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
-        if apart is not None:
-            bias = bias.masked_fill(apart[:, None], float("-inf"))
+        if masked is not None:
+            bias = bias.masked_fill(masked[:, None], float("-inf"))
         bias = bias.expand(windows, -1, -1, -1).reshape(1, windows * self.heads, tokens, tokens)
         qkv = self.qkv(x).view(count, windows, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).reshape(3, count, windows * self.heads, tokens, -1)
@@ -152,7 +152,7 @@ class _Perceptron(nn.Module):
 
 
 class _PatchMerging(nn.Module):
-    """Each 2 x 2 tokens become one of twice the channels; an odd side is padded with zeros."""
+    """Merges 2 x 2 tokens into one with twice the channels; pads an odd side with zeros."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class _PatchMerging(nn.Module):
 
 
 def _to_windows(x: Tensor, window: int) -> Tensor:
-    """(N, H, W, C) to (N, windows, window * window, C), windows row by row."""
+    """Reshape (N, H, W, C) to (N, windows, window * window, C), windows row by row."""
     count, height, width, channels = x.shape
     x = x.view(count, height // window, window, width // window, window, channels).transpose(2, 3)
     return x.reshape(count, -1, window * window, channels)
@@ -179,23 +179,23 @@ def _from_windows(x: Tensor, shape: torch.Size, window: int) -> Tensor:
     return x.reshape(shape)
 
 
-def _windows_apart(height: int, width: int, *, window: int, device: torch.device) -> Tensor:
-    """(windows, tokens, tokens) bool: after the shift, which tokens of a window come from opposite edges."""
+def _mask_windows(height: int, width: int, *, window: int, device: torch.device) -> Tensor:
+    """Return (windows, tokens, tokens) bool: pairs of tokens in a shifted window that come from opposite edges."""
     rows, columns = (_edge_bands(side + -side % window, window, device) for side in (height, width))
     bands = _to_windows((3 * rows[:, None] + columns)[None, ..., None], window)[0, ..., 0]
     return bands[:, :, None] != bands[:, None, :]
 
 
 def _edge_bands(length: int, window: int, device: torch.device) -> Tensor:
-    """0, and 1 and 2 in the last window: before and after the seam that the shift makes."""
-    place = torch.arange(length, device=device)
-    return (place >= length - window).long() + (place >= length - window // 2).long()
+    """Return 0 for every token but those of the last window: 1 before the border that the shift makes, 2 after it."""
+    position = torch.arange(length, device=device)
+    return (position >= length - window).long() + (position >= length - window // 2).long()
 
 
 def _relative_positions(window: int) -> Tensor:
-    """(tokens, tokens) int64: the row of the bias table for each pair of tokens."""
-    place = torch.arange(window)
-    rows, columns = (grid.flatten() for grid in torch.meshgrid(place, place, indexing="ij"))
+    """Return (tokens, tokens) int64: the row of the bias table for each pair of tokens."""
+    position = torch.arange(window)
+    rows, columns = (grid.flatten() for grid in torch.meshgrid(position, position, indexing="ij"))
     down = rows[:, None] - rows[None] + window - 1
     right = columns[:, None] - columns[None] + window - 1
     return down * (2 * window - 1) + right

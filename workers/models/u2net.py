@@ -1,5 +1,5 @@
-"""U-2-Net and its small form U-2-Net-p, for inference (Qin et al., "U2-Net: Going deeper with nested U-structure for
-salient object detection", Pattern Recognition 2020). Batch norm is folded into the convolutions; names as the authors'.
+"""U-2-Net and the small U-2-Net-p for inference (Qin et al., "U2-Net: Going deeper with nested U-structure for salient
+object detection", Pattern Recognition 2020). Batch norm is folded into the convolutions; names are the authors'.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-BATCH_NORM_EPSILON = 1e-5  # torch's default, with which the authors trained
+BATCH_NORM_EPSILON = 1e-5  # torch's default, used in the authors' training
 
 _SMALL = {f"stage{name}": (64, 16, 64) for name in ("2", "3", "4", "5", "6")} | {
     "stage1": (3, 16, 64),
@@ -30,14 +30,14 @@ _FULL = {
     "stage1d": (128, 16, 64),
 }
 CHANNELS = {"u2netp": _SMALL, "u2net": _FULL}
-"""Input, middle and output channels of each stage (the paper's table 1)."""
+"""Input, middle and output channels of each stage (table 1 of the paper)."""
 
 _DEPTH = {"1": 7, "2": 6, "3": 5, "4": 4}
 _DILATIONS = (1, 2, 4, 8)
 
 
 class U2Net(nn.Module):
-    """`x`: (N, 3, H, W) normalised. Returns (N, 1, H, W) logits of the fused map; it was trained at 320 x 320."""
+    """`x`: (N, 3, H, W) normalised. Returns (N, 1, H, W) logits of the fused map. Trained at 320 x 320."""
 
     def __init__(self, variant: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _Conv(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual U of `depth` levels (RSU-7 to RSU-4): pooled between levels, the lowest dilated instead."""
+    """A residual U of `depth` levels (RSU-7 to RSU-4): pooling between levels, dilation in the lowest."""
 
     def __init__(self, inside: int, middle: int, outside: int, *, depth: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Block(nn.Module):
 
 
 class _DilatedBlock(nn.Module):
-    """RSU-4F: four levels at one resolution, dilated instead of pooled."""
+    """RSU-4F: four levels at one resolution, with dilation instead of pooling."""
 
     def __init__(self, inside: int, middle: int, outside: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _DilatedBlock(nn.Module):
 
 
 def fold_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' checkpoint with each `bn_s1` folded into its `conv_s1`; one that has none comes back as it is."""
+    """Fold each `bn_s1` of the authors' checkpoint into its `conv_s1`. A state without `bn_s1` does not change."""
     folded = {name: value for name, value in state.items() if ".bn_s1." not in name}
     for name in state:
         if not name.endswith(".bn_s1.weight"):

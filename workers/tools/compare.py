@@ -1,12 +1,13 @@
-"""`python -m workers compare --model A --model B FOLDER`: models side by side on one's own images. With true masks
-beside them (`NAME.mask.png` for `NAME.jpg`) a table of measures, overall and by subfolder; without, a collage of the
-images where the models disagree most.
+"""Compare models on the images in a folder. For images with a true mask (`NAME.mask.png` beside `NAME.jpg`) prints a
+table of measures, overall and by subfolder. For images without one writes a collage of those where the models differ
+most.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
 import time
@@ -16,29 +17,29 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from jobs.errors import ImageError, ModelError, SettingsError
+from jobs.settings import load_settings
 from workers.imaging.decode import Limits, decode_image
+from workers.imaging.pixels import Pixels
 from workers.imaging.resize import enlarge, shrink
 from workers.models import LoadedModel, load
-from workers.models.batcher import Predictor
+from workers.models.batcher import Batcher
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
 TRUTH_SUFFIX = ".mask.png"
 THUMB = 192
-"""Longest side of what is kept of each image for the collage, in pixels."""
+"""Longest side of an image in the collage, in pixels."""
 COLLAGE_ROWS = 12
 MEASURES = ("MAE", "IoU", "F", "S", "E")
+"""MAE is better the lower, the others the higher; all in [0, 1]."""
 MARGIN = 6
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """One model on one image. `measures`: by name of `MEASURES`, empty without a true mask; MAE is better lower, the
-    others higher, all in [0, 1]. `thumb`, `thumb_mask`: the image and its mask, at most `THUMB` on a side.
+    """One model's result on one image. `measures`: by name of `MEASURES`, empty without a true mask. `thumb`,
+    `thumb_mask`: image and mask, at most `THUMB` on a side.
     """
 
     model: str
@@ -56,8 +57,8 @@ def compare(
     load_model: Callable[[str], LoadedModel],
     report: Callable[[str], None],
 ) -> list[Result]:
-    """Runs each model over every image below `folder`, one model in memory at a time. `report` hears of images that
-    are left out, which are left out for every model. Raises `SettingsError` if there is no image, `ModelError`.
+    """Run each model on every image below `folder`; one model is in memory at a time. `report` receives a line for each
+    image that can't be decoded, once for all models. Raises `SettingsError` if there is no image, and `ModelError`.
     """
     images = sorted(
         path
@@ -68,23 +69,22 @@ def compare(
         raise SettingsError(f"There is no image in {folder} ({', '.join(SUFFIXES)}).")
     results: list[Result] = []
     for number, name in enumerate(models):
-        heard = report if number == 0 else lambda text: None
-        results += _run(name, images, load_model(name), heard)
+        results += _run(name, images, load_model(name), report if number == 0 else lambda text: None)
     return results
 
 
 def _run(name: str, images: list[Path], model: LoadedModel, report: Callable[[str], None]) -> list[Result]:
     results = []
-    with Predictor(model, batch_limit=1) as predictor:
-        predictor.warm_up()
+    with Batcher(model, batch_limit=1) as batcher:
+        batcher.warm_up()
         for path in images:
             try:
                 rgb = decode_image(path.read_bytes(), limits=Limits(), animation="first").rgb
             except ImageError as exc:
-                report(f"{path} is left out: {exc}")
+                report(f"{path} is skipped: {exc}")
                 continue
             started = time.perf_counter()
-            mask = enlarge(predictor.predict(shrink(rgb, model.input_size)), rgb.shape[:2])
+            mask = enlarge(batcher.predict(shrink(rgb, model.input_size)), rgb.shape[:2])
             seconds = time.perf_counter() - started
             truth = _read_truth(path, rgb.shape[:2])
             results.append(
@@ -101,9 +101,8 @@ def _run(name: str, images: list[Path], model: LoadedModel, report: Callable[[st
 
 
 def measure(mask: Pixels, truth: Pixels) -> dict[str, float]:
-    """Both (H, W) uint8. The measures of salient object detection as pysodmetrics computes them, F and E at its
-    adaptive threshold; IoU at 0.5. The mask is taken as it is, not stretched to the full range first: a faint mask is a
-    bad one.
+    """Compute the measures of salient object detection with pysodmetrics, F and E at its adaptive threshold, and IoU at
+    0.5. Both (H, W). The mask is not stretched to the full range first: a faint mask is a bad mask.
     """
     sod = _sod_metrics()
     alpha, subject = mask.astype(np.float64) / 255, truth > 127
@@ -122,28 +121,30 @@ def measure(mask: Pixels, truth: Pixels) -> dict[str, float]:
 
 
 def format_table(results: Sequence[Result], folder: Path) -> str:
-    """Means by subfolder and over all; without true masks, seconds an image only."""
+    """Return a table of means, overall and by subfolder; without true masks, only seconds per image."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         inside = result.image.parent.relative_to(folder).as_posix()
-        for place in {"all", inside} - {"."}:
-            groups.setdefault((place, result.model), []).append(result)
+        for group in {"all", inside} - {"."}:
+            groups.setdefault((group, result.model), []).append(result)
     lines = [f"{'folder':24} {'model':24} {'images':>8} {'measured':>8}", ""]
     lines[0] += "".join(f"{name:>8}" for name in MEASURES) + f"{'s/image':>11}"
-    for (place, model), members in sorted(groups.items(), key=lambda item: (item[0][0] != "all", item[0])):
+    for (group, model), members in sorted(groups.items(), key=lambda item: (item[0][0] != "all", item[0])):
         measured = [member.measures for member in members if member.measures]
-        means = [f"{np.mean([one[name] for one in measured]):8.4f}" if measured else f"{'-':>8}" for name in MEASURES]
+        means = [f"{np.mean([row[name] for row in measured]):8.4f}" if measured else f"{'-':>8}" for name in MEASURES]
         seconds = np.mean([member.seconds for member in members])
-        lines.append(f"{place:24} {model:24} {len(members):8} {len(measured):8}{''.join(means)}{seconds:11.3f}")
+        lines.append(f"{group:24} {model:24} {len(members):8} {len(measured):8}{''.join(means)}{seconds:11.3f}")
     return "\n".join(lines)
 
 
-def draw_disagreements(results: Sequence[Result]) -> Pixels:
-    """(H, W, 3) uint8: the images where masks differ most, worst first; each row the image, then its cutouts."""
+def draw_differences(results: Sequence[Result]) -> Pixels:
+    """Draw the images whose masks differ most, the largest difference first; a row is the image and its cutouts.
+    Returns (H, W, 3).
+    """
     rows: dict[Path, list[Result]] = {}
     for result in results:
         rows.setdefault(result.image, []).append(result)
-    worst = sorted(rows.values(), key=_disagreement, reverse=True)[:COLLAGE_ROWS]
+    worst = sorted(rows.values(), key=_max_difference, reverse=True)[:COLLAGE_ROWS]
     columns = 1 + max(len(members) for members in worst)
     step = THUMB + MARGIN
     sheet = np.full((MARGIN + step * len(worst), MARGIN + step * columns, 3), 255, np.uint8)
@@ -156,60 +157,55 @@ def draw_disagreements(results: Sequence[Result]) -> Pixels:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the table. Exit code 0; 2 with one sentence where a setting or a model must change."""
-    from jobs.settings import load_settings
-
+    """Print the table. Exit code 2, with a sentence on stderr, if a setting or a model must change."""
     parser = argparse.ArgumentParser("python -m workers compare", description=__doc__)
-    parser.add_argument("--model", action="append", required=True, help="preset or path; give it once a model")
-    parser.add_argument("--collage", type=Path, default=Path("comparison.png"), help="where the collage is written")
+    parser.add_argument("--model", action="append", required=True, help="preset or path; repeat it for each model")
+    parser.add_argument("--collage", type=Path, default=Path("comparison.png"), help="file to write the collage to")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(argv)
     try:
         settings = load_settings()
-
-        def load_model(name: str) -> LoadedModel:
-            return load(
-                name,
-                device=settings.device,
-                dtype=settings.dtype,
-                accept_licence=settings.accept_licence,
-                trust_remote_code=settings.trust_remote_code,
-                revision=settings.model_revision,
-            )
-
-        results = compare(arguments.model, arguments.folder, load_model=load_model, report=_say)
+        load_model = functools.partial(
+            load,
+            device=settings.device,
+            dtype=settings.dtype,
+            accept_licence=settings.accept_licence,
+            trust_remote_code=settings.trust_remote_code,
+            revision=settings.model_revision,
+        )
+        results = compare(arguments.model, arguments.folder, load_model=load_model, report=_report)
     except SettingsError as exc:
-        _say(f"{exc} [{exc.code}]")
+        _report(f"{exc} [{exc.code}]")
         return 2
     if not results:
-        _say(f"No image in {arguments.folder} could be read.")
+        _report(f"No image in {arguments.folder} can be decoded.")
         return 2
     print(format_table(results, arguments.folder))
     if not all(result.measures for result in results) and len(arguments.model) > 1:
-        cv2.imwrite(str(arguments.collage), cv2.cvtColor(draw_disagreements(results), cv2.COLOR_RGB2BGR))
-        _say(f"Where they disagree most ({', then '.join(arguments.model)}): {arguments.collage}")
+        cv2.imwrite(str(arguments.collage), cv2.cvtColor(draw_differences(results), cv2.COLOR_RGB2BGR))
+        _report(f"Largest differences (columns: {', '.join(arguments.model)}): {arguments.collage}")
     return 0
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr)
 
 
 def _read_truth(image: Path, size: tuple[int, ...]) -> Pixels | None:
-    """The true mask beside `image`. Raises `SettingsError` where it is no image of the same size."""
+    """Read the true mask beside `image`, if there is one. Raises `SettingsError` if its size differs."""
     path = image.with_name(image.stem + TRUTH_SUFFIX)
     if not path.is_file():
         return None
     truth = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_GRAYSCALE)
     if truth is None or truth.shape != size:
-        raise SettingsError(f"{path} is no grey image of {size[1]} x {size[0]}, the size of {image.name}.")
+        raise SettingsError(f"{path} must be an image of {size[1]} x {size[0]} pixels, the size of {image.name}.")
     return np.asarray(truth, np.uint8)
 
 
-def _disagreement(members: list[Result]) -> float:
-    """The largest mean difference between any two models' masks, in grey levels."""
+def _max_difference(members: list[Result]) -> float:
+    """Return the largest mean difference between any two models' masks, in grey levels."""
     pairs = itertools.combinations((member.thumb_mask.astype(np.int16) for member in members), 2)
-    return max((float(np.abs(one - other).mean()) for one, other in pairs), default=0.0)
+    return max((float(np.abs(first - second).mean()) for first, second in pairs), default=0.0)
 
 
 def _shrink_to_thumb(pixels: Pixels) -> Pixels:

@@ -1,5 +1,5 @@
-"""Contact sheet: one PNG to look at, a row an image: original, mask, cutout on a checkerboard, and the worst edge at
-100 %.
+"""Draw a contact sheet: one PNG with a row for each image: original, mask, cutout on a checkerboard, and the worst edge
+at 100 %.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from workers.imaging.decode import Limits, decode_image
 from workers.imaging.encode import encode_flat_png
+from workers.imaging.pixels import Pixels
 from workers.imaging.quality import find_worst_edge
-
-Pixels = NDArray[np.uint8]
 
 _CELL, _GAP, _CAPTION = 300, 12, 22
 """Pixels: side of a cell, space around it, height of a caption line."""
@@ -31,7 +29,7 @@ _LIGHT, _DARK = 235, 200
 
 @dataclasses.dataclass(frozen=True)
 class SheetRow:
-    """`source`, `cutout`, `mask`: whole files. `caption`: stands above the row."""
+    """`source`, `cutout`, `mask`: files. `caption`: text above the row."""
 
     caption: str
     source: bytes
@@ -39,8 +37,8 @@ class SheetRow:
     mask: bytes
 
 
-def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
-    """Writes one PNG. One row is decoded at a time."""
+def draw_sheet(rows: Sequence[SheetRow], path: Path) -> None:
+    """Write the sheet as PNG to `path`. Decodes one row at a time."""
     width = len(_COLUMNS) * (_CELL + _GAP) + _GAP
     height = (_CELL + _CAPTION + _GAP) * len(rows) + _CAPTION + _GAP
     sheet = np.full((height, width, 3), _PAPER, np.uint8)
@@ -55,23 +53,25 @@ def contact_sheet(rows: Sequence[SheetRow], path: Path) -> None:
 
 
 def sheet_of_folder(folder: Path, path: Path) -> int:
-    """`folder` holds `sources/`, `cutouts/` and `masks/`, outputs named after their sources (`cutouts/a.jpg.png`).
-    Sources without outputs are left out. Returns the number of rows; writes nothing when there is none.
+    """Draw the sheet of a folder with `sources/`, `cutouts/` and `masks/`, the outputs named after their sources
+    (`cutouts/a.jpg.png`). Skips sources without outputs. Returns the number of rows; writes no file if it is 0.
     """
     rows = list(_rows_of(folder))
     if rows:
-        contact_sheet(rows, path)
+        draw_sheet(rows, path)
     return len(rows)
 
 
 def main(argv: list[str]) -> int:
-    """`python -m workers sheet FOLDER`: writes FOLDER/contact-sheet.png. Exit code 1 when there is nothing to show."""
+    """Write FOLDER/contact-sheet.png. Exit code 1 if there is no row."""
     parser = argparse.ArgumentParser("python -m workers sheet", description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder
     rows = sheet_of_folder(folder, folder / "contact-sheet.png")
     if not rows:
-        print(f"{folder} holds no source with a cutout and a mask: nothing to show.", file=sys.stderr)
+        print(
+            f"No file in {folder}/sources has both a cutout and a mask: no contact sheet is written.", file=sys.stderr
+        )
     return 0 if rows else 1
 
 
@@ -84,24 +84,22 @@ def _rows_of(folder: Path) -> Iterable[SheetRow]:
 
 
 def _cells(row: SheetRow) -> list[Pixels]:
-    source = _shown(row.source)
-    cutout = _shown(row.cutout)
+    source = _decode_on_checkerboard(row.source)
+    cutout = _decode_on_checkerboard(row.cutout)
     mask = decode_image(row.mask, limits=Limits(), animation="first").rgb
-    return [_fitted(source), _fitted(mask), _fitted(cutout), worst_edge(cutout, mask[..., 0], side=_CELL)]
+    return [_fit(source), _fit(mask), _fit(cutout), crop_worst_edge(cutout, mask[..., 0], side=_CELL)]
 
 
-def worst_edge(cutout: Pixels, mask: Pixels, *, side: int) -> Pixels:
-    """(`side`, `side`, 3): the worst edge at full size, `cutout` already flattened; padded where the image is
-    smaller.
-    """
-    shown = cutout[find_worst_edge(mask, side)]
-    padded = [side - length for length in shown.shape[:2]]
-    borders = (padded[0] // 2, padded[0] - padded[0] // 2, padded[1] // 2, padded[1] - padded[1] // 2)
-    return np.asarray(cv2.copyMakeBorder(shown, *borders, cv2.BORDER_CONSTANT, value=_PAPER), np.uint8)
+def crop_worst_edge(cutout: Pixels, mask: Pixels, *, side: int) -> Pixels:
+    """Crop the worst edge at full size, (`side`, `side`, 3), padded if the image is smaller. `cutout`: flattened."""
+    crop = cutout[find_worst_edge(mask, side)]
+    missing = [side - length for length in crop.shape[:2]]
+    borders = (missing[0] // 2, missing[0] - missing[0] // 2, missing[1] // 2, missing[1] - missing[1] // 2)
+    return np.asarray(cv2.copyMakeBorder(crop, *borders, cv2.BORDER_CONSTANT, value=_PAPER), np.uint8)
 
 
-def _shown(data: bytes) -> Pixels:
-    """As a viewer would, on a checkerboard where it is transparent."""
+def _decode_on_checkerboard(data: bytes) -> Pixels:
+    """Return (H, W, 3), transparent pixels on a checkerboard."""
     image = decode_image(data, limits=Limits(), animation="first")
     if image.alpha is None:
         return image.rgb
@@ -117,8 +115,8 @@ def _checkerboard(height: int, width: int) -> Pixels:
     return np.asarray(cv2.cvtColor(squares, cv2.COLOR_GRAY2RGB), np.uint8)
 
 
-def _fitted(rgb: Pixels) -> Pixels:
-    """Into a cell, whole and centred, never enlarged."""
+def _fit(rgb: Pixels) -> Pixels:
+    """Shrink the image to a cell and centre it; never enlarge it."""
     height, width = rgb.shape[:2]
     scale = min(1.0, _CELL / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -129,11 +127,11 @@ def _fitted(rgb: Pixels) -> Pixels:
     return cell
 
 
-def _write(sheet: Pixels, words: Iterable[tuple[str, int]], *, top: int, ink: tuple[int, int, int]) -> None:
-    """`words`: text and the column that it begins at."""
+def _write(sheet: Pixels, labels: Iterable[tuple[str, int]], *, top: int, ink: tuple[int, int, int]) -> None:
+    """`labels`: text and the column that it begins at."""
     strip = Image.fromarray(sheet[top : top + _CAPTION])
     draw = ImageDraw.Draw(strip)
     font = ImageFont.load_default(size=13)
-    for text, column in words:
+    for text, column in labels:
         draw.text((_GAP + column * (_CELL + _GAP), 2), text, font=font, fill=ink)
     sheet[top : top + _CAPTION] = np.asarray(strip)

@@ -1,4 +1,4 @@
-"""An image through all stages, with a stand-in for the model only."""
+"""Cut out an image with all stages real but the model."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from PIL import Image
 from jobs.recipe import PIPELINE_VERSION, Recipe, Rendition
 from workers.imaging.decode import DecodedImage, Limits, decode_image
 from workers.imaging.pipeline import combine_alpha, cut_out
+from workers.imaging.pixels import Pixels
 from workers.imaging.resize import enlarge, shrink
 from workers.models import LoadedModel, load
-from workers.models.batcher import Predictor
+from workers.models.batcher import Batcher
 
-Pixels = NDArray[np.uint8]
 GOLDEN = Path(__file__).parent / "golden" / f"cutout-v{PIPELINE_VERSION}.png"
 
 
 class RedIsSubject:
-    """Its mask is the red channel; it notes what it was given."""
+    """Returns the red channel as mask, and records its calls."""
 
     input_size = (32, 48)
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Pixels, bool]] = []
+        self.calls: list[tuple[Pixels, bool]] = []
 
     def predict(self, rgb: Pixels, *, live: bool = False) -> Pixels:
-        self.seen.append((rgb, live))
+        self.calls.append((rgb, live))
         return np.ascontiguousarray(rgb[..., 0])
 
 
@@ -72,16 +72,17 @@ def test_colour_is_zero_where_alpha_is_zero() -> None:
     assert not cutout[cutout[..., 3] == 0].any()
 
 
-def test_the_predictor_hears_which_lane_an_image_is_in() -> None:
+def test_the_predictor_gets_a_small_image_and_whether_it_is_live() -> None:
     predictor = RedIsSubject()
 
     cut_out(png(red_square()), Recipe(), predictor, limits=Limits(), live=True)
 
-    assert predictor.seen[0][1] is True
-    assert predictor.seen[0][0].shape == (32, 48, 3)
+    ((rgb, live),) = predictor.calls
+    assert rgb.shape == (32, 48, 3)
+    assert live
 
 
-def test_another_decoder_can_stand_in() -> None:
+def test_another_decoder_can_be_passed() -> None:
     calls: list[str] = []
 
     def decode(data: bytes, *, limits: Limits, animation: str) -> DecodedImage:
@@ -113,7 +114,7 @@ def test_enlarging_is_pillows_bilinear(shape: tuple[int, int]) -> None:
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 
-def test_the_sources_alpha_is_multiplied_or_kept() -> None:
+def test_the_sources_alpha_is_multiplied_with_the_mask_or_kept() -> None:
     mask = np.array([[255, 128, 0, 255]], np.uint8)
     own = np.array([[128, 128, 255, 0]], np.uint8)
 
@@ -139,10 +140,10 @@ def test_the_model_sees_transparent_pixels_as_white() -> None:
 
     cut_out(png(rgba), Recipe(), predictor, limits=Limits())
 
-    assert (predictor.seen[0][0][0, 0] == 255).all()
+    assert (predictor.calls[0][0][0, 0] == 255).all()
 
 
-def test_ignored_alpha_is_as_if_it_were_not_there() -> None:
+def test_ignored_alpha_has_no_effect() -> None:
     rgba = np.dstack([red_square(), np.full((80, 120), 7, np.uint8)])
 
     mask = pixels_of(cut_out(png(rgba), Recipe(alpha="ignore"), RedIsSubject(), limits=Limits()).mask)
@@ -150,7 +151,7 @@ def test_ignored_alpha_is_as_if_it_were_not_there() -> None:
     assert mask[40, 60] == 255
 
 
-def test_renditions_come_with_the_cutout_and_an_empty_image_has_none() -> None:
+def test_an_image_without_a_subject_has_no_renditions() -> None:
     recipe = Recipe(renditions=(Rendition(name="shop", canvas="square"),))
     black = np.zeros((80, 120, 3), np.uint8)
 
@@ -162,7 +163,7 @@ def test_renditions_come_with_the_cutout_and_an_empty_image_has_none() -> None:
     assert not pixels_of(empty.cutout).any()
 
 
-def test_provenance_and_notes_come_out() -> None:
+def test_provenance_is_stored_in_the_cutout_and_notes_are_returned() -> None:
     data = io.BytesIO()
     Image.fromarray(red_square()).save(data, "PNG", icc_profile=b"broken")
 
@@ -175,38 +176,38 @@ def test_provenance_and_notes_come_out() -> None:
 
 
 def golden_input() -> bytes:
-    """Soft, coloured and odd-sized: every stage leaves its mark."""
+    """Soft, coloured and of odd size, so that every stage changes pixels."""
     y, x = np.mgrid[0:97, 0:131].astype(np.float32)
     red = 255 * np.clip(1.6 - np.hypot(x - 60, y - 50) / 28, 0, 1)
     return png(np.stack([red, 60 + x, 200 - y], axis=-1).astype(np.uint8))
 
 
-def test_the_same_recipe_gives_the_same_pixels_as_before() -> None:
-    """If this fails, pixels have changed: raise `PIPELINE_VERSION`, so that nobody's old outputs are taken for new
-    ones, and write the new golden file with `python tests/unit/test_pipeline.py`.
+def test_a_recipe_gives_the_pixels_of_its_pipeline_version() -> None:
+    """If this fails, pixels have changed. Increase `PIPELINE_VERSION`, so that old outputs are not taken for new ones,
+    and write the new golden file with `PYTHONPATH=. python tests/models/test_pipeline.py`.
     """
     assert GOLDEN.is_file(), f"no golden file for pipeline version {PIPELINE_VERSION}"
     before = np.asarray(Image.open(io.BytesIO(GOLDEN.read_bytes()))).astype(int)
 
     now = pixels_of(cut_out(golden_input(), Recipe(), RedIsSubject(), limits=Limits()).cutout).astype(int)
 
-    assert np.abs(now - before).max() <= 1, "one level: processors round floats differently"
+    assert np.abs(now - before).max() <= 1, "processors round floats differently, by one level"
     assert np.abs(now - before).mean() < 0.01
 
 
 PHOTOS = Path(os.environ.get("CUTFLEET_TEST_DATA", Path(__file__).parents[3] / "shared")) / "photos"
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are not beside this project")
-def test_masks_agree_with_the_model_cards_own_recipe() -> None:
-    """Pillow bilinear, ToTensor, Normalize, the model, Pillow back to size: at most one grey level apart on average."""
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="no photographs in CUTFLEET_TEST_DATA")
+def test_masks_agree_with_the_script_of_the_model_card() -> None:
+    """The script: Pillow bilinear, ToTensor, Normalize, the model, Pillow to full size."""
     model = load("u2netp")
     files = sorted(file for file in PHOTOS.iterdir() if file.suffix in (".jpg", ".png") and ".mask" not in file.name)
 
-    with Predictor(model, batch_limit=1) as predictor:
+    with Batcher(model, batch_limit=1) as batcher:
         for file in files[::6]:
             data = file.read_bytes()
-            ours = pixels_of(cut_out(data, Recipe(), predictor, limits=Limits()).mask)
+            ours = pixels_of(cut_out(data, Recipe(), batcher, limits=Limits()).mask)
 
             assert np.abs(ours.astype(int) - card_mask(data, model)).mean() <= 1.0, file.name
 

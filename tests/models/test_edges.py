@@ -1,4 +1,4 @@
-"""Edges on composites whose foreground is known: what is checked is the colour error of soft pixels."""
+"""Clean the edges of composites whose foreground is known; measure the colour error of soft pixels."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from workers.imaging.edges import clean_edges
-
-Pixels = NDArray[np.uint8]
+from workers.imaging.pixels import Pixels
 
 
 def gradient(corners: list[list[tuple[int, int, int]]], height: int, width: int) -> Pixels:
@@ -54,7 +52,7 @@ GROUNDS = {
 
 @pytest.mark.parametrize("blur", [1.5, 4, 10])
 @pytest.mark.parametrize("ground", GROUNDS)
-def test_the_colour_error_of_soft_pixels_falls_by_half_at_least(ground: str, blur: float) -> None:
+def test_the_colour_error_of_soft_pixels_is_at_least_halved(ground: str, blur: float) -> None:
     alpha = soft_shape(600, 800, blur=blur)
     image = mixed(SUBJECT, GROUNDS[ground], alpha)
     before = colour_error(image, SUBJECT, alpha)
@@ -64,7 +62,7 @@ def test_the_colour_error_of_soft_pixels_falls_by_half_at_least(ground: str, blu
     assert colour_error(image, SUBJECT, alpha) <= before / 2
 
 
-def test_opaque_and_clear_pixels_are_not_touched() -> None:
+def test_opaque_and_transparent_pixels_do_not_change() -> None:
     alpha = soft_shape(600, 800, blur=4)
     image = mixed(SUBJECT, GROUNDS["green"], alpha)
     before = image.copy()
@@ -78,7 +76,7 @@ def test_opaque_and_clear_pixels_are_not_touched() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 900), (700, 1), (2, 3), (40, 5000)])
 @pytest.mark.parametrize("level", [0, 1, 128, 254, 255])
-def test_odd_shapes_and_flat_masks_pass(shape: tuple[int, int], level: int) -> None:
+def test_odd_shapes_and_constant_masks_raise_nothing(shape: tuple[int, int], level: int) -> None:
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
     before = image.copy()
 
@@ -87,20 +85,20 @@ def test_odd_shapes_and_flat_masks_pass(shape: tuple[int, int], level: int) -> N
     assert np.array_equal(image, before) or 0 < level < 255
 
 
-def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_height_of_a_band_changes_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = soft_shape(600, 800, blur=4)
     whole = mixed(SUBJECT, GROUNDS["sky"], alpha)
     banded = whole.copy()
 
     clean_edges(whole, alpha)
-    monkeypatch.setattr("workers.imaging.edges._BAND_PIXELS", 7 * 800)
+    monkeypatch.setattr("workers.imaging.edges.BAND_PIXELS", 7 * 800)
     clean_edges(banded, alpha)
 
     assert np.array_equal(whole, banded)
 
 
 def extended(rgb: Pixels, alpha: Pixels) -> Pixels:
-    """`rgb` where it is opaque; elsewhere the colour of the nearest opaque pixel: a subject whose colour is known."""
+    """Replace every pixel that is not opaque by the nearest opaque one: a subject whose colour is known everywhere."""
     solid = (alpha == 255).astype(np.uint8)
     _, nearest = cv2.distanceTransformWithLabels(1 - solid, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
     opaque = np.flatnonzero(solid)
@@ -110,7 +108,7 @@ def extended(rgb: Pixels, alpha: Pixels) -> Pixels:
 
 
 def matted_photographs(folder: Path) -> list[tuple[Pixels, Pixels]]:
-    """Subjects of photographs with a true alpha of hair and fur; made here where there are none."""
+    """Subjects of photographs with a true alpha of hair and fur; one generated subject if there are no photographs."""
     if not (folder / "manifest.csv").exists():
         alpha = soft_shape(600, 800, blur=4)
         return [(extended(mixed(SUBJECT, GROUNDS["green"], alpha), alpha), alpha)]
@@ -124,7 +122,7 @@ def matted_photographs(folder: Path) -> list[tuple[Pixels, Pixels]]:
 
 
 @pytest.mark.parametrize("colour", [(255, 255, 255), (20, 190, 60), (40, 90, 220)])
-def test_the_colour_error_of_photographs_falls_by_half(colour: tuple[int, int, int], shared_data: Path) -> None:
+def test_the_colour_error_of_photographs_is_halved(colour: tuple[int, int, int], shared_data: Path) -> None:
     before, after = [], []
     for subject, alpha in matted_photographs(shared_data / "photos"):
         image = mixed(subject, np.full_like(subject, colour), alpha)

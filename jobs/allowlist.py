@@ -1,8 +1,8 @@
-"""Which buckets and prefixes a process may touch for a job: `CUTFLEET_SOURCES` and `CUTFLEET_DESTINATIONS`.
+"""Buckets and prefixes that a process may use: `CUTFLEET_SOURCES` and `CUTFLEET_DESTINATIONS`.
 
-An entry ends with `/`, so that `s3://photos/a/` allows nothing in `s3://photos/ab/`. Names are compared letter by
-letter, as S3 has them: nothing is decoded or resolved. Some stores do resolve `..`, with either slash, so that where
-there is a list, a key with such a segment is under no entry.
+An entry ends with `/`, so that `s3://photos/a/` allows nothing in `s3://photos/ab/`. Names are compared character by
+character, as S3 does: nothing is decoded or resolved. Some stores resolve `..` after either slash, so a key with such a
+segment is never allowed by a list.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ _SLASHES = re.compile(r"[/\\]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Bounds:
-    """Prefixes, as `parse_prefixes` gives them, of sources and of results; none: anywhere."""
+class Allowlist:
+    """Prefixes of sources and of outputs, as `parse_prefixes` returns them; empty: anywhere."""
 
     sources: tuple[str, ...] = ()
     destinations: tuple[str, ...] = ()
 
 
-ANYWHERE = Bounds()
+ANYWHERE = Allowlist()
 
 
 def parse_prefixes(text: str) -> tuple[str, ...]:
-    """Of entries with commas between, each s3://BUCKET/ or s3://BUCKET/PREFIX/; a prefix may itself hold a comma.
-    Raises `ValueError` naming the first that is none."""
+    """Parse comma-separated entries, each s3://BUCKET/ or s3://BUCKET/PREFIX/; a prefix may itself hold a comma. Raises
+    `ValueError` for the first malformed entry."""
     if not text.strip():
         return ()
     entries = tuple(entry.strip() for entry in re.split(r",(?=\s*(?:s3://|$|,))", text))
     for entry in entries:
-        if not _ENTRY.fullmatch(entry) or climbs(entry):
-            raise ValueError(f"{entry!r} is no s3://BUCKET/ or s3://BUCKET/PREFIX/, which ends with a slash")
+        if not _ENTRY.fullmatch(entry) or has_parent_segment(entry):
+            raise ValueError(f"{entry!r} is not s3://BUCKET/ or s3://BUCKET/PREFIX/; an entry ends with a slash")
     return entries
 
 
-def is_within(uri: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether `uri`, of an object or of a prefix, is under one of `prefixes`, or there are none."""
-    return not prefixes or (uri.startswith(prefixes) and not climbs(uri))
+def is_allowed(uri: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether `uri`, of an object or a prefix, is under one of `prefixes`, or `prefixes` is empty."""
+    return not prefixes or (uri.startswith(prefixes) and not has_parent_segment(uri))
 
 
-def climbs(uri: str) -> bool:
-    """Whether a store that resolves `..`, behind either slash, would look elsewhere."""
+def has_parent_segment(uri: str) -> bool:
+    """Whether a segment is `..`: a store that resolves it would read or write elsewhere."""
     return ".." in _SLASHES.split(uri)

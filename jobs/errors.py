@@ -1,25 +1,33 @@
-"""Everything that can go wrong, ordered by what happens next. The task decides by `retry`; people decide by the text.
+"""Every error of this project, ordered by what happens next. The class decides what the program does; the text tells a
+person what to do; the code is for people, who filter and alert on it.
 
 CutfleetError
-├── SettingsError        the command or the process ends (exit 2): a person changes a setting
-│   ├── ModelError           the model can't be had: unknown, licence not stated, files missing, keys that do not fit
-│   └── JobError             no such job, a destination that can't be used, a job in the wrong state
-├── ServiceUnavailable   the command ends (exit 4), a worker tries again: Redis or S3 can't be reached or refuses us
-├── ImageError           one image; no retry can help: it becomes `failed` with this code
-│   ├── ContentError         what the bytes are: not an image, truncated, too many pixels ...
-│   ├── SourceError          the S3 object: missing, denied, changed since it was listed
-│   └── OutputError          the destination: its name belongs to another source, denied, no bucket
-├── TransientError       one image; tried again later with backoff, then `failed` with this code
-└── DeviceLost           the device or its thread is gone: the process ends, its supervisor starts another
+├── SettingsError          the command or the process exits with 2: a person changes a setting
+│   ├── ModelError             the model is unavailable: unknown, licence not stated, files missing, keys that differ
+│   └── JobError               no such job, a destination that can't be used, a job in the wrong state
+├── ServiceUnavailable     a command exits with 4, a worker retries: a service is unreachable or refuses access
+│   ├── RedisUnavailable
+│   │   └── RedisFull              Redis takes no write that needs memory; what frees memory still works
+│   └── StoreUnavailable
+│       └── StoreUnsupported       the store lacks a feature, such as conditional writes
+├── ImageError             one image; no retry can help: it becomes `failed` with this code
+│   ├── ContentError           the bytes: not an image, truncated, too many pixels ...
+│   ├── SourceError            the source object: missing, denied, changed since it was listed
+│   ├── OutputError            the destination: its name belongs to another source, denied, no bucket
+│   └── NotFound               mixed into SourceNotFound and OutputNotFound
+├── TransientError         one image; retried with backoff, then `failed` with this code
+│   ├── StoreBusy              S3 throttles or answers 5xx after the client's own retries
+│   └── OutOfMemory            the device's memory does not hold the batch
+└── DeviceLost             the device or its thread is gone: the process exits, its supervisor starts another
 
-A code never changes once released: it is kept in ledgers and reports, and people write rules on it.
+A code never changes once released: ledgers and reports keep it.
 """
 
 from __future__ import annotations
 
 
 class CutfleetError(Exception):
-    """Base of all our errors. `code` is stable; the text says the value, the limit and the setting to change."""
+    """Base of all our errors. `code` is stable; the text names the value, the limit and the setting to change."""
 
     code = "internal"
     retry = False
@@ -42,15 +50,41 @@ class ModelError(SettingsError):
 
 
 class JobError(SettingsError):
+    """Codes: job_unknown, job_closed, job_cancelled, job_busy, job_watched, other_source, record_missing,
+    nothing_to_render, nothing_to_review."""
+
     code = "job_unknown"
 
 
+class JobClosed(JobError):
+    code = "job_closed"
+
+
 class ServiceUnavailable(CutfleetError):
-    """Codes: redis_unreachable, redis_denied, redis_full, redis_cannot_save, redis_failed, store_unreachable,
-    store_denied, store_busy, store_unsupported, store_failed."""
+    """Codes of SQS: queue_unreachable, queue_denied, queue_failed; of a local stack: local_stack."""
 
     code = "service_unavailable"
     retry = True
+
+
+class RedisUnavailable(ServiceUnavailable):
+    """Codes: redis_unreachable, redis_denied, redis_full, redis_cannot_save, redis_failed."""
+
+    code = "redis_failed"
+
+
+class RedisFull(RedisUnavailable):
+    code = "redis_full"
+
+
+class StoreUnavailable(ServiceUnavailable):
+    """Codes: store_unreachable, store_denied, store_unsupported, store_failed."""
+
+    code = "store_failed"
+
+
+class StoreUnsupported(StoreUnavailable):
+    code = "store_unsupported"
 
 
 class ImageError(CutfleetError):
@@ -59,8 +93,8 @@ class ImageError(CutfleetError):
 
 class ContentError(ImageError):
     """Codes: not_an_image, unsupported_format, truncated, damaged, too_many_pixels, too_many_bytes, animated,
-    too_small, mask_not_finite; of a suspect, which is worked on alone (`workers/process/isolation.py`): crashed_decoder,
-    crashed_device, crashed_worker, memory_exhausted, stalled, killed."""
+    too_small, mask_not_finite; of a suspect in isolation: crashed_decoder, crashed_device, crashed_worker,
+    memory_exhausted, stalled, killed."""
 
     code = "not_an_image"
 
@@ -72,16 +106,43 @@ class SourceError(ImageError):
 
 
 class OutputError(ImageError):
-    """Codes: name_taken, name_too_long, name_unmatched, output_denied, output_not_allowed, bucket_missing."""
+    """Codes: name_taken, name_too_long, name_unmatched, output_missing, output_denied, output_not_allowed,
+    bucket_missing, bucket_exists, manifest_damaged."""
 
     code = "output_denied"
 
 
-class TransientError(CutfleetError):
-    """Codes: store_busy, store_timeout, output_conflict, out_of_memory, internal."""
+class NotFound(ImageError):
+    """There is no such object."""
 
-    code = "store_busy"
+
+class SourceNotFound(SourceError, NotFound):
+    code = "source_missing"
+
+
+class OutputNotFound(OutputError, NotFound):
+    code = "output_missing"
+
+
+class BucketExists(OutputError):
+    code = "bucket_exists"
+
+
+class PreconditionFailed(CutfleetError):
+    """A conditional write found another version of the object, or one where none was expected."""
+
+    code = "precondition_failed"
+
+
+class TransientError(CutfleetError):
+    """Codes: store_busy, output_conflict, out_of_memory, internal."""
+
+    code = "internal"
     retry = True
+
+
+class StoreBusy(TransientError):
+    code = "store_busy"
 
 
 class OutOfMemory(TransientError):
@@ -102,4 +163,4 @@ class DeviceLost(CutfleetError):
 
 
 class ImageFailed(Exception):
-    """Raised by the task after the failure is in the ledger, only so that Flower shows the image as failed."""
+    """Raised by the task after the ledger holds the failure, only so that Flower shows the image as failed."""

@@ -1,68 +1,99 @@
-"""What a job is and what may become of it and of its images: the words that ledger, workers and reports share."""
+"""A job, its state, and the states of its images. A job knows its recipe and the names of its images' objects."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import json
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
-from jobs.message import Lane
-
-_PARTS = 10_000
-"""Redis counts in whole numbers: figures have four digits behind the point."""
+from jobs.message import Lane, queue_name
+from jobs.recipe import Recipe
+from jobs.s3.location import Location, parse_destination
+from jobs.s3.names import ImagePaths, image_paths, preview_path, record_path, rendition_paths
 
 
 class ImageState(enum.IntEnum):
-    """The four bits of an image."""
+    """Stored in four bits for each image."""
 
-    OPEN = 0  # listed; may be fed, queued, claimed, waiting for a retry. Any other may follow.
+    OPEN = 0  # listed: not fed yet, queued, leased or waiting for a retry. Any other state may follow.
     DONE = 1  # mask and cutout are in S3. Final.
-    FAILED = 2  # no retry can help, or the tries are used up; its failure says why. Final but for an explicit retry.
-    SKIPPED = 3  # S3 already holds what this recipe makes of this source. Final.
-    CANCELLED = 4  # the job was cancelled, and no worker held the image. Final.
-    REVIEW = 5  # done, and flagged for a person to look at. Counted as done and as review. Final.
+    FAILED = 2  # no retry can help, or all attempts are used up; a `Failure` has the reason. Final until replayed.
+    SKIPPED = 3  # S3 already holds the outputs of this recipe for this source. Final.
+    CANCELLED = 4  # the job was cancelled before a worker claimed the image. Final.
+    REVIEW = 5  # done, and flagged for review. Counts as done and as review. Final.
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether cutout and mask are in S3."""
+        return self in _WITH_OUTPUTS
+
+
+_WITH_OUTPUTS = frozenset({ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED})
+STATES_WITH_OUTPUTS = tuple(sorted(_WITH_OUTPUTS))
 
 
 class JobState(enum.StrEnum):
-    """Follows from a job's flags."""
+    """Derived from a job's flags."""
 
     LISTING = "listing"  # more images may come: it is being listed, or a watch feeds it. Then running.
     RUNNING = "running"  # listed to the end. Then closed.
-    PAUSED = "paused"  # nothing new is fed until a person unpauses it. Then as before.
-    CANCELLING = "cancelling"  # nothing new is claimed; what is in work ends. Then closed.
+    PAUSED = "paused"  # nothing is fed until a person unpauses it. Then listing or running.
+    CANCELLING = "cancelling"  # nothing is claimed; images in work finish. Then closed.
     CLOSED = "closed"  # every image is final.
+
+
+class JobKind(enum.StrEnum):
+    """What a worker does with each image of the job."""
+
+    CUT = "cut"  # make mask, cutout and renditions from the source, with the model
+    RENDER = "render"  # make renditions again from the stored cutout, without a model
+    PREVIEW = "preview"  # make the preview of an image of another job, for `cutfleet review`
+
+
+@dataclasses.dataclass(frozen=True)
+class ManifestPart:
+    """One part of the manifest. `first`, `last`: least and greatest key; `count`: number of images."""
+
+    number: int
+    first: str
+    last: str
+    count: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the ledger knows of a job. `source` and `destination` are s3:// prefixes; times are seconds since 1970.
-    `weight`: its share of a queue's room against other jobs'. `rate`: most images fed a second. `sample`: how many
-    are fed before it pauses for a look. `again`: images to be fed once more. `window`: images fed and not final.
-    `cancel_cursor`: of a cancelled job, up to where what nobody held is final.
-    `spills`: parts of its failures that stand in S3. `judged_*`: counts when a person last unpaused it.
-    `watch`: the watch that feeds it. `unrecorded`: live images that stand in no part of its manifest yet.
-    `untold`: events that its webhook could not be told of. `asked`: which images of its source, for going on with a
-    listing. `to_be_listed`: `cutfleet serve` lists it, since nobody waits for it. `review_of`: the job that this one
-    makes previews of, and nothing else.
+    """A job as the ledger has it. Times are Unix times.
+
+    `recipe_json`: parsed by `recipe`. `model`: the model that its images need, or `RENDER_POOL`. `conditional`: the
+    store supports conditional writes. `weight`: share of a queue against other jobs. `rate`: most images fed per
+    second. `sample`: number of images fed before it is paused. `watch`: id of the watch that feeds it. `selection`:
+    which images of its source were asked for, to compare on resume. `list_in_background`: `cutfleet serve` lists it.
+    `review_of`: of a preview job, the job under review.
+
+    Counts: `total` images listed; `cursor` up to where they are fed; `parts` of the manifest; `unrecorded` images of a
+    live job that are in no part yet; `undelivered` webhook events; `reopened` images to be fed once more; `window`
+    images fed and not final; `cancel_cursor` up to where a cancelled job is final; `spills` parts of failures in S3;
+    `acknowledged_*`: counts when a person last unpaused it.
     """
 
     id: str
     name: str
-    source: str
-    destination: str
-    recipe: str
+    source: Location
+    destination: Location
+    recipe_json: str
     model: str
     lane: Lane
     conditional: bool
     created: float
+    kind: JobKind = JobKind.CUT
     weight: int = 1
     rate: float | None = None
     sample: int | None = None
     watch: str = ""
-    asked: str = ""
-    to_be_listed: bool = False
+    selection: str = ""
+    list_in_background: bool = False
     webhook: str = ""
     webhook_images: bool = False
     review_of: str = ""
@@ -74,18 +105,18 @@ class Job:
     cursor: int = 0
     parts: int = 0
     unrecorded: int = 0
-    untold: int = 0
+    undelivered: int = 0
     done: int = 0
     failed: int = 0
     skipped: int = 0
     cancelled_images: int = 0
     review: int = 0
-    again: int = 0
+    reopened: int = 0
     window: int = 0
     cancel_cursor: int = 0
     spills: int = 0
-    judged_final: int = 0
-    judged_failed: int = 0
+    acknowledged_final: int = 0
+    acknowledged_failed: int = 0
 
     @property
     def final(self) -> int:
@@ -94,6 +125,11 @@ class Job:
     @property
     def open(self) -> int:
         return self.total - self.final
+
+    @property
+    def recorded(self) -> int:
+        """Number of images that are in parts of the manifest."""
+        return self.total - self.unrecorded
 
     @property
     def state(self) -> JobState:
@@ -105,20 +141,90 @@ class Job:
             return JobState.PAUSED
         return JobState.RUNNING if self.listed else JobState.LISTING
 
+    @property
+    def queue(self) -> str:
+        return queue_name(self.lane, self.model)
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        """Raises `SettingsError` when a later version wrote the recipe."""
+        return Recipe.from_json(self.recipe_json)
+
+    def fingerprint(self, *, model_revision: str, input_size: tuple[int, int]) -> str:
+        """Return the fingerprint of the recipe with this model; see `Recipe.fingerprint`."""
+        known = self._fingerprints
+        if (model_revision, input_size) not in known:
+            made = self.recipe.fingerprint(model_revision=model_revision, input_size=input_size)
+            known[model_revision, input_size] = made
+        return known[model_revision, input_size]
+
+    def paths(self, key: str) -> ImagePaths:
+        """Return the names of the source, cutout and mask of one image."""
+        return image_paths(self.source, self.destination, key)
+
+    def rendition_paths(self, key: str) -> dict[str, Location]:
+        """Return the renditions of one image by name. Raises `OutputError`; see `jobs.s3.names.rendition_paths`."""
+        return rendition_paths(self.recipe, self.source, self.destination, key)
+
+    def record_path(self, name: str) -> Location:
+        """Return the name of the job's own file `name`."""
+        return record_path(self.destination, self.id, name)
+
+    def preview_path(self, key: str) -> Location:
+        """Return the name of an image's preview: in the folder of the job under review."""
+        return preview_path(self.destination, self.review_of or self.id, self.source.at(key))
+
     def to_fields(self) -> dict[str, str]:
-        """What `create` writes; the rest is counted by the ledger itself."""
-        names = ("name", "source", "destination", "recipe", "model", "lane", "watch")
-        fields = {name: getattr(self, name) for name in names} | {"conditional": str(int(self.conditional))}
-        pace = {"weight": self.weight, "rate": self.rate, "sample": self.sample}
-        fields |= {name: str(value) for name, value in pace.items() if value is not None}
-        flags = {"asked": self.asked, "webhook": self.webhook, "review_of": self.review_of}
-        flags |= {name: "1" if getattr(self, name) else "" for name in ("webhook_images", "to_be_listed")}
-        return fields | {name: value for name, value in flags.items() if value}
+        """Return the fields that describe the request; the ledger counts the rest."""
+        fields: dict[str, object] = {
+            "name": self.name,
+            "source": self.source,
+            "destination": self.destination,
+            "recipe": self.recipe_json,
+            "model": self.model,
+            "lane": self.lane,
+            "kind": self.kind,
+            "watch": self.watch,
+            "conditional": int(self.conditional),
+        }
+        limits = {"weight": self.weight, "rate": self.rate, "sample": self.sample}
+        fields |= {name: value for name, value in limits.items() if value is not None}
+        optional = {"selection": self.selection, "webhook": self.webhook, "review_of": self.review_of}
+        optional |= {name: "1" if getattr(self, name) else "" for name in ("webhook_images", "list_in_background")}
+        fields |= {name: value for name, value in optional.items() if value}
+        return {name: str(value) for name, value in fields.items()}
+
+    @classmethod
+    def from_fields(cls, job_id: str, fields: Mapping[str, str]) -> Job:
+        """`fields`: what `to_fields` returned, and what the ledger added."""
+        values: dict[str, Any] = {name: fields.get(name, "") for name in _TEXTS}
+        values |= {name: name in fields for name in _FLAGS}
+        values |= {name: int(fields.get(name, 0)) for name in _COUNTS}
+        return cls(
+            id=job_id,
+            name=fields["name"],
+            source=Location.parse(fields["source"]),
+            destination=parse_destination(fields["destination"]),
+            recipe_json=fields["recipe"],
+            model=fields["model"],
+            lane="live" if fields["lane"] == "live" else "backfill",
+            kind=JobKind(fields.get("kind", JobKind.CUT)),
+            conditional=fields["conditional"] == "1",
+            created=float(fields["created"]),
+            weight=int(fields.get("weight", 1)),
+            rate=float(fields["rate"]) if "rate" in fields else None,
+            sample=int(fields["sample"]) if "sample" in fields else None,
+            closed=float(fields["closed"]) if "closed" in fields else None,
+            paused=fields.get("paused"),
+            cancelled="cancelled_at" in fields,
+            cancelled_images=int(fields.get("cancelled", 0)),
+            **values,
+        )
 
     def summary(self) -> dict[str, Any]:
-        """What `--json` shows."""
-        told = {"review_of": self.review_of} if self.review_of else {}
-        return told | {
+        """Return what `--json` shows."""
+        preview = {"review_of": self.review_of} if self.review_of else {}
+        return preview | {
             "job": self.id,
             "name": self.name,
             "state": str(self.state),
@@ -129,9 +235,9 @@ class Job:
             "skipped": self.skipped,
             "cancelled": self.cancelled_images,
             "review": self.review,
-            "untold": self.untold,
-            "source": self.source,
-            "destination": self.destination,
+            "undelivered": self.undelivered,
+            "source": str(self.source),
+            "destination": str(self.destination),
             "model": self.model,
             "lane": self.lane,
             "weight": self.weight,
@@ -140,165 +246,14 @@ class Job:
             "closed": self.closed,
         }
 
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """Why an image is `failed`. `at` in seconds since 1970."""
-
-    key: str
-    code: str
-    message: str
-    tries: int
-    at: float
-    worker: str
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Failure:
-        """Fields that a later version adds are left out."""
-        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+    @functools.cached_property
+    def _fingerprints(self) -> dict[tuple[str, tuple[int, int]], str]:
+        return {}
 
 
-@dataclasses.dataclass(frozen=True)
-class Remark:
-    """What there is to say of a done image. `review`: why a person should look at it. `figures`: of its mask.
-    `rules`: by rendition, what its rules found: rule, verdict (pass, warn, fail), value, limit.
-    """
-
-    key: str
-    review: tuple[str, ...] = ()
-    figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    rules: Mapping[str, tuple[tuple[str, str, str, str], ...]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def is_notable(self) -> bool:
-        """Whether a person should hear of it; the others are only counted."""
-        return bool(self.review) or any(worst_verdict(found) != "pass" for found in self.rules.values())
-
-    def counts(self) -> dict[str, int]:
-        """What it adds to its job's tally: `review REASON`, `rules RENDITION VERDICT`, and of its figures the sums."""
-        counts = {f"review {reason}": 1 for reason in self.review}
-        counts |= {f"rules {name} {worst_verdict(found)}": 1 for name, found in self.rules.items()}
-        if self.figures:
-            counts["measured"] = 1
-        return counts | {f"sum {name}": round(value * _PARTS) for name, value in self.figures.items()}
-
-    def complaints(self) -> list[str]:
-        """Each rule that was not passed, in words."""
-        return [
-            f"{name}: {rule} {value} ({verdict}" + (f", {limit})" if limit else ")")
-            for name, found in self.rules.items()
-            for rule, verdict, value, limit in found
-            if verdict != "pass"
-        ]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":"))
-
-
-def worst_verdict(found: Iterable[tuple[str, str, str, str]]) -> str:
-    """fail, warn or pass."""
-    verdicts = {verdict for _, verdict, _, _ in found}
-    return "fail" if "fail" in verdicts else "warn" if "warn" in verdicts else "pass"
-
-
-@dataclasses.dataclass(frozen=True)
-class Effort:
-    """What an image took, and what it was made by. `made`: the recipe's fingerprint with the worker's model, empty
-    where that does not tell. `worker_s`: its share of a worker's time."""
-
-    made: str
-    worker_s: float
-
-    def counts(self) -> dict[str, int]:
-        counts = {"worker_ms": round(1000 * self.worker_s)} if self.worker_s else {}
-        return counts | ({f"made {self.made}": 1} if self.made else {})
-
-
-@dataclasses.dataclass(frozen=True)
-class Tally:
-    """Of a job's images: how many have each review reason, and each verdict by rendition; the mean of each figure of
-    their masks; workers' time for those that were done; how many were made, or found, by each fingerprint."""
-
-    review: Mapping[str, int]
-    rules: Mapping[str, Mapping[str, int]]
-    quality: Mapping[str, float]
-    worker_s: float
-    made: Mapping[str, int]
-
-    @classmethod
-    def of_counts(cls, counts: Mapping[str, int]) -> Tally:
-        """`counts`: sums of what `Remark.counts` and `Effort.counts` give."""
-        review: dict[str, int] = {}
-        rules: dict[str, dict[str, int]] = {}
-        quality: dict[str, float] = {}
-        made: dict[str, int] = {}
-        for word, count in sorted(counts.items()):
-            match word.split(" "):
-                case ["review", reason]:
-                    review[reason] = count
-                case ["rules", rendition, verdict]:
-                    rules.setdefault(rendition, {})[verdict] = count
-                case ["sum", figure]:
-                    quality[figure] = round(count / _PARTS / counts["measured"], 4)
-                case ["made", fingerprint]:
-                    made[fingerprint] = count
-        return cls(review, rules, quality, counts.get("worker_ms", 0) / 1000, made)
-
-
-@dataclasses.dataclass(frozen=True)
-class ManifestPart:
-    """One part of the manifest: the least and the greatest key in it, and how many."""
-
-    number: int
-    first: str
-    last: str
-    count: int
-
-
-def job_from_fields(job: str, fields: Mapping[str, str]) -> Job:
-    def count(name: str) -> int:
-        return int(fields.get(name, 0))
-
-    return Job(
-        id=job,
-        name=fields["name"],
-        source=fields["source"],
-        destination=fields["destination"],
-        recipe=fields["recipe"],
-        model=fields["model"],
-        lane="live" if fields["lane"] == "live" else "backfill",
-        conditional=fields["conditional"] == "1",
-        created=float(fields["created"]),
-        weight=int(fields.get("weight", 1)),
-        rate=float(fields["rate"]) if "rate" in fields else None,
-        sample=int(fields["sample"]) if "sample" in fields else None,
-        watch=fields.get("watch", ""),
-        asked=fields.get("asked", ""),
-        to_be_listed="to_be_listed" in fields,
-        webhook=fields.get("webhook", ""),
-        webhook_images="webhook_images" in fields,
-        review_of=fields.get("review_of", ""),
-        closed=float(fields["closed"]) if "closed" in fields else None,
-        listed="listed" in fields,
-        paused=fields.get("paused"),
-        cancelled="cancelled_at" in fields,
-        total=count("total"),
-        cursor=count("cursor"),
-        parts=count("parts"),
-        unrecorded=count("unrecorded"),
-        untold=count("untold"),
-        done=count("done"),
-        failed=count("failed"),
-        skipped=count("skipped"),
-        cancelled_images=count("cancelled"),
-        review=count("review"),
-        again=count("again"),
-        window=count("window"),
-        cancel_cursor=count("cancel_cursor"),
-        spills=count("spills"),
-        judged_final=count("judged_final"),
-        judged_failed=count("judged_failed"),
-    )
+_TEXTS = ("watch", "selection", "webhook", "review_of")
+_FLAGS = ("listed", "webhook_images", "list_in_background")
+_COUNTS = (
+    *("total", "cursor", "parts", "unrecorded", "undelivered", "done", "failed", "skipped", "review", "reopened"),
+    *("window", "cancel_cursor", "spills", "acknowledged_final", "acknowledged_failed"),
+)

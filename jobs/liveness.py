@@ -1,6 +1,6 @@
-"""A file that a process touches while it makes progress, so that a probe can judge by its age without asking anybody.
+"""A file that a process touches while it makes progress: a probe judges the process by the file's age.
 
-It appears when the process is ready. One that an earlier process left is removed at the start."""
+The file appears when the process is ready; one that an earlier process left is removed at the start."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 from jobs.errors import SettingsError
 
-ALIVE_S = 5.0
-"""How often it is touched, roughly; a probe should allow a minute."""
+TOUCH_EVERY_S = 5.0
+"""Approximate interval; a probe should allow a minute."""
 
 
-class AliveFile:
-    """With an empty path, nothing happens."""
+class LivenessFile:
+    """Does nothing with an empty path."""
 
     def __init__(self, path: str) -> None:
-        """Raises `SettingsError` when the file could not be written later."""
+        """Raises `SettingsError` when the file can't be written."""
         self._path = Path(path) if path else None
         if self._path is not None:
             try:

@@ -1,9 +1,12 @@
-"""ImageTask: the versioned JSON that one Celery message carries. A message is only a hint: what counts is the ledger.
+"""ImageTask: the versioned JSON that one Celery message carries, and the queues that it travels on. A message is only a
+hint: the ledger decides.
 
-Version 1: {"v": 1, "job": str, "index": int, "key": str, "etag": str, "size": int, "lane": "live" | "backfill"}, and
-where there is one "hint": "new" | "known" | "archived".
-Fields are added, never renamed; the form before is read for one release.
-"""
+Version 1: {"v": 1, "job": str, "index": int, "key": str, "etag": str, "size": int, "lane": "live" | "backfill"} and an
+optional "hint": "new" | "known" | "archived". Fields are added, never renamed; the previous version is read for one
+release.
+
+Queues are per lane and model: `live.M`, `suspect.M`, `backfill.M`, consumed in this order. Workers on a CPU also
+consume the queues of `render`, whose images need no model, before their own backfills."""
 
 from __future__ import annotations
 
@@ -13,18 +16,22 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from jobs.errors import ImageError
+from jobs.s3.location import MAX_KEY_BYTES
 
 Lane = Literal["live", "backfill"]
 LANES: tuple[Lane, ...] = get_args(Lane)
+QueueLane = Literal["live", "suspect", "backfill"]
+QUEUE_LANES: tuple[QueueLane, ...] = get_args(QueueLane)
+"""In the order of consumption: live first; a suspect does not wait for the end of a backfill."""
+RENDER_POOL = "render"
+"""Takes a model's place in queue names, job listings and metric labels for jobs that need no model."""
 
 Hint = Literal["", "new", "known", "archived"]
 HINTS: tuple[Hint, ...] = get_args(Hint)
 
 VERSION = 1
 READS = (1,)
-"""This version, and the one before it for one release."""
-MAX_KEY_BYTES = 1024
-"""S3's own limit for a key, in UTF-8 bytes."""
+"""This version, and the previous one for one release."""
 MAX_INDEX = 2**32
 _JOB = re.compile(r"^[0-9a-z-]{1,64}$")
 
@@ -36,14 +43,25 @@ class BadMessage(ImageError):
 
 
 class LaterMessage(BadMessage):
-    """A message of a later version: workers of that version take it."""
+    """A message of a later version: only workers of that version can take it."""
+
+
+def queue_name(lane: QueueLane, model: str) -> str:
+    """Celery separates queues by commas, so a model's name never holds one."""
+    return f"{lane}.{model}"
+
+
+def worker_queues(model: str, *, renders: bool = False) -> list[str]:
+    """Return the queues of a worker in the order of consumption. `renders`: it also takes jobs without a model."""
+    models = (RENDER_POOL, model) if renders else (model,)
+    return [queue_name(lane, name) for lane in QUEUE_LANES for name in models]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageTask:
-    """`etag` without quotes, empty: whatever is there. `size` in bytes, -1: not known. `hint`: what the listing knew of
-    it: `new`, its cutout was not there; `known`, it was, and as the recipe makes it; `archived`, S3 gives it only after
-    it was restored."""
+    """`etag` without quotes; empty: any version. `size` in bytes; -1: unknown. `hint`, from the listing: `new`, there
+    was no cutout; `known`, there was one by this recipe from this version; `archived`, S3 must restore the object
+    first."""
 
     job: str
     index: int
@@ -55,7 +73,7 @@ class ImageTask:
 
     @property
     def id(self) -> str:
-        """The image's name in the ledger and its Celery task id."""
+        """The image's id in the ledger, and its Celery task id."""
         return f"{self.job}:{self.index}"
 
     def to_fields(self) -> dict[str, Any]:
@@ -72,45 +90,41 @@ class ImageTask:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ImageTask:
-        """Raises `LaterMessage`, or `BadMessage` naming the first field that is wrong."""
+        """Raises `LaterMessage`, or `BadMessage` that names the first invalid field."""
         version = fields.get("v")
         if type(version) is int and version > max(READS):
             raise LaterMessage(f"The message has version {version}; this worker reads {max(READS)}: update it.")
         if version not in READS:
             raise BadMessage(f"The message has version {version!r}; this worker reads {READS}.")
-        task = cls(**{name: _checked(fields, name) for name in cls.__slots__})
-        return task
+        return cls(**{name: _checked(fields, name) for name in cls.__slots__})
+
+
+def is_valid(name: str, value: Any) -> bool:
+    """Whether a message can carry `value` in its field `name`."""
+    return _CHECKS[name](value)
 
 
 def _checked(fields: Mapping[str, Any], name: str) -> Any:
     value = fields.get(name, "" if name == "hint" else None)
-    if not fits(name, value):
+    if not is_valid(name, value):
         raise BadMessage(f"The message's field {name!r} is not valid: {str(value)[:80]!r}.")
     return value
 
 
-def fits(name: str, value: Any) -> bool:
-    """Whether a message can carry it in its field `name`."""
-    match name:
-        case "job":
-            return isinstance(value, str) and _JOB.match(value) is not None
-        case "index":
-            return type(value) is int and 0 <= value < MAX_INDEX
-        case "key":
-            return isinstance(value, str) and 0 < _utf8_bytes(value) <= MAX_KEY_BYTES
-        case "etag":
-            return isinstance(value, str) and len(value) <= 256
-        case "size":
-            return type(value) is int and value >= -1
-        case "hint":
-            return value in HINTS
-        case _:
-            return value in LANES
-
-
 def _utf8_bytes(text: str) -> int:
-    """0: what is no UTF-8, a lone half of a surrogate pair."""
+    """Length in UTF-8; 0 for text that is not UTF-8 (a lone surrogate)."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:
         return 0
+
+
+_CHECKS = {
+    "job": lambda value: isinstance(value, str) and _JOB.match(value) is not None,
+    "index": lambda value: type(value) is int and 0 <= value < MAX_INDEX,
+    "key": lambda value: isinstance(value, str) and 0 < _utf8_bytes(value) <= MAX_KEY_BYTES,
+    "etag": lambda value: isinstance(value, str) and len(value) <= 256,
+    "size": lambda value: type(value) is int and value >= -1,
+    "hint": lambda value: value in HINTS,
+    "lane": lambda value: value in LANES,
+}

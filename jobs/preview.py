@@ -1,6 +1,6 @@
-"""Preview: what a person is shown of one image when they review a job. A worker makes it, a page shows it.
+"""Preview of one image for the review page: a worker writes it, `cutfleet review` reads it.
 
-In S3: `TO/_cutfleet/JOB/review/DIGEST.json`, one for each image, written again by every review of JOB. DIGEST is the
+In S3: `TO/_cutfleet/JOB/review/DIGEST.json`, one for each image, overwritten by every review of JOB. DIGEST is the
 SHA-256 of the source's s3:// name.
 """
 
@@ -14,11 +14,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preview:
-    """`etag`: of the version of the source that the cutout was made from. `model`, `job`: what made the cutout; `width`
-    and `height` are its. `notes`: why something is not to be seen. `edge`: left, top, width and height of the worst
-    edge in the image. `images`: WebP as base64, each may be missing: `thumb` (the source, faded where it was
-    removed), `after` (the whole cutout, small), `before` (the source like it), `edge_after`, `edge_before` (the worst
-    edge at full size).
+    """`etag`: version of the source that the cutout was made from. `width`, `height`, `model`, `job`: of the cutout.
+    `complaints`: rules that failed. `notes`: why a part is missing. `edge`: left, top, width and height of the worst
+    edge, in pixels. `images`: WebP in base64, each optional: `thumb` (the source, faded where it was removed), `after`
+    (the cutout, reduced), `before` (the source, reduced), `edge_after`, `edge_before` (the worst edge at full size).
     """
 
     etag: str = ""
@@ -38,7 +37,7 @@ class Preview:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Preview:
-        """Fields of a later version are left out."""
-        told: dict[str, Any] = json.loads(text)
+        """Ignore fields of a later version."""
+        fields: dict[str, Any] = json.loads(text)
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in told.items() if name in names})
+        return cls(**{name: value for name, value in fields.items() if name in names})

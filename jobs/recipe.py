@@ -1,8 +1,7 @@
-"""Recipe: which model, and which images are made of its mask. It is checked in full when it is parsed, without a
-pixel. Everything that changes pixels is in its fingerprint; what only delivers or judges them (names, headers, rules,
-review) is not, so that changing it makes no image again.
+"""Recipe: which model, and which outputs are made from its mask. Parsing validates all of it.
 
-A recipe is a TOML file, or the name of one that ships in `jobs/recipes/`.
+Everything that changes pixels is part of its fingerprint. Names, headers, rules and review thresholds are not: changing
+them recomputes nothing. A recipe is a TOML file, or the name of one in `jobs/recipes/`.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from pydantic.dataclasses import dataclass
 from jobs.errors import OutputError, SettingsError
 
 PIPELINE_VERSION = 2
-"""Part of every fingerprint; raised when the same recipe gives other pixels (a golden test forces it)."""
+"""Part of every fingerprint; increased when the same recipe gives other pixels (a golden test enforces it)."""
 
 EXTENSIONS = {"jpeg": ("jpg", "jpeg"), "png": ("png",), "webp": ("webp",)}
-"""By format, the usual one first; shops refuse a file whose name says another format than its content."""
+"""By format, the usual one first. Marketplaces refuse a file whose extension and content differ."""
 
 MAX_RENDITIONS = 16
-"""The cutout's metadata, 2 KB at most, names the ETag of each."""
+"""The cutout's metadata holds the ETag of each rendition, and S3 limits metadata to 2 KB."""
 
 OWN_FOLDERS = ("cutouts/", "masks/", "_cutfleet/")
-"""Below the destination; no rendition goes there."""
+"""Folders below the destination that no rendition may use."""
 
 _FIXED = ConfigDict(extra="forbid")
 _FIELD = re.compile(r"\{(\w*)\}")
 _UNIQUE_FIELDS = ("path", "stem", "sku")
-"""A name must hold one of them, else every image would get the same name."""
+"""A rendition path must hold one of them, else every image would get the same name."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -45,7 +44,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True, kw_only=True, config=_FIXED)
 class Delivery:
-    """How S3 keeps an output. `kms_key`: its id or ARN, for SSE-KMS. Empty: as the bucket says."""
+    """Headers and storage of an output in S3. `kms_key`: id or ARN for SSE-KMS. Empty: the bucket's default."""
 
     cache_control: str = ""
     storage_class: str = ""
@@ -54,9 +53,8 @@ class Delivery:
 
 @dataclass(frozen=True, kw_only=True, config=_FIXED)
 class Rules:
-    """What a marketplace asks of an image; each rendition is measured against them. 0: no limit. `source`: where the
-    rule was read; `secondary`: not in the marketplace's own words. `fill`: longest side of the subject by the frame's.
-    """
+    """A marketplace's rules, which each rendition is measured against. 0: no limit. `source`: where the rules were
+    read; `secondary`: not the marketplace's own page. `fill`: longest side of the subject divided by the frame's."""
 
     source: str = ""
     secondary: bool = False
@@ -71,15 +69,14 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True, config=_FIXED)
 class Rendition:
-    """One more image made of cutout and mask.
+    """One more output made from cutout and mask.
 
-    `canvas`: `source` keeps the frame; `trim` cuts it to the subject with `margin`, a share of the subject's longest
-    side, around it; `square` centres the subject and lets its longest side take `fill` of the frame. `min_px`, `max_px`
-    bound the frame's longest side (0: no bound); the subject is never enlarged beyond `max_upscale`: with a small one
-    the frame still has `min_px`, and the fill is less. `quality`: of JPEG, and of WebP unless `lossless`.
-    `path`: its name below the destination; fields `{path}` (relative key), `{stem}` (without extension), `{rendition}`,
-    `{ext}`, and the groups of the recipe's `key_pattern`, such as `{sku}` and `{variant}`.
-    """
+    `canvas`: `source` keeps the frame; `trim` crops it to the subject plus `margin`, a share of the subject's longest
+    side; `square` centres the subject and lets its longest side take `fill` of the frame. `min_px`, `max_px` limit the
+    frame's longest side (0: no limit). The subject is never enlarged beyond `max_upscale`: a small subject fills less
+    of a frame of `min_px`. `quality`: of JPEG, and of WebP unless `lossless`. `path`: its name below the destination,
+    with the fields `{path}` (relative key), `{stem}` (without extension), `{rendition}`, `{ext}`, and the named groups
+    of the recipe's `key_pattern`, such as `{sku}` and `{variant}`."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     format: Literal["jpeg", "png", "webp"] = "jpeg"
@@ -114,11 +111,9 @@ class Rendition:
 
 @dataclass(frozen=True, kw_only=True, config=_FIXED)
 class Review:
-    """When a person should look at an image; figures as `workers/imaging/quality.py` defines them. By default the thresholds
-    flag 8 of 10 bad masks and 3 of 36 good ones (`tests/bench/quality.py`). `max_border` 1: never, since portraits and
-    details run out of their frame; marketplaces, which want the whole product, set it. `max_pieces` 2: shoes
-    come in pairs.
-    """
+    """Thresholds that flag a mask for review; `workers/imaging/quality.py` defines the figures. The defaults flag 8 of
+    10 bad masks and 3 of 36 good ones (`tests/bench/quality.py`). `max_border` 1 never flags: portraits and details
+    cross the border; marketplaces need the whole product and set it. `max_pieces` 2: shoes come in pairs."""
 
     min_subject: Share = 0.005
     max_subject: Share = 0.98
@@ -130,10 +125,10 @@ class Review:
 
 @dataclass(frozen=True, kw_only=True, config=_FIXED)
 class Recipe:
-    """`edges`: estimate the subject's colour in soft pixels, or leave the old background's in.
-    `alpha`: what an alpha channel of the source does: multiplied with the mask, kept instead of it, or ignored.
-    `animation`: of an animated or multi-page source take the first frame, or refuse it (`animated`).
-    `keep_credit`: copy artist and copyright into the outputs; no other metadata is ever kept.
+    """`edges`: estimate the subject's colour in soft pixels, or leave the old background's colour.
+    `alpha`: use of the source's alpha channel: multiply it with the mask, keep it instead, or ignore it.
+    `animation`: take the first frame of an animated or multi-page source, or refuse it (`animated`).
+    `keep_credit`: copy artist and copyright into the outputs; no other metadata is copied.
     `key_pattern`: regular expression searched in the relative key, whose named groups are fields of rendition paths.
     """
 
@@ -159,7 +154,7 @@ class Recipe:
                     f"the path of {rendition.name!r} has fields {sorted(unknown)}, which are neither known nor named "
                     f"groups of key_pattern {self.key_pattern!r}"
                 )
-            path = _settle(rendition)
+            path = _fill_path(rendition)
             if path in paths:
                 raise ValueError(f"renditions {paths[path]!r} and {rendition.name!r} would have the same names: {path}")
             paths[path] = rendition.name
@@ -170,42 +165,42 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Raises `SettingsError` on a field or value that this version does not know."""
+        """Raises `SettingsError` for a field or value that this version does not know."""
         return _validated(json.loads(text), where="The recipe")
 
     def fingerprint(self, *, model_revision: str, input_size: tuple[int, int]) -> str:
-        """`MODEL-RENDITION`, 12 hex digits each: what made the mask, and what was made from it."""
+        """Return `MODEL-RENDITION`, 12 hex digits each: how the mask is made, and what is made from it."""
         model = [PIPELINE_VERSION, self.model, model_revision, *input_size, self.alpha, self.animation]
         return f"{_digest(model)}-{self.rendition_fingerprint()}"
 
     def rendition_fingerprint(self) -> str:
-        """The part after the dash."""
+        """Return the part of the fingerprint after the dash."""
         pixels = [_pixel_fields(rendition) for rendition in self.renditions]
         return _digest([PIPELINE_VERSION, self.edges, self.keep_credit, pixels])
 
     def rendition_path(self, rendition: Rendition, relative: str) -> str:
-        """Where it goes below the destination. `relative`: the source's key below its prefix. Raises `OutputError`
-        (`name_unmatched`) when the key does not fit `key_pattern`.
+        """Return the rendition's name below the destination. `relative`: the source's key below its prefix. Raises
+        `OutputError` (`name_unmatched`) when the key does not match `key_pattern`.
         """
         fields = {"path": relative, "stem": re.sub(r"\.[^./]*$", "", relative)}
         if set(_FIELD.findall(rendition.path)) & set(_groups(self.key_pattern)):
             match = re.search(self.key_pattern, relative)
             if match is None or None in match.groupdict().values():
                 raise OutputError(
-                    f"{relative!r} does not fit the recipe's key_pattern {self.key_pattern!r}.", code="name_unmatched"
+                    f"{relative!r} does not match the recipe's key_pattern {self.key_pattern!r}.", code="name_unmatched"
                 )
             fields |= match.groupdict()
-        return _FIELD.sub(lambda field: fields[field[1]], _settle(rendition))
+        return _FIELD.sub(lambda field: fields[field[1]], _fill_path(rendition))
 
     def rendition_folder(self, rendition: Rendition) -> str:
-        """What all its paths begin with: a folder, or nothing."""
-        fixed = _settle(rendition).partition("{")[0]
+        """Return the folder that all paths of `rendition` begin with; may be empty."""
+        fixed = _fill_path(rendition).partition("{")[0]
         return fixed[: fixed.rfind("/") + 1]
 
 
 def load_recipe(name_or_path: str, *, model: str = "u2netp") -> Recipe:
-    """A built-in's name, or a path that ends with `.toml`. `model`: where the recipe names none. Raises `SettingsError`
-    naming every field that is wrong.
+    """Load a built-in recipe by name, or a file whose path ends with `.toml`. `model`: used when the recipe names none.
+    Raises `SettingsError` that names every invalid field.
     """
     text = Path(name_or_path).read_text("utf-8") if _is_file(name_or_path) else recipe_text(name_or_path)
     try:
@@ -216,13 +211,13 @@ def load_recipe(name_or_path: str, *, model: str = "u2netp") -> Recipe:
 
 
 def recipe_names() -> list[str]:
-    """The built-in recipes."""
+    """Return the names of the built-in recipes."""
     files = resources.files("jobs").joinpath("recipes").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
 
 def recipe_text(name: str) -> str:
-    """A built-in's TOML, to be shown and copied. Raises `SettingsError` when there is none of that name."""
+    """Return a built-in recipe as TOML. Raises `SettingsError` for an unknown name."""
     if name not in recipe_names():
         raise SettingsError(
             f"There is no recipe {name!r}: give a file that ends with .toml, or one of {', '.join(recipe_names())}."
@@ -254,25 +249,25 @@ def _digest(part: list[Any]) -> str:
 
 
 def _pixel_fields(rendition: Rendition) -> dict[str, Any]:
-    told = dataclasses.asdict(rendition)
-    return {name: told[name] for name in sorted(told) if name not in ("path", "delivery", "rules")}
+    fields = dataclasses.asdict(rendition)
+    return {name: fields[name] for name in sorted(fields) if name not in ("path", "delivery", "rules")}
 
 
 def _check_path(rendition: Rendition) -> None:
-    path = _settle(rendition)
+    path = _fill_path(rendition)
     if path.startswith(("/", *OWN_FOLDERS)) or ".." in path.split("/"):
         raise ValueError(f"path {rendition.path!r} must be relative, and not in {', '.join(OWN_FOLDERS)}")
     allowed = tuple(f".{extension}" for extension in EXTENSIONS[rendition.format])
     if not path.endswith(allowed):
-        raise ValueError(f"path {rendition.path!r} must end with {' or '.join(allowed)}, as the content is")
+        raise ValueError(f"path {rendition.path!r} must end with {' or '.join(allowed)}, to match the content")
     if not set(_FIELD.findall(path)) & set(_UNIQUE_FIELDS):
         raise ValueError(
             f"path {rendition.path!r} would be the same for every image: use {{path}}, {{stem}} or {{sku}}"
         )
 
 
-def _settle(rendition: Rendition) -> str:
-    """Its path with the fields filled that do not depend on the image."""
+def _fill_path(rendition: Rendition) -> str:
+    """Return the rendition's path with the fields filled in that do not depend on the image."""
     extension = EXTENSIONS[rendition.format][0]
     return rendition.path.replace("{rendition}", rendition.name).replace("{ext}", extension)
 

@@ -1,7 +1,7 @@
-"""Settings from `CUTFLEET_*` variables, and nothing else reads the environment. Credentials and region are boto3's own
-(`AWS_*`). Every bad variable is reported at once; the Redis password never appears in logs or `repr`.
+"""Settings from `CUTFLEET_*` environment variables; nothing else reads the environment. Credentials and region are
+boto3's own (`AWS_*`). All invalid variables are reported at once; the Redis password never appears in logs or `repr`.
 
-The README's table is compared with this class by a test: name, default and description stand only here.
+The README's table of settings is generated from this class.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from jobs.allowlist import Bounds, parse_prefixes
+from jobs.allowlist import Allowlist, parse_prefixes
 from jobs.errors import SettingsError
 
 PREFIX = "CUTFLEET_"
 
 
 class Settings(BaseSettings):
-    """What every process of ours is told from outside. Build it with `load_settings()`."""
+    """Settings of every process. Build it with `load_settings()`."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", protected_namespaces=())
 
@@ -33,27 +33,29 @@ class Settings(BaseSettings):
         "`sentinel://HOST/0?master_name=NAME;sentinel://...` for Sentinels. Must not evict (`noeviction`).",
     )
     s3_endpoint: str = Field("", description="S3 endpoint; empty for AWS.")
-    source_endpoint: str = Field("", description="S3 endpoint of the sources, where it is another one; `aws` for AWS.")
+    source_endpoint: str = Field("", description="S3 endpoint of the sources, if another; `aws` for AWS.")
     source_profile: str = Field(
         "",
-        description="Profile of AWS's files for the account that reads the sources; empty: the one that reads results.",
+        description="AWS profile that reads the sources; empty: the credentials that write outputs.",
     )
     sources: str = Field(
         "",
-        description="What may be read, as `s3://photos/,s3://shop/new/`: each ends with `/`. Empty: anything.",
+        description="Prefixes that may be read, as `s3://photos/,s3://shop/new/`; each ends with `/`. Empty: any.",
     )
     destinations: str = Field(
-        "", description="Where results may be written, and read, in the same form. Empty: anywhere."
+        "", description="Prefixes where outputs may be written and read, in the same form. Empty: any."
     )
-    model: str = Field("u2netp", description="What a worker loads: a preset, a directory or a weights file.")
+    model: str = Field("u2netp", description="Model that a worker loads: a preset, a directory or a weights file.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`cuda` without a GPU is an error.")
     gpu: int | None = Field(None, ge=0, description="Pins the worker to this GPU, before torch is imported.")
     node: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]*$")] = Field(
         "", description="Name of the worker before `@host`; empty: `gpuN`, or `cpu` with its process id."
     )
-    slots: int = Field(0, ge=0, le=256, description="Images a worker has in flight; 0: 24 with a GPU, else 2 a core.")
+    slots: int = Field(
+        0, ge=0, le=256, description="Most images in flight in a worker; 0: 24 with a GPU, else 2 per core."
+    )
     batch_limit: int = Field(
-        0, ge=0, le=64, description="Most images in one device batch; 0: 8 on a GPU, else 1, of `u2netp` one a core."
+        0, ge=0, le=64, description="Most images in one device batch; 0: 8 on a GPU, else 1 (`u2netp`: 1 per core)."
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the model; `auto`: float16 on a GPU, float32 on a CPU."
@@ -69,41 +71,47 @@ class Settings(BaseSettings):
     memory_mb: int = Field(
         0,
         ge=0,
-        description="Resident memory above which a worker drains and exits 0 (MB); bounds the images in flight. "
-        "0: three quarters of the machine's or container's, shared by its GPUs.",
+        description="Resident memory (MB) above which a worker drains and exits with 0; also limits images in flight. "
+        "0: three quarters of the machine's or container's memory, shared by its GPUs.",
     )
-    lease_s: float = Field(60, ge=1, description="How long a silent worker keeps an image, in seconds.")
-    drain_s: float = Field(60, ge=1, description="Grace after SIGTERM before a worker leaves regardless, in seconds.")
-    max_tries: int = Field(8, ge=1, le=100, description="Tries of an image before it is `failed`.")
+    lease_s: float = Field(
+        60, ge=1, description="Lease on an image (seconds): a worker that stops renewing loses its images after it."
+    )
+    drain_s: float = Field(60, ge=1, description="Time after SIGTERM until a worker exits regardless (seconds).")
+    max_tries: int = Field(8, ge=1, le=100, description="Attempts of an image before it is `failed`.")
     retry_base_s: float = Field(
-        5, gt=0, description="First pause before a retry; doubles each time, jittered, to 900 s."
+        5, gt=0, description="Longest pause before the first retry (seconds); doubles each time up to 900, with jitter."
     )
     max_failed_share: float = Field(
-        0.5, ge=0, le=1, description="A job of which a larger share fails is paused, to be looked at; 1: never."
+        0.5, ge=0, le=1, description="A job with a larger share of failures is paused; 1: never."
     )
-    keep_days: float = Field(7, gt=0, description="How long Redis keeps a closed job, in days. S3 keeps its files.")
-    metrics_port: int = Field(
-        0, ge=0, le=65_535, description="Where Prometheus finds `/metrics` of a worker or dispatcher; 0: nowhere."
+    keep_days: float = Field(7, gt=0, description="Days that Redis keeps a closed job. S3 keeps its files.")
+    metrics_port: int = Field(0, ge=0, le=65_535, description="Port of `/metrics` of a worker or dispatcher; 0: off.")
+    alive_file: str = Field(
+        "", description="File that worker and dispatcher touch while they make progress, for probes."
     )
-    alive_file: str = Field("", description="Touched by worker and dispatcher while they make progress, for probes.")
     webhook_secret: str = Field(
         "",
         repr=False,
-        description="Signs webhooks: `whsec_` and 24 to 64 bytes in base64. Two, with a space: both sign.",
+        description="Key that signs webhooks: `whsec_` and 24 to 64 bytes in base64. Two, space-separated: both sign.",
     )
-    webhook_private: bool = Field(
-        False, description="Allow webhooks to private addresses, and without TLS; else both are refused."
+    webhook_private: bool = Field(False, description="Allow webhooks to private addresses and without TLS.")
+    watch_token: str = Field(
+        "", repr=False, description="Bearer token required from webhook senders to `cutfleet watch`."
     )
-    watch_token: str = Field("", repr=False, description="What senders of webhooks to `cutfleet watch` must show.")
-    api_keys: str = Field("", description="The file of the HTTP API's keys and their rights, for `cutfleet serve`.")
+    api_keys: str = Field("", description="File with the HTTP API's keys and their rights, for `cutfleet serve`.")
     worker_usd: float = Field(
-        3.0, ge=0, description="Price of a worker's hour, in USD; the default is near what clouds ask for an H100."
+        3.0, ge=0, description="Price of a worker hour (USD); the default is near a cloud's price of an H100."
     )
     s3_write_usd: float = Field(
-        0.005, ge=0, description="Price of 1,000 PUT or LIST requests, in USD; default: S3 Standard, us-east-1."
+        0.005, ge=0, description="Price of 1,000 PUT or LIST requests (USD); default: S3 Standard, us-east-1."
     )
-    s3_read_usd: float = Field(0.0004, ge=0, description="Price of 1,000 GET or HEAD requests, in USD; likewise.")
-    log_format: Literal["text", "json"] = Field("text", description="Logs for people or for programs, on stderr.")
+    s3_read_usd: float = Field(
+        0.0004, ge=0, description="Price of 1,000 GET or HEAD requests (USD); default: S3 Standard, us-east-1."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Format of the logs on stderr: for people or for programs."
+    )
 
     @field_validator("redis_url")
     @classmethod
@@ -143,7 +151,7 @@ class Settings(BaseSettings):
 
     @property
     def redis_name(self) -> str:
-        """The Redis URL as logs and messages show it: without its password."""
+        """Return the Redis URL without its password, for logs and messages."""
         return re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", self.redis_url)
 
     @property
@@ -151,21 +159,21 @@ class Settings(BaseSettings):
         name = self.s3_endpoint or "AWS S3"
         if not self.has_own_source:
             return name
-        of_source = "AWS S3" if self.source_endpoint == "aws" else self.source_endpoint or name
-        return f"{name}, sources at {of_source}" + (f" as {self.source_profile}" if self.source_profile else "")
+        source = "AWS S3" if self.source_endpoint == "aws" else self.source_endpoint or name
+        return f"{name}, sources at {source}" + (f" as {self.source_profile}" if self.source_profile else "")
 
     @property
-    def bounds(self) -> Bounds:
-        return Bounds(parse_prefixes(self.sources), parse_prefixes(self.destinations))
+    def allowlist(self) -> Allowlist:
+        return Allowlist(parse_prefixes(self.sources), parse_prefixes(self.destinations))
 
     @property
     def has_own_source(self) -> bool:
-        """Whether sources are read elsewhere than results are written, or by another account."""
+        """Whether sources are read from another store, or by another account, than outputs are written."""
         return bool(self.source_endpoint or self.source_profile)
 
 
 def load_settings() -> Settings:
-    """Raises `SettingsError` that names every bad and every unknown `CUTFLEET_*` variable at once."""
+    """Read the environment. Raises `SettingsError` that names every invalid and every unknown `CUTFLEET_*` variable."""
     problems = [
         f"{name} is not a setting of this version"
         for name in sorted(os.environ)
@@ -175,7 +183,7 @@ def load_settings() -> Settings:
     try:
         settings = Settings()
     except ValidationError as exc:
-        problems += [_sentence(error["loc"], error["msg"], error.get("input")) for error in exc.errors()]
+        problems += [_describe(error["loc"], error["msg"], error.get("input")) for error in exc.errors()]
     if problems:
         raise SettingsError("; ".join(problems) + ". The README's table lists every setting.")
     return settings
@@ -185,7 +193,7 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def _sentence(loc: tuple[int | str, ...], problem: str, value: object) -> str:
+def _describe(loc: tuple[int | str, ...], problem: str, value: object) -> str:
     name = PREFIX + str(loc[0]).upper()
     field = Settings.model_fields.get(str(loc[0]))
     shown = "" if field is not None and not field.repr else f" (is {value!r})"

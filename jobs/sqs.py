@@ -1,7 +1,5 @@
-"""Mailbox: an SQS queue that S3 sends its event notifications to. Besides the store, the only place that knows boto3:
-SQS is a service of its own, with its own client and its own errors. Region, credentials and, for a stand-in,
-`AWS_ENDPOINT_URL_SQS` are boto3's own.
-"""
+"""SQS queue that receives S3 event notifications. Region, credentials and `AWS_ENDPOINT_URL_SQS` (for a test server)
+are boto3's own settings."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ from jobs.errors import CutfleetError, ServiceUnavailable, SettingsError
 if TYPE_CHECKING:
     from mypy_boto3_sqs import SQSClient
 
-MAX_LETTERS = 10
-"""SQS's own limit for one receive and for one delete."""
+MAX_MESSAGES = 10
+"""SQS's limit for one receive and for one delete."""
 _NO_QUEUE = {"AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist", "InvalidAddress"}
 _DENIED = {
     "AccessDenied",
@@ -28,15 +26,15 @@ _DENIED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Letter:
-    """`receipt`: what `delete` needs. Not deleted, it comes again after the queue's visibility timeout."""
+class SqsMessage:
+    """`receipt`: for `delete`. SQS delivers a message again after the visibility timeout unless it is deleted."""
 
     body: str
     receipt: str
 
 
-class Mailbox:
-    """One boto3 client for one queue; may be shared by threads."""
+class SqsQueue:
+    """One boto3 client for one queue; safe for threads."""
 
     def __init__(self, url: str) -> None:
         import boto3
@@ -47,42 +45,42 @@ class Mailbox:
         try:
             self._sqs: SQSClient = boto3.session.Session().client("sqs", config=config)
         except Exception as exc:
-            raise _mapped(exc, url) from exc
+            raise _map_sqs_error(exc, url) from exc
 
-    def receive(self, *, wait_s: int) -> list[Letter]:
-        """Up to ten; waits at most `wait_s` (20 is SQS's limit) for the first."""
+    def receive(self, *, wait_s: int) -> list[SqsMessage]:
+        """Return up to ten messages; wait at most `wait_s` (SQS's limit: 20) for the first."""
         try:
             answer = self._sqs.receive_message(
-                QueueUrl=self._url, MaxNumberOfMessages=MAX_LETTERS, WaitTimeSeconds=wait_s
+                QueueUrl=self._url, MaxNumberOfMessages=MAX_MESSAGES, WaitTimeSeconds=wait_s
             )
         except Exception as exc:
-            raise _mapped(exc, self._url) from exc
-        return [Letter(found["Body"], found["ReceiptHandle"]) for found in answer.get("Messages", [])]
+            raise _map_sqs_error(exc, self._url) from exc
+        return [SqsMessage(found["Body"], found["ReceiptHandle"]) for found in answer.get("Messages", [])]
 
-    def delete(self, letters: Sequence[Letter]) -> None:
-        """Safe to repeat. One that SQS fails to delete comes again, and is found to be known."""
-        for first in range(0, len(letters), MAX_LETTERS):
-            batch = letters[first : first + MAX_LETTERS]
+    def delete(self, messages: Sequence[SqsMessage]) -> None:
+        """Safe to repeat. A message that SQS fails to delete is delivered again; its images are known by then."""
+        for first in range(0, len(messages), MAX_MESSAGES):
+            batch = messages[first : first + MAX_MESSAGES]
             try:
                 self._sqs.delete_message_batch(
                     QueueUrl=self._url,
-                    Entries=[{"Id": str(i), "ReceiptHandle": letter.receipt} for i, letter in enumerate(batch)],
+                    Entries=[{"Id": str(i), "ReceiptHandle": message.receipt} for i, message in enumerate(batch)],
                 )
             except Exception as exc:
-                raise _mapped(exc, self._url) from exc
+                raise _map_sqs_error(exc, self._url) from exc
 
     def close(self) -> None:
         self._sqs.close()
 
-    def __enter__(self) -> Mailbox:
+    def __enter__(self) -> SqsQueue:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _mapped(exc: Exception, url: str) -> CutfleetError:
-    """What botocore raised, as ours. What is not botocore's is a bug and comes back unmapped."""
+def _map_sqs_error(exc: Exception, url: str) -> CutfleetError:
+    """Return our error for `exc`. Raises `exc` itself when it is not botocore's: a bug."""
     from botocore import exceptions as botocore
 
     if isinstance(exc, botocore.ClientError):
@@ -92,7 +90,7 @@ def _mapped(exc: Exception, url: str) -> CutfleetError:
             return SettingsError(f"There is no SQS queue {url}: {text}. Check its URL and AWS_REGION.", code="no_queue")
         if code in _DENIED:
             return ServiceUnavailable(
-                f"SQS refuses us at {url}: {text}. Our credentials need sqs:ReceiveMessage and sqs:DeleteMessage.",
+                f"SQS refuses access to {url}: {text}. Our credentials need sqs:ReceiveMessage and sqs:DeleteMessage.",
                 code="queue_denied",
             )
         return ServiceUnavailable(f"SQS answered {text} for {url}.", code="queue_failed")

@@ -1,61 +1,61 @@
--- Every move of the ledger, each atomic, and a script of its own: all above the first move, that move, `return run()`.
--- One script that made all of them anew at each call took 10 of a claim's 40 us. ARGV[1] names the move, the rest are its
--- arguments; the server's clock counts.
--- An image's id is JOB:INDEX. All keys live on one primary (no cluster). Times are seconds since 1970, as text.
+-- The scripts of the ledger, each atomic. Redis gets each function of `script` and `fenced` as a script of its own:
+-- everything above the first one, that function, and `return run()`. One script with all functions would define all of
+-- them at each call, 10 of a claim's 40 us. ARGV[1] is the function's name, the rest are its arguments. All times follow
+-- the server's clock. Functions of `fenced` first check the dispatcher's fencing token.
+--
+-- An image's id is JOB:INDEX. All keys are on one primary (no cluster). Times are Unix times, as text.
 --
 -- key                     type    meaning                                                          lifetime
--- cf:jobs                 zset    job -> when created                                              pruned with the job
+-- cf:jobs                 zset    job -> time of creation                                          pruned with the job
 -- cf:open                 set     jobs that are not closed                                         until closed
--- cf:job:JOB              hash    source, destination, recipe, lane, flags, cursor, counts         keep_days after closing
---                                 weight: its share of a queue's room; rate: most images fed a second;
---                                 sample: how many are fed before it is paused for a look, until unpaused
---                                 lister: token of who lists it; who lists on takes it over
--- cf:job:JOB:bits         bits    four bits an image: its state (see STATE)                        as the job
--- cf:job:JOB:unsure       bits    one bit an image: made from what the manifest may not say       as the job
+-- cf:job:JOB              hash    the fields of `Job` (jobs/job.py), and lister: token of the      keep_days after closing
+--                                 process that lists it
+-- cf:job:JOB:bits         bits    four bits per image: its state (see STATE)                       as the job
+-- cf:job:JOB:unsure       bits    one bit per image: its version may differ from the manifest's    as the job
 -- cf:job:JOB:parts        hash    manifest part -> {first, last, count}                            as the job
--- cf:job:JOB:rows         list    images of a live job that are in no manifest part yet: {key, etag, size}   as the job
--- cf:job:JOB:failures     hash    index -> {key, code, message, tries, at, worker}; many: S3       as the job
--- cf:job:JOB:again        bits    one bit an image: to be fed once more                            as the job
--- cf:job:JOB:reopened     bits    eight bits an image: how often it was opened again               as the job
---                                 only where the webhook is told of images
+-- cf:job:JOB:rows         list    rows of a live job that are in no part yet: {key, etag, size}    as the job
+-- cf:job:JOB:failures     hash    index -> {key, code, message, tries, at, worker}; the rest: S3   as the job
+-- cf:job:JOB:again        bits    one bit per image: reopened, to be fed once more                 as the job
+-- cf:job:JOB:reopened     bits    eight bits per image: how often it was reopened; only if the     as the job
+--                                 webhook gets image events
 -- cf:job:JOB:remarks      hash    index -> {key, review, figures, rules}: the first MAX_REMARKS    as the job
--- cf:job:JOB:tally        hash    of done and skipped images: word -> count (see Remark and Tally)  as the job
--- cf:waiting              zset    image on a queue, unclaimed -> when to look whether it still is  window only
--- cf:leased               zset    image a worker has claimed -> when its lease ends                window only
--- cf:retry                zset    image to be tried again -> when                                  window only
+-- cf:job:JOB:tally        hash    sums over done and skipped images: name -> count (`JobStats`)    as the job
+-- cf:waiting              zset    queued image -> deadline of its message                          window only
+-- cf:leased               zset    claimed image -> end of its lease                                window only
+-- cf:retry                zset    image -> time of its retry                                       window only
 -- cf:entry                hash    image -> queue, newline, message with %TAG%, %QUEUE% to fill in  window only
 -- cf:owner                hash    image -> token of its claim, space, output                       while claimed
 -- cf:claim                hash    output -> image that may write it                                while claimed
--- cf:published           hash    image -> when its message was published                             window only
--- cf:tries                hash    image -> tries that failed                                       window only
--- cf:vanished             hash    image -> claims whose worker vanished; two: the image is suspect window only
--- cf:computing            set     image that a worker computes alone, with nothing beside it       while claimed
--- cf:died                 hash    image -> workers that died without a word while they did so      window only
--- cf:blamed               hash    image -> the error with which its worker vanished, where known   window only
--- cf:watch:WATCH          hash    swept: when its last complete listing began                      30 days unused
--- cf:watch:WATCH:seen     hash    digest of a key -> ETag of the version that a job got            a day, and while unswept
--- cf:watch:WATCH:when     zset    digest of a key -> when a job got it                             as :seen
--- cf:outbox               zset    receiver (SHA-1 of its URL) -> when it is told next               while it has events
--- cf:outbox:RECEIVER      zset    event (JOB or JOB:INDEX) -> when its webhook is sent next        until sent or given up
--- cf:outbox:tries         hash    event -> deliveries that failed                                  as its event
--- cf:outbox:size          string  how many events there are                                        for ever
+-- cf:published            hash    image -> time when its message was published                     window only
+-- cf:tries                hash    image -> failed attempts                                         window only
+-- cf:vanished             hash    image -> claims whose worker vanished; two make it a suspect     window only
+-- cf:computing            set     images that a worker computes in isolation                       while claimed
+-- cf:died                 hash    image -> workers that were killed while they did so              window only
+-- cf:blamed               hash    image -> last error that ended a worker with it, if known        window only
+-- cf:watch:WATCH          hash    swept: start of its last complete listing                        30 days unused
+-- cf:watch:WATCH:seen     hash    digest of a key -> ETag of the version that a job got            a day, and until swept
+-- cf:watch:WATCH:when     zset    digest of a key -> time when a job got it                        as :seen
+-- cf:outbox               zset    receiver (SHA-1 of its URL) -> time of its next delivery         while it has events
+-- cf:outbox:RECEIVER      zset    event (JOB or JOB:INDEX) -> time of its next delivery            until delivered or given up
+-- cf:outbox:tries         hash    event -> failed deliveries                                       as its event
+-- cf:outbox:size          string  number of events                                                 for ever
 -- cf:api:once:DIGEST      string  digest of the body and job of an Idempotency-Key                 a day
 -- cf:api:calls:KEY:MINUTE string  calls of an API key in a minute                                  two minutes
--- cf:api:lists:JOB        string  which API process lists it                                       its lease
+-- cf:api:lists:JOB        string  API process that lists the job                                   its lease
 -- cf:tag                  string  last delivery tag                                                for ever
--- cf:workers              zset    worker -> when it was last heard                                 a day after the last word
--- cf:worker:NODE          hash    what the worker says of itself                                   three heartbeats
--- cf:dispatcher           string  who is the active dispatcher                                     its lock's time
--- cf:room                 string  empty: written to see whether Redis is full                      for ever
--- cf:dispatcher:epoch     string  fencing token: grows with each change of dispatcher              for ever
--- live.M backfill.M suspect.M, unacked*, _kombu.*  belong to Celery; here only LPUSH to the first three
+-- cf:workers              zset    worker -> time of its last heartbeat                             a day after the last one
+-- cf:worker:NODE          hash    fields of a worker's heartbeat                                   three heartbeats
+-- cf:dispatcher           string  the active dispatcher                                            its lock's time
+-- cf:room                 string  empty: written to test whether Redis is full                     for ever
+-- cf:dispatcher:epoch     string  fencing token: grows with each change of the active dispatcher   for ever
+-- live.M backfill.M suspect.M, unacked*, _kombu.*  belong to Celery; scripts only LPUSH to the first three
 
 local STATE = {open = 0, done = 1, failed = 2, skipped = 3, cancelled = 4, review = 5}
 local MAX_REMARKS = 10000
-local RECEIVER_LIMIT, OUTBOX_LIMIT = 20000, 100000  -- events that wait for one (some 2 MB), and for all: none may fill Redis
+local RECEIVER_LIMIT, OUTBOX_LIMIT = 20000, 100000  -- most events of one receiver (about 2 MB), and of all
 local SUSPECT_AFTER = 2
 local PRUNED = 10
-local WATCH_DAYS = 30  -- of one that is not run; later it begins anew, and says so (`Watcher.begin`)
+local WATCH_DAYS = 30  -- a watch that did not run for so long starts anew
 local KEYS_OF_JOB = {'', ':bits', ':unsure', ':parts', ':rows', ':failures', ':again', ':reopened', ':remarks', ':tally'}
 local call = redis.call
 local clock = call('TIME')
@@ -91,14 +91,14 @@ local function enter(id, queue, message, lease)
   publish(id, queue, message)
 end
 
-local function wait_again(id, lease)
+local function requeue(id, lease)
   local queue, message = string.match(call('HGET', 'cf:entry', id), '^([^\n]*)\n(.*)$')
   if is_suspect(id) then queue = string.gsub(queue, '^%a+%.', 'suspect.', 1) end
   call('ZADD', 'cf:waiting', at(now + lease), id)
   publish(id, queue, message)
 end
 
--- Live images in the order of their indexes: queue, message, row ...
+-- Queue live images in the order of their indexes. rows: queue, message, row ...
 local function enter_live(job, lease, first, rows)
   for i = 1, #rows, 3 do
     enter(job .. ':' .. string.format('%d', first + (i - 1) / 3), rows[i], rows[i + 1], lease)
@@ -132,7 +132,7 @@ local function leave_window(id)
   call('HDEL', 'cf:died', id)
 end
 
-local function settle(job, index, state)
+local function make_final(job, index, state)
   local key = 'cf:job:' .. job
   if state_of(job, index) ~= STATE.open then return false end
   call('BITFIELD', key .. ':bits', 'SET', 'u4', '#' .. index, state)
@@ -153,7 +153,7 @@ local function is_full(receiver)
   return tonumber(call('GET', 'cf:outbox:size') or 0) >= OUTBOX_LIMIT
 end
 
--- The event is due now. False: an image's, beyond the limit; nothing changed.
+-- Make an event due now. Return false, and change nothing, for an image's event above the limit.
 local function make_due(receiver, event)
   local outbox = 'cf:outbox:' .. receiver
   if split(event) and is_full(receiver) and not call('ZSCORE', outbox, event) then return false end
@@ -163,15 +163,15 @@ local function make_due(receiver, event)
   return true
 end
 
--- An event for the job's webhook, if it has one. Beyond the limit it is only counted; replay makes it again.
-local function tell(job, event, flag)
+-- Add an event if the job has that webhook. Above the limit it is only counted as undelivered; a replay adds it.
+local function add_event(job, event, flag)
   local key = 'cf:job:' .. job
   if call('HEXISTS', key, flag) == 0 then return end
-  if not make_due(receiver_of(job), event) then call('HINCRBY', key, 'untold', 1) end
+  if not make_due(receiver_of(job), event) then call('HINCRBY', key, 'undelivered', 1) end
 end
 
--- When a receiver is told next: behind all that are due now, if it is due itself.
-local function await_turn(receiver)
+-- Schedule a receiver's next delivery, after all receivers that are due now.
+local function schedule_receiver(receiver)
   local due = call('ZRANGE', 'cf:outbox:' .. receiver, 0, 0, 'WITHSCORES')[2]
   if due then
     call('ZADD', 'cf:outbox', at(math.max(tonumber(due), now)), receiver)
@@ -180,28 +180,28 @@ local function await_turn(receiver)
   end
 end
 
-local function count_vanished(id)
+local function count_lost_worker(id)
   local times = call('HINCRBY', 'cf:vanished', id, 1)
   if call('SREM', 'cf:computing', id) == 1 then call('HINCRBY', 'cf:died', id, 1) end
   drop_claim(id)
   return times
 end
 
--- Of a cancelled job: final now. Not to be asked of an image that a worker holds.
-local function is_cancelled(id)
+-- Make an image of a cancelled job final; return whether it is one. Not for a leased image.
+local function finish_if_cancelled(id)
   local job, index = split(id)
   if call('HEXISTS', 'cf:job:' .. job, 'cancelled_at') == 0 then return false end
-  settle(job, index, STATE.cancelled)
+  make_final(job, index, STATE.cancelled)
   leave_window(id)
   return true
 end
 
-local function holds(id, token)
+local function owns(id, token)
   local owner = call('HGET', 'cf:owner', id)
   return owner and string.match(owner, '^(%S+) ') == token
 end
 
--- What they say of themselves: {node, {name, value ...}} ...
+-- Heartbeats of live workers: {node, {name, value ...}} ...
 local function workers_alive()
   local alive = {}
   for _, node in ipairs(call('ZRANGE', 'cf:workers', 0, -1)) do
@@ -211,26 +211,26 @@ local function workers_alive()
   return alive
 end
 
--- Failures so far are known: they pause the job no more.
-local function judge(key)
+-- Acknowledged failures no longer pause the job.
+local function acknowledge_failures(key)
   local final = 0
   for _, name in ipairs({'done', 'failed', 'skipped', 'cancelled'}) do
     final = final + tonumber(call('HGET', key, name) or 0)
   end
-  call('HSET', key, 'judged_final', final, 'judged_failed', call('HGET', key, 'failed') or 0)
+  call('HSET', key, 'acknowledged_final', final, 'acknowledged_failed', call('HGET', key, 'failed') or 0)
 end
 
-local function keep_watch(watch)
+local function extend_watch(watch)
   for _, suffix in ipairs({'', ':seen', ':when'}) do
     call('EXPIRE', 'cf:watch:' .. watch .. suffix, WATCH_DAYS * 86400)
   end
 end
 
-local function only_active(epoch)
+local function is_active_epoch(epoch)
   return call('GET', 'cf:dispatcher:epoch') == epoch
 end
 
--- A new job. fields: name, value ... Done before: nothing changes.
+-- Create a job. fields: name, value ... Return 0, and change nothing, if it exists.
 local function create(job, ...)
   if call('EXISTS', 'cf:job:' .. job) == 1 then return 0 end
   call('HSET', 'cf:job:' .. job, 'created', at(now), 'total', 0, 'cursor', 0, 'parts', 0, ...)
@@ -239,27 +239,26 @@ local function create(job, ...)
   return 1
 end
 
-local move = {}
+local script = {}
 local fenced = {}
 
 local function run()
   local name = ARGV[1]
-  if move[name] then return move[name](unpack(ARGV, 2)) end
-  if not only_active(ARGV[2]) then return redis.error_reply('FENCED another dispatcher is active') end
+  if script[name] then return script[name](unpack(ARGV, 2)) end
+  if not is_active_epoch(ARGV[2]) then return redis.error_reply('FENCED another dispatcher is active') end
   return fenced[name](unpack(ARGV, 3))
 end
 
-function move.create(job, ...) return create(job, ...) end
+function script.create(job, ...) return create(job, ...) end
 
--- Whoever listed the job before adds nothing more to it.
-function move.take_listing(job, lister)
+-- Become the job's lister; the previous one can't add parts any more.
+function script.take_listing(job, lister)
   if call('EXISTS', 'cf:job:' .. job) == 1 then call('HSET', 'cf:job:' .. job, 'lister', lister) end
 end
 
--- The next part of the manifest is in S3. Answers 0 when somebody else lists, or another part was expected; said twice,
--- it counts once. Of its images some may be skipped already: how many, the states of all as they stand in :bits from
--- `offset` on, and the recipe's fingerprint.
-function move.add_part(job, lister, part, count, first, last, skipped, offset, states, made)
+-- Count the next part of the manifest, which is in S3. Idempotent. Return 0 when another process lists the job, or another
+-- part was expected. skipped: how many of its images are skipped; states: of all, as bytes of :bits from `offset` on.
+function script.add_part(job, lister, part, count, first, last, skipped, offset, states, made)
   local key, entry = 'cf:job:' .. job, cjson.encode({first, last, tonumber(count)})
   if call('HGET', key, 'lister') ~= lister or call('HEXISTS', key, 'listed') == 1 then return 0 end
   if call('HGET', key, 'parts') ~= part then return call('HGET', key .. ':parts', part) == entry and 1 or 0 end
@@ -274,27 +273,27 @@ function move.add_part(job, lister, part, count, first, last, skipped, offset, s
   return 1
 end
 
-function move.listed(job)
+function script.listed(job)
   if call('EXISTS', 'cf:job:' .. job) == 1 then call('HSET', 'cf:job:' .. job, 'listed', 1) end
 end
 
--- Nothing more is fed until it is unpaused.
-function move.pause(job, reason)
+-- Feed nothing until the job is unpaused.
+function script.pause(job, reason)
   if call('EXISTS', 'cf:job:' .. job) == 1 then call('HSET', 'cf:job:' .. job, 'paused', reason) end
 end
 
--- A sample that was fed has been looked at, and failures so far are known: neither pauses the job again.
-function move.unpause(job)
+-- Acknowledge the sample that was fed and the failures so far: neither pauses the job again.
+function script.unpause(job)
   local key = 'cf:job:' .. job
   local sample = call('HGET', key, 'sample')
   if sample and tonumber(call('HGET', key, 'cursor')) >= tonumber(sample) then call('HDEL', key, 'sample') end
   if call('HDEL', key, 'paused') == 0 then return 0 end
-  judge(key)
+  acknowledge_failures(key)
   return 1
 end
 
--- What may change while a job runs: name, value ... An empty value: no such limit.
-function move.tune(job, ...)
+-- Change how a job is fed: name, value ... An empty value removes the limit.
+function script.tune(job, ...)
   local key, args = 'cf:job:' .. job, {...}
   if call('EXISTS', key) == 0 or call('HEXISTS', key, 'closed') == 1 then return 0 end
   for i = 1, #args, 2 do
@@ -303,25 +302,25 @@ function move.tune(job, ...)
   return 1
 end
 
--- Nothing new is claimed or listed. Answers 0 when the job is closed.
-function move.cancel(job)
+-- Stop claiming and listing. Return 0 when the job is closed.
+function script.cancel(job)
   local key = 'cf:job:' .. job
   if call('EXISTS', key) == 0 or call('HEXISTS', key, 'closed') == 1 then return 0 end
   if call('HEXISTS', key, 'cancelled_at') == 0 then
     call('HSET', key, 'cancelled_at', at(now), 'listed', 1, 'cancel_cursor', 0)
-    call('HDEL', key, 'paused', 'again')
+    call('HDEL', key, 'paused', 'reopened')
     call('UNLINK', key .. ':again')
   end
   return 1
 end
 
--- Final images are open again, to be fed once more, if the digit of their state is in `states`: index ...
--- A closed job is open again. Answers how many; -1 when the job is cancelled.
-function move.reopen(job, states, ...)
+-- Reopen final images whose state's digit is in `states`: index ... A closed job is open again. Return how many; -1 when
+-- the job is cancelled.
+function script.reopen(job, states, ...)
   local key, args, changed = 'cf:job:' .. job, {...}, 0
   if call('EXISTS', key) == 0 then return 0 end
   if call('HEXISTS', key, 'cancelled_at') == 1 then return -1 end
-  local is_told = call('HEXISTS', key, 'webhook_images') == 1
+  local has_image_events = call('HEXISTS', key, 'webhook_images') == 1
   for i = 1, #args do
     local state = state_of(job, args[i])
     if state ~= STATE.open and string.find(states, tostring(state), 1, true) then
@@ -336,13 +335,13 @@ function move.reopen(job, states, ...)
       call('HDEL', key .. ':failures', args[i])
       call('SETBIT', key .. ':again', args[i], 1)
       call('SETBIT', key .. ':unsure', args[i], 1)
-      if is_told then call('BITFIELD', key .. ':reopened', 'INCRBY', 'u8', '#' .. args[i], 1) end
-      call('HINCRBY', key, 'again', 1)
+      if has_image_events then call('BITFIELD', key .. ':reopened', 'INCRBY', 'u8', '#' .. args[i], 1) end
+      call('HINCRBY', key, 'reopened', 1)
       changed = changed + 1
     end
   end
   if changed > 0 then
-    judge(key)
+    acknowledge_failures(key)
     call('HDEL', key, 'closed')
     call('SADD', 'cf:open', job)
     for _, suffix in ipairs(KEYS_OF_JOB) do call('PERSIST', key .. suffix) end
@@ -350,8 +349,8 @@ function move.reopen(job, states, ...)
   return changed
 end
 
--- The first `limit` images that are to be fed once more.
-function move.to_feed_again(job, limit)
+-- Return the first `limit` reopened images that wait to be fed.
+function script.to_feed_again(job, limit)
   local found, from = {}, 0
   while #found < tonumber(limit) do
     local index = call('BITPOS', 'cf:job:' .. job .. ':again', 1, from, -1, 'BIT')
@@ -361,28 +360,27 @@ function move.to_feed_again(job, limit)
   return found
 end
 
--- What S3 holds already of a job that was lost here: index, state ... of images that are final. What is in the window
--- is left to its worker. Answers how many changed.
-function move.restore(job, ...)
+-- Restore final states that S3 proves, of a job that Redis lost: index, state ... Skips images in the window. Return how
+-- many changed.
+function script.restore(job, ...)
   local args, changed = {...}, 0
   if call('EXISTS', 'cf:job:' .. job) == 0 then return 0 end
   for i = 1, #args, 2 do
     local fed = call('HEXISTS', 'cf:entry', job .. ':' .. args[i]) == 1
-    if not fed and settle(job, args[i], tonumber(args[i + 1])) then changed = changed + 1 end
+    if not fed and make_final(job, args[i], tonumber(args[i + 1])) then changed = changed + 1 end
     call('SETBIT', 'cf:job:' .. job .. ':unsure', args[i], 1)
   end
   return changed
 end
 
--- Counts a job's images by their states, looks for what final images have left in the window, and puts both right
--- (repair: 1). Answers what was counted (COUNTED), what was kept instead, and the images. 0.003 s for each million where
--- most states are alike, 0.07 s at worst.
-function move.check(job, repair)
+-- Recount a job's images by state, find entries of final images in the window, and correct both (repair: 1). Return the
+-- counts (COUNTED), the stored counts, and the images. Takes 0.003 s per million if most states are equal, else 0.07 s.
+function script.check(job, repair)
   local COUNTED = {'done', 'failed', 'skipped', 'cancelled', 'review', 'window'}
   local key, total = 'cf:job:' .. job, tonumber(call('HGET', 'cf:job:' .. job, 'total'))
   local bits, of = string.sub(call('GET', key .. ':bits') or '', 1, math.ceil(total / 2)), {}
   for state = 0, 15 do of[state] = 0 end
-  while #bits > 0 do  -- all bytes like the first at once: few differ, and Redis waits meanwhile
+  while #bits > 0 do  -- count all bytes equal to the first at once: few values differ, and Redis blocks meanwhile
     local byte = string.byte(bits)
     local char = string.char(byte)
     local pattern = byte == 0 and '%z' or string.find(char, '%w') and char or '%' .. char
@@ -419,9 +417,9 @@ function move.check(job, repair)
   return {counted, kept, left}
 end
 
--- A live job as a whole: queue, message, row ... in the order of its indexes, then its fields. Done before: nothing
--- changes.
-function move.submit(job, lease, count, ...)
+-- Create a live job with all its images: queue, message, row ... in the order of indexes, then its fields. Return 0, and
+-- change nothing, if it exists.
+function script.submit(job, lease, count, ...)
   local args = {...}
   if create(job, unpack(args, 1 + 3 * count)) == 0 then return 0 end
   call('HSET', 'cf:job:' .. job, 'listed', 1)
@@ -429,10 +427,10 @@ function move.submit(job, lease, count, ...)
   return 1
 end
 
--- More images for the live job that a watch feeds; the first ones make it. digest, ETag seen before, ETag, queue,
--- message, row ... in the order of their indexes from `total` on, then the job's fields. moved: somebody else came first,
--- nothing changed, look again. over: this job takes no more.
-function move.append(job, watch, lease, total, count, ...)
+-- Add images to a watch's live job, which is created if needed: digest, ETag seen before, ETag, queue, message, row ... in
+-- the order of indexes from `total` on, then the job's fields. moved: another process appended first, nothing changed.
+-- over: the job takes no more images.
+function script.append(job, watch, lease, total, count, ...)
   local key, seen, args, rows = 'cf:job:' .. job, 'cf:watch:' .. watch, {...}, {}
   for _, flag in ipairs({'listed', 'cancelled_at', 'closed'}) do
     if call('HEXISTS', key, flag) == 1 then return 'over' end
@@ -447,17 +445,17 @@ function move.append(job, watch, lease, total, count, ...)
     call('ZADD', seen .. ':when', at(now), args[i])
     for j = 3, 5 do rows[#rows + 1] = args[i + j] end
   end
-  keep_watch(watch)
+  extend_watch(watch)
   enter_live(job, lease, tonumber(total), rows)
   return 'ok'
 end
 
--- A listing of all that is watched is complete: what was seen more than `keep` seconds before it is forgotten, so many
--- at a time. Answers how many.
-function move.swept(watch, began, keep, limit)
+-- Record a complete listing of a watch's prefix. Forget up to `limit` versions seen more than `keep` seconds before it;
+-- return how many.
+function script.swept(watch, began, keep, limit)
   local seen = 'cf:watch:' .. watch
   call('HSET', seen, 'swept', began)
-  keep_watch(watch)
+  extend_watch(watch)
   local old = call('ZRANGEBYSCORE', seen .. ':when', '-inf', at(math.min(now, began) - keep), 'LIMIT', 0, limit)
   for _, digest in ipairs(old) do
     call('HDEL', seen .. ':seen', digest)
@@ -466,26 +464,26 @@ function move.swept(watch, began, keep, limit)
   return #old
 end
 
--- go: this token now holds the image and its output. busy: somebody else holds the image, or it waits for its retry.
--- taken: another image holds the output; looked at again in a while. suspect: only for who works on nothing else
--- (alone: 1); on its own queue now. final, cancelled, gone: nothing to do.
-function move.claim(id, token, output, lease, alone)
+-- Claim an image and its output. Returns an outcome of `ClaimOutcome` (jobs/ledger/window.py); after go: failed attempts,
+-- lost workers, seconds since its message was published, the last error, workers killed in isolation. isolated: 1 if the
+-- worker does nothing else.
+function script.claim(id, token, output, lease, isolated)
   local job, index = split(id)
   if not job or call('EXISTS', 'cf:job:' .. job) == 0 then return {'gone'} end
   if state_of(job, index) ~= STATE.open then
     leave_window(id)
     return {'final'}
   end
-  if call('HEXISTS', 'cf:entry', id) == 0 then return {is_cancelled(id) and 'cancelled' or 'gone'} end
+  if call('HEXISTS', 'cf:entry', id) == 0 then return {finish_if_cancelled(id) and 'cancelled' or 'gone'} end
   local lease_ends = call('ZSCORE', 'cf:leased', id)
-  if lease_ends and not holds(id, token) then
+  if lease_ends and not owns(id, token) then
     if tonumber(lease_ends) > now then return {'busy'} end
-    count_vanished(id)
+    count_lost_worker(id)
   end
-  if is_cancelled(id) then return {'cancelled'} end
+  if finish_if_cancelled(id) then return {'cancelled'} end
   if call('ZSCORE', 'cf:retry', id) then return {'busy'} end
-  if alone ~= '1' and is_suspect(id) then
-    wait_again(id, lease)
+  if isolated ~= '1' and is_suspect(id) then
+    requeue(id, lease)
     return {'suspect'}
   end
   local other = call('HGET', 'cf:claim', output)
@@ -506,11 +504,11 @@ function move.claim(id, token, output, lease, alone)
   return {'go', tonumber(tries), tonumber(vanished), published and at(now - published) or '', blamed, tonumber(died)}
 end
 
--- id, token ...: the lease of each runs anew. Answers the ids that are no longer held.
-function move.renew(lease, ...)
+-- Renew leases: id, token ... Return the ids whose lease is lost.
+function script.renew(lease, ...)
   local args, lost = {...}, {}
   for i = 1, #args, 2 do
-    if holds(args[i], args[i + 1]) then
+    if owns(args[i], args[i + 1]) then
       call('ZADD', 'cf:leased', 'XX', at(now + lease), args[i])
     else
       lost[#lost + 1] = args[i]
@@ -519,66 +517,66 @@ function move.renew(lease, ...)
   return lost
 end
 
--- The image is final. ok: counted now. final: it was before. stale: this token no longer holds it; nothing changed.
--- Of a done image: a remark, empty when there is nothing to say, and what it adds to the job's tally: word, count ...
-function move.finish(id, token, state, failure, remark, ...)
+-- Make an image final. ok: counted now. final: it was before. stale: this token does not hold it any more; nothing changed.
+-- note: of a done image, or empty; then what it adds to the job's stats: name, count ...
+function script.finish(id, token, state, failure, note, ...)
   local job, index = split(id)
-  if not holds(id, token) then
+  if not owns(id, token) then
     if call('EXISTS', 'cf:job:' .. job) == 1 and state_of(job, index) ~= STATE.open then return 'final' end
     return 'stale'
   end
-  local counted = call('EXISTS', 'cf:job:' .. job) == 1 and settle(job, index, tonumber(state))
+  local counted = call('EXISTS', 'cf:job:' .. job) == 1 and make_final(job, index, tonumber(state))
   if counted and failure ~= '' then call('HSET', 'cf:job:' .. job .. ':failures', index, failure) end
   if counted then
     local key = 'cf:job:' .. job
-    if remark ~= '' and call('HLEN', key .. ':remarks') < MAX_REMARKS then
-      call('HSET', key .. ':remarks', index, remark)
+    if note ~= '' and call('HLEN', key .. ':remarks') < MAX_REMARKS then
+      call('HSET', key .. ':remarks', index, note)
     end
     local counts = {...}
     for i = 1, #counts, 2 do call('HINCRBY', key .. ':tally', counts[i], counts[i + 1]) end
-    tell(job, id, 'webhook_images')
+    add_event(job, id, 'webhook_images')
   end
   leave_window(id)
   return counted and 'ok' or 'final'
 end
 
--- This try failed: wait, then try again.
-function move.defer(id, token, pause)
-  if not holds(id, token) then return 'stale' end
+-- Use up an attempt; schedule a retry.
+function script.defer(id, token, pause)
+  if not owns(id, token) then return 'stale' end
   drop_claim(id)
-  if is_cancelled(id) then return 'ok' end
+  if finish_if_cancelled(id) then return 'ok' end
   call('HINCRBY', 'cf:tries', id, 1)
   call('ZADD', 'cf:retry', at(now + pause), id)
   return 'ok'
 end
 
--- Given back unfinished, no try used up: behind the others on its queue.
-function move.release(id, token, lease)
-  if not holds(id, token) then return 'stale' end
+-- Give an image back without using up an attempt: to the end of its queue.
+function script.release(id, token, lease)
+  if not owns(id, token) then return 'stale' end
   drop_claim(id)
-  if not is_cancelled(id) then wait_again(id, lease) end
+  if not finish_if_cancelled(id) then requeue(id, lease) end
   return 'ok'
 end
 
--- The worker is going down, and this image may be why. As if it had fallen silent, but at once, with its error.
-function move.vanish(id, token, error, lease)
-  if not holds(id, token) then return 'stale' end
+-- A worker ends with `error`, perhaps because of this image: as if its lease had expired, but at once.
+function script.vanish(id, token, error, lease)
+  if not owns(id, token) then return 'stale' end
   call('SREM', 'cf:computing', id)
-  count_vanished(id)
-  if is_cancelled(id) then return 'ok' end
+  count_lost_worker(id)
+  if finish_if_cancelled(id) then return 'ok' end
   call('HSET', 'cf:blamed', id, error)
-  wait_again(id, lease)
+  requeue(id, lease)
   return 'ok'
 end
 
--- Whether this image, alone in its worker, is being computed (on: 1): if the worker dies meanwhile, it counts as died.
-function move.computing(id, token, on)
-  if not holds(id, token) then return 'stale' end
+-- Mark that this image is computed in isolation (on: 1), or not: if the worker vanishes meanwhile, :died counts it.
+function script.computing(id, token, on)
+  if not owns(id, token) then return 'stale' end
   call(on == '1' and 'SADD' or 'SREM', 'cf:computing', id)
   return 'ok'
 end
 
-function move.heartbeat(node, ttl, ...)
+function script.heartbeat(node, ttl, ...)
   call('DEL', 'cf:worker:' .. node)
   call('HSET', 'cf:worker:' .. node, ...)
   call('EXPIRE', 'cf:worker:' .. node, ttl)
@@ -586,15 +584,15 @@ function move.heartbeat(node, ttl, ...)
   call('ZREMRANGEBYSCORE', 'cf:workers', '-inf', at(now - 86400))
 end
 
-function move.workers() return workers_alive() end
+function script.workers() return workers_alive() end
 
--- A job, its tally and the workers, in one round trip: each may wait behind others' moves.
-function move.look(job)
+-- Return a job, its stats and the heartbeats in one round trip: each may wait behind other scripts.
+function script.look(job)
   return {call('HGETALL', 'cf:job:' .. job), call('HGETALL', 'cf:job:' .. job .. ':tally'), workers_alive()}
 end
 
--- The size of the window by place, then of each queue its length and the age of its oldest message, in seconds.
-function move.survey(...)
+-- Return the size of the window by place, then the length of each queue and the age of its oldest message, in seconds.
+function script.survey(...)
   local found = {call('ZCARD', 'cf:waiting'), call('ZCARD', 'cf:leased'), call('ZCARD', 'cf:retry')}
   for _, queue in ipairs({...}) do
     local oldest = call('LINDEX', queue, -1)
@@ -606,50 +604,49 @@ function move.survey(...)
   return found
 end
 
--- Receivers that have events which are due, the one that waits longest first.
-function move.receivers_due(limit) return call('ZRANGEBYSCORE', 'cf:outbox', '-inf', at(now), 'LIMIT', 0, limit) end
+-- Return receivers with due events, the one that waits longest first.
+function script.receivers_due(limit) return call('ZRANGEBYSCORE', 'cf:outbox', '-inf', at(now), 'LIMIT', 0, limit) end
 
--- A receiver's events that are due, each with the deliveries that failed and the time until which it is the caller's:
--- event, tries, until ...
-function move.take_events(receiver, limit, lease)
+-- Lease a receiver's due events to the caller: event, failed deliveries, end of the lease ...
+function script.take_events(receiver, limit, lease)
   local outbox, taken, ends = 'cf:outbox:' .. receiver, {}, at(now + lease)
   for _, event in ipairs(call('ZRANGEBYSCORE', outbox, '-inf', at(now), 'LIMIT', 0, limit)) do
     call('ZADD', outbox, ends, event)
     for _, fact in ipairs({event, call('HGET', 'cf:outbox:tries', event) or '0', ends}) do taken[#taken + 1] = fact end
   end
-  await_turn(receiver)
+  schedule_receiver(receiver)
   return taken
 end
 
--- What became of a delivery: sent, later (after `pause` seconds) or given_up. Nothing changes when the event is not the
--- caller's any more, or happened again meanwhile.
-function move.delivered(receiver, event, ends, outcome, pause)
+-- Record the outcome of a delivery: sent, later (after `pause` seconds) or given_up. Changes nothing when the lease is lost
+-- or the event happened again.
+function script.delivered(receiver, event, ends, outcome, pause)
   local outbox = 'cf:outbox:' .. receiver
   if tonumber(call('ZSCORE', outbox, event) or 0) ~= tonumber(ends) then return 0 end
   if outcome == 'later' then
     call('ZADD', outbox, at(now + pause), event)
     call('HINCRBY', 'cf:outbox:tries', event, 1)
-    await_turn(receiver)
+    schedule_receiver(receiver)
     return 1
   end
   call('DECRBY', 'cf:outbox:size', call('ZREM', outbox, event))
   call('HDEL', 'cf:outbox:tries', event)
-  await_turn(receiver)
+  schedule_receiver(receiver)
   local key = 'cf:job:' .. (split(event) or event)
-  if outcome == 'given_up' and call('EXISTS', key) == 1 then call('HINCRBY', key, 'untold', 1) end
+  if outcome == 'given_up' and call('EXISTS', key) == 1 then call('HINCRBY', key, 'undelivered', 1) end
   return 1
 end
 
--- What there is to tell of an image, all of one moment: its state, how often it was opened again, its failure or ''.
-function move.outcome(job, index)
+-- Return an image's state, how often it was reopened, and its failure or ''.
+function script.outcome(job, index)
   local key = 'cf:job:' .. job
   local reopened = call('BITFIELD', key .. ':reopened', 'GET', 'u8', '#' .. index)[1]
   return {state_of(job, index), reopened, call('HGET', key .. ':failures', index) or ''}
 end
 
--- The events of images [from, to) that are final are due again, up to the first that does not fit. Answers how many, and
--- where to go on.
-function move.retell(job, from, to)
+-- Make the events of final images in [from, to) due again, up to the outbox's limit. Return how many, and the index to
+-- continue from.
+function script.retell(job, from, to)
   if call('HEXISTS', 'cf:job:' .. job, 'webhook_images') == 0 then return {0, tonumber(to)} end
   local receiver, count = receiver_of(job), 0
   for index = from, to - 1 do
@@ -662,17 +659,17 @@ function move.retell(job, from, to)
   return {count, tonumber(to)}
 end
 
--- The event of a closed job is due again, and what was not told is no longer counted.
-function move.retell_job(job)
+-- Make the event of a closed job due again; reset its count of undelivered events.
+function script.retell_job(job)
   local key = 'cf:job:' .. job
-  call('HDEL', key, 'untold')
+  call('HDEL', key, 'undelivered')
   if call('HEXISTS', key, 'closed') == 0 then return 0 end
-  tell(job, job, 'webhook')
+  add_event(job, job, 'webhook')
   return 1
 end
 
--- Become or stay the active dispatcher: answers the fencing token, or false while another is active.
-function move.lead(me, ttl_ms)
+-- Become or stay the active dispatcher. Return the fencing token, or false while another one is active.
+function script.lead(me, ttl_ms)
   local active = call('GET', 'cf:dispatcher')
   if active and active ~= me then return false end
   call('SET', 'cf:dispatcher', me, 'PX', ttl_ms)
@@ -680,19 +677,19 @@ function move.lead(me, ttl_ms)
   return call('GET', 'cf:dispatcher:epoch')
 end
 
-function move.resign(me)
+function script.resign(me)
   if call('GET', 'cf:dispatcher') == me then call('DEL', 'cf:dispatcher') end
 end
 
--- Whether this dispatcher is still the active one: else it is told so, as with every move of this kind.
+-- Check the fencing token only.
 function fenced.still() return 1 end
 
--- As `pause`, by the dispatcher.
+-- Pause a job, as the active dispatcher.
 function fenced.hold(job, reason)
   if call('EXISTS', 'cf:job:' .. job) == 1 then call('HSET', 'cf:job:' .. job, 'paused', reason) end
 end
 
--- The cursor moves over images that are final already. Answers false when it was elsewhere.
+-- Move the cursor over final images. Return false when it was elsewhere.
 function fenced.pass_over(job, cursor, to)
   local key = 'cf:job:' .. job
   if call('HGET', key, 'cursor') ~= cursor then return false end
@@ -700,15 +697,14 @@ function fenced.pass_over(job, cursor, to)
   return true
 end
 
--- Writes what a full Redis refuses.
+-- Write a key, which a full Redis refuses.
 function fenced.room()
   call('SET', 'cf:room', '')
 end
 
--- The next images of a job go on their queues: window and cursor move together. Rows: queue, message, one after another
--- from `cursor` on; without a queue, the image fails as the message says; final images are passed over. Answers how many
--- went on a queue, or false when the cursor was
--- elsewhere or the job may not be fed.
+-- Queue the next images of a job; window and cursor script together. Rows: queue, message ... from `cursor` on; without a
+-- queue the image fails, and the message is its failure; final images are skipped. Return how many were queued, or false
+-- when the cursor was elsewhere or the job is paused or cancelled.
 function fenced.feed(job, cursor, lease, ...)
   local key, args = 'cf:job:' .. job, {...}
   if call('HGET', key, 'cursor') ~= cursor then return false end
@@ -721,9 +717,9 @@ function fenced.feed(job, cursor, lease, ...)
         enter(job .. ':' .. number, args[i], args[i + 1], lease)
         entered = entered + 1
       else
-        settle(job, number, STATE.failed)
+        make_final(job, number, STATE.failed)
         call('HSET', key .. ':failures', number, args[i + 1])
-        tell(job, job .. ':' .. number, 'webhook_images')
+        add_event(job, job .. ':' .. number, 'webhook_images')
       end
     end
     index = index + 1
@@ -732,7 +728,7 @@ function fenced.feed(job, cursor, lease, ...)
   return entered
 end
 
--- The first rows of a live job are in S3 now, as a part of its manifest. Answers 0 when another part was expected.
+-- Count a part of a live job's manifest that is in S3, and drop its rows. Return 0 when another part was expected.
 function fenced.record(job, part, count, first, last)
   local key = 'cf:job:' .. job
   if call('HGET', key, 'parts') ~= part then return 0 end
@@ -743,22 +739,22 @@ function fenced.record(job, part, count, first, last)
   return 1
 end
 
--- Retries whose time has come go on their queues again.
+-- Requeue images whose retry is due.
 function fenced.retry_due(lease, limit)
   local due = call('ZRANGEBYSCORE', 'cf:retry', '-inf', at(now), 'LIMIT', 0, limit)
   for _, id in ipairs(due) do
     call('ZREM', 'cf:retry', id)
-    if not is_cancelled(id) and call('HEXISTS', 'cf:entry', id) == 1 then wait_again(id, lease) end
+    if not finish_if_cancelled(id) and call('HEXISTS', 'cf:entry', id) == 1 then requeue(id, lease) end
   end
   return #due
 end
 
--- Images whose worker fell silent go on their queues again; who lost two workers goes to `suspect`.
+-- Requeue images whose lease has expired; the second time on the suspect queue.
 function fenced.reclaim(lease, limit)
   local ended = call('ZRANGEBYSCORE', 'cf:leased', '-inf', at(now), 'LIMIT', 0, limit)
   for _, id in ipairs(ended) do
-    count_vanished(id)
-    if not is_cancelled(id) and call('HEXISTS', 'cf:entry', id) == 1 then wait_again(id, lease) end
+    count_lost_worker(id)
+    if not finish_if_cancelled(id) and call('HEXISTS', 'cf:entry', id) == 1 then requeue(id, lease) end
   end
   return ended
 end
@@ -767,17 +763,17 @@ function fenced.overdue(limit)
   return call('ZRANGEBYSCORE', 'cf:waiting', '-inf', at(now), 'LIMIT', 0, limit)
 end
 
--- Overdue images whose message still exists wait on; those without one get another. id, 1 (exists) or 0 ...
+-- Extend the deadline of overdue images that have a message; publish the others again. id, 1 (has one) or 0 ...
 function fenced.look_again(lease, ...)
   local args, published = {...}, 0
   for i = 1, #args, 2 do
     local id = args[i]
     local due = call('ZSCORE', 'cf:waiting', id)
-    if due and tonumber(due) <= now and not is_cancelled(id) then
+    if due and tonumber(due) <= now and not finish_if_cancelled(id) then
       if args[i + 1] == '1' then
         call('ZADD', 'cf:waiting', at(now + lease), id)
       else
-        wait_again(id, lease)
+        requeue(id, lease)
         published = published + 1
       end
     end
@@ -785,9 +781,8 @@ function fenced.look_again(lease, ...)
   return published
 end
 
--- Of a cancelled job, which has entered the window for the last time: what stands there and no worker holds is final.
--- Looks at some `count` entries of the window, from `scan` on. Answers where to go on ('0': at its end), and the indexes
--- of what a worker holds.
+-- Make a cancelled job's images in the window final, except leased ones, in about `count` entries from `scan` on. Return the
+-- next cursor ('0': finished), and the indexes of leased images.
 function fenced.cancel_fed(job, scan, count)
   local found = call('HSCAN', 'cf:entry', scan, 'COUNT', count)
   local answer = {found[1]}
@@ -795,14 +790,14 @@ function fenced.cancel_fed(job, scan, count)
     local id = found[2][i]
     local owner, index = split(id)
     if owner == job then
-      if call('ZSCORE', 'cf:leased', id) then answer[#answer + 1] = index else is_cancelled(id) end
+      if call('ZSCORE', 'cf:leased', id) then answer[#answer + 1] = index else finish_if_cancelled(id) end
     end
   end
   return answer
 end
 
--- The next `count` images of a cancelled job, an even number of them, are final, but for those in `left` (indexes, with
--- spaces). Two at a time: ten million would else take minutes. Answers how far it came, or false when it was elsewhere.
+-- Make the next `count` (even) images of a cancelled job final, except those in `left` (indexes, separated by spaces). Two
+-- per byte: ten million would take minutes one by one. Return the new cursor, or false when it was elsewhere.
 function fenced.cancel_rest(job, cursor, count, left)
   local key = 'cf:job:' .. job
   if call('HGET', key, 'cancel_cursor') ~= cursor then return false end
@@ -824,7 +819,7 @@ function fenced.cancel_rest(job, cursor, count, left)
   states = bytes == 0 and '' or states .. string.rep('\0', bytes - #states)
   states = string.gsub(string.gsub(states, '%z+', cancel_both), '[\1-\15\16\32\48\64\80]', cancel_one)
   call('SETRANGE', key .. ':bits', start, states)
-  if to % 2 == 1 then settle(job, to - 1, STATE.cancelled) end
+  if to % 2 == 1 then make_final(job, to - 1, STATE.cancelled) end
   for _, index in ipairs(held) do
     call('BITFIELD', key .. ':bits', 'SET', 'u4', '#' .. index, STATE.open)
     changed = changed - 1
@@ -834,13 +829,13 @@ function fenced.cancel_rest(job, cursor, count, left)
   return to
 end
 
--- Images that are to be fed once more go on their queues: index, queue, message ... Answers how many.
+-- Queue reopened images: index, queue, message ... Return how many.
 function fenced.feed_again(job, lease, ...)
   local key, args, fed = 'cf:job:' .. job, {...}, 0
   if call('HEXISTS', key, 'cancelled_at') == 1 or call('HEXISTS', key, 'paused') == 1 then return 0 end
   for i = 1, #args, 3 do
     if call('SETBIT', key .. ':again', args[i], 0) == 1 then
-      call('HINCRBY', key, 'again', -1)
+      call('HINCRBY', key, 'reopened', -1)
       enter(job .. ':' .. args[i], args[i + 1], args[i + 2], lease)
       fed = fed + 1
     end
@@ -848,7 +843,7 @@ function fenced.feed_again(job, lease, ...)
   return fed
 end
 
--- Failures that stand in S3 by now, as part `number`: index, when it failed ... Those that changed meanwhile stay.
+-- Drop failures that are in S3 as part `number`: index, time of the failure ... Keeps those that changed meanwhile.
 function fenced.spilled(job, number, ...)
   local key, args = 'cf:job:' .. job, {...}
   if (call('HGET', key, 'spills') or '0') ~= number then return 0 end
@@ -861,8 +856,8 @@ function fenced.spilled(job, number, ...)
   return call('HINCRBY', key, 'spills', 1)
 end
 
--- A job whose images are all final is closed and forgotten after `keep` seconds; with each, of some jobs those that are
--- forgotten by now leave the list. Which some, is left to chance: the oldest may be there for ever.
+-- Close a job whose images are all final; it expires after `keep` seconds. Also prune expired jobs from the list, in a random
+-- sample: the oldest may stay for ever.
 function fenced.close(job, keep)
   local key = 'cf:job:' .. job
   if call('HEXISTS', key, 'closed') == 1 then return 0 end
@@ -873,7 +868,7 @@ function fenced.close(job, keep)
   if call('HEXISTS', key, 'listed') == 0 or sum ~= tonumber(call('HGET', key, 'total')) then return 0 end
   call('HSET', key, 'closed', at(now))
   call('SREM', 'cf:open', job)
-  tell(job, job, 'webhook')
+  add_event(job, job, 'webhook')
   for _, suffix in ipairs(KEYS_OF_JOB) do call('EXPIRE', key .. suffix, keep) end
   for _, old in ipairs(call('ZRANDMEMBER', 'cf:jobs', PRUNED)) do
     if call('EXISTS', 'cf:job:' .. old) == 0 then call('ZREM', 'cf:jobs', old) end

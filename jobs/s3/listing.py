@@ -1,8 +1,8 @@
-"""Lists a prefix by its sub-prefixes, several at a time: S3 answers one listing with some thousands of keys a second,
-however many run side by side. Each object comes once, in no order; memory does not grow with their number.
+"""Lists a prefix by its sub-prefixes in parallel: S3 answers one listing with a few thousand keys a second, however
+many listings run at once. Yields each object once, in no order, in constant memory.
 
-A prefix is divided at `/` where that pays: below it stand folders, not more than some thousand, each with many objects.
-Else it is listed from end to end.
+A prefix is divided at `/` where that pays: if it has at most some thousand folders with many objects each. Any other
+prefix is listed sequentially.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import queue
 import threading
 from collections.abc import Iterator
 
-from jobs.s3.client import PAGE_KEYS, Location, Role, S3Object, Store
+from jobs.s3.client import PAGE_KEYS, S3Object, Store
+from jobs.s3.errors import Role
+from jobs.s3.location import Location
 
 LISTERS = 12
-"""Requests at a time; the store's connections must be more."""
-ENOUGH = LISTERS
-"""Sub-prefixes: with so many, they are not divided further, which is done one after another."""
-MANY = 20
-"""Objects of a folder, as the first page shows them: with fewer, a request a folder costs more than it brings."""
-MAX_LOOKS = 10
-"""Pages of folders of one prefix; with more, it is not divided."""
+"""Listings at a time; the store needs more connections than that."""
+ENOUGH_UNITS = LISTERS
+"""Sub-prefixes are not divided further once there are so many: dividing is sequential."""
+MIN_FOLDER_OBJECTS = 20
+"""Mean objects per folder on the first page: with fewer, one request per folder costs more than it saves."""
+MAX_FOLDER_PAGES = 10
+"""A prefix with more pages of folders is not divided."""
 _END = None
 
 Page = list[S3Object]
 
 
-def list_side_by_side(store: Store, prefix: Location, *, role: Role) -> Iterator[S3Object]:
-    """Raises what the store raises."""
+def list_in_parallel(store: Store, prefix: Location, *, role: Role) -> Iterator[S3Object]:
+    """Yield the objects under `prefix` in no order. Raises what the store raises."""
     units: collections.deque[Location] = collections.deque()
     yield from _divide(store, prefix, role, units)
     if len(units) == 1:
@@ -38,17 +40,17 @@ def list_side_by_side(store: Store, prefix: Location, *, role: Role) -> Iterator
         yield from _list_all(store, units, role)
 
 
-def _divide(store: Store, prefix: Location, role: Role, units: collections.deque[Location]) -> Iterator[S3Object]:
-    """Fills `units` with the sub-prefixes to be listed; yields what stands beside them."""
-    waiting = collections.deque([prefix])
-    while waiting and len(waiting) + len(units) < ENOUGH:
-        place = waiting.popleft()
-        pages = store.list_pages(place, role=role)
+def _divide(store: Store, root: Location, role: Role, units: collections.deque[Location]) -> Iterator[S3Object]:
+    """Fill `units` with the sub-prefixes to list; yield the objects outside them."""
+    waiting = collections.deque([root])
+    while waiting and len(waiting) + len(units) < ENOUGH_UNITS:
+        prefix = waiting.popleft()
+        pages = store.list_pages(prefix, role=role)
         first, _ = next(pages, ([], []))
         if len(first) < PAGE_KEYS and next(pages, None) is None:
-            yield from first  # behind a full page there is more, or else nothing is lost by dividing
-        elif (folders := _folders(store, place, first, role)) is None:
-            units.append(place)
+            yield from first
+        elif (folders := _folders(store, prefix, first, role)) is None:
+            units.append(prefix)
         else:
             objects, below = folders
             yield from objects
@@ -56,17 +58,19 @@ def _divide(store: Store, prefix: Location, role: Role, units: collections.deque
     units.extend(waiting)
 
 
-def _folders(store: Store, place: Location, first: Page, role: Role) -> tuple[Page, list[Location]] | None:
-    """Objects directly below `place`, and the folders there; None where dividing it does not pay."""
-    known = {found.key[: found.key.find("/", len(place.key))] for found in first if "/" in found.key[len(place.key) :]}
-    if not known or len(first) / len(known) < MANY:
+def _folders(store: Store, prefix: Location, first: Page, role: Role) -> tuple[Page, list[Location]] | None:
+    """Return the objects directly below `prefix`, and its folders; None where dividing it does not pay."""
+    names = {
+        found.key[: found.key.find("/", len(prefix.key))] for found in first if "/" in found.key[len(prefix.key) :]
+    }
+    if not names or len(first) / len(names) < MIN_FOLDER_OBJECTS:
         return None
     objects: Page = []
     below: list[Location] = []
-    pages = store.list_pages(place, role=role, delimiter="/")
-    for found, folders in itertools.islice(pages, MAX_LOOKS):
+    pages = store.list_pages(prefix, role=role, delimiter="/")
+    for found, folders in itertools.islice(pages, MAX_FOLDER_PAGES):
         objects += found
-        below += [Location(place.bucket, folder) for folder in folders]
+        below += [Location(prefix.bucket, folder) for folder in folders]
     return None if next(pages, None) is not None else (objects, below)
 
 
@@ -74,7 +78,7 @@ def _list_all(store: Store, units: collections.deque[Location], role: Role) -> I
     pages: queue.Queue[Page | BaseException | None] = queue.Queue(2 * LISTERS)
     stop = threading.Event()
 
-    def hand_over(item: Page | BaseException | None) -> None:
+    def put(item: Page | BaseException | None) -> None:
         while not stop.is_set():
             try:
                 pages.put(item, timeout=0.1)
@@ -86,12 +90,12 @@ def _list_all(store: Store, units: collections.deque[Location], role: Role) -> I
         try:
             while (unit := _next(units)) is not None:
                 for page, _ in store.list_pages(unit, role=role):
-                    hand_over(page)
+                    put(page)
                     if stop.is_set():
                         return
-            hand_over(_END)
+            put(_END)
         except BaseException as exc:
-            hand_over(exc)
+            put(exc)
 
     threads = [threading.Thread(target=work, name="listing", daemon=True) for _ in range(min(LISTERS, len(units)))]
     for thread in threads:

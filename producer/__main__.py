@@ -1,4 +1,4 @@
-"""`python -m producer` is `cutfleet`."""
+"""`python -m producer` runs `cutfleet`."""
 
 from producer.cli.main import main
 

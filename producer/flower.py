@@ -1,7 +1,7 @@
-"""`python -m producer.flower [--port=5555 ...]`: Flower for this fleet, with every option of Flower's own.
+"""`python -m producer.flower [--port=5555 ...]`: Flower for this fleet, with all of Flower's own options.
 
-What is set here and may be set otherwise: read-only, a bound on memory, columns that name the image. What may not:
-it does not start without a login, since Flower shows the keys of a whole catalogue to whoever asks.
+The defaults set here can be overridden: read-only, a memory limit, columns that show the image. One rule can't: Flower
+does not start without a login, because it shows the keys of the whole catalogue.
 """
 
 from __future__ import annotations
@@ -19,42 +19,43 @@ from jobs.errors import CutfleetError, SettingsError
 from jobs.settings import load_settings
 
 DEFAULTS: dict[str, Any] = {
-    "read_only": True,  # the ledger decides what becomes of an image; revoking a message decides nothing
-    "max_tasks": 20_000,  # some 60 MB; what is older is in the ledger and in S3
-    "purge_offline_workers": 600,  # seconds; its metrics have the worker's name in a label
+    "read_only": True,  # the ledger decides what happens to an image; revoking a message has no effect
+    "max_tasks": 20_000,  # some 60 MB; older images are in the ledger and in S3
+    "purge_offline_workers": 600,  # seconds; Flower's metrics have the worker's name in a label
     "inspect_timeout": 3000.0,  # milliseconds; a worker that decodes large images answers late
     "tasks_columns": "state,args,runtime,worker,received,started,exception,uuid",
 }
 
-LEAVE_S = 5.0
-"""Grace for questions to the server that are under way when Flower is told to go."""
+EXIT_S = 5.0
+"""Time for requests to the broker that are in progress when Flower stops."""
 
 
 def main(argv: list[str]) -> int:
+    """Return the exit code. `argv`: options of Flower."""
     try:
         redis_url = load_settings().redis_url
-        _prepare(argv)
+        _set_options(argv)
     except CutfleetError as exc:
         print(f"python -m producer.flower: {exc} [{exc.code}]", file=sys.stderr)
         return 2
     app = make_app(redis_url)
     if redis_url.startswith("rediss://"):
-        app.conf.broker_use_ssl = _tls(redis_url)  # Flower reads no TLS options from a URL
+        app.conf.broker_use_ssl = _tls_options(redis_url)  # Flower reads no TLS options from a URL
     app.start(["flower", *argv])
-    _leave_soon()
+    _exit_after(EXIT_S)
     return 0
 
 
-def _leave_soon() -> None:
-    """Python waits for threads that ask the server, and when that is silent they ask on for minutes."""
-    timer = threading.Timer(LEAVE_S, os._exit, (0,))
+def _exit_after(seconds: float) -> None:
+    """End the process after `seconds`: Python joins Flower's threads, which query an unreachable broker for minutes."""
+    timer = threading.Timer(seconds, os._exit, (0,))
     timer.daemon = True
     timer.start()
-    atexit.register(timer.cancel)  # the threads have ended; what Flower still saves (`--persistent`) may take its time
+    atexit.register(timer.cancel)  # the threads have ended; saving Flower's state (`--persistent`) may take longer
 
 
-def _prepare(argv: list[str]) -> None:
-    """Flower's options as we want them; FLOWER_* variables, then the command line, override them."""
+def _set_options(argv: list[str]) -> None:
+    """Set Flower's options: our defaults, then FLOWER_* variables, then the command line. Raises `SettingsError`."""
     try:
         from flower.command import apply_env_options, apply_options
         from flower.options import options
@@ -67,15 +68,15 @@ def _prepare(argv: list[str]) -> None:
         apply_env_options()
         apply_options("flower", argv)
     except (BadOption, ValueError, OSError) as exc:
-        raise SettingsError(f"Flower does not take an option, or a FLOWER_* variable: {exc}") from exc
+        raise SettingsError(f"Flower refuses an option or a FLOWER_* variable: {exc}") from exc
     logins = options.basic_auth or []
     if not all(re.fullmatch(r"[^:]+:.+", login) for login in logins) or not (logins or options.auth):
         raise SettingsError("Flower needs a login: set FLOWER_BASIC_AUTH=user:password, or OAuth by FLOWER_AUTH.")
 
 
-def _tls(redis_url: str) -> dict[str, str]:
-    asked = {name: value for name, value in parse_qsl(urlsplit(redis_url).query) if name.startswith("ssl_")}
-    return {"ssl_cert_reqs": "required"} | asked
+def _tls_options(redis_url: str) -> dict[str, str]:
+    given = {name: value for name, value in parse_qsl(urlsplit(redis_url).query) if name.startswith("ssl_")}
+    return {"ssl_cert_reqs": "required"} | given
 
 
 if __name__ == "__main__":

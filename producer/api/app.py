@@ -1,242 +1,209 @@
-"""The HTTP API: images are asked for, followed, cancelled and fetched, each caller within its own prefixes.
+"""The HTTP API: submit images, follow and cancel requests, fetch results. Each API key is limited to its own prefixes.
 
-202 only once the ledger has the request. Errors are as `producer/api/errors.py` says; `/docs` and `/openapi.json` describe
-every call.
+202 is sent only once the ledger has the request. `producer/api/errors.py` lists the errors; `/docs` and `/openapi.json`
+describe every call.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Literal
+from typing import Annotated
 
 from jobs.errors import SettingsError
 from jobs.job import Job
-from jobs.ledger import MAX_LIVE, Ledger
-from jobs.message import MAX_KEY_BYTES, Lane
+from jobs.ledger import Ledger
 from jobs.recipe import load_recipe, recipe_names
-from jobs.s3.client import Location, Store
+from jobs.s3.client import Store
+from jobs.s3.location import Location, parse_destination
 from jobs.settings import Settings
-from producer.api import service as requests
-from producer.api.auth import Caller, Callers
-from producer.api.background_listing import Lister
-from producer.records.report import ImageStatus, image_status
-from producer.submission.submit import Request as Submission
-from producer.submission.submit import check_length
+from producer.records.image_status import ImageStatus, find_image_status
+from producer.submission.request import Request as Submission
+from producer.submission.validation import check_length
 from producer.webhooks.delivery import check_webhook
 
 try:
     import uvicorn
     from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-    from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-    from producer.api import errors as answers
+    from producer.api import errors, service
+    from producer.api.auth import ApiKey, ApiKeys, Unauthorized
+    from producer.api.background_listing import BackgroundLister
+    from producer.api.models import Health, ImagesRequest, RequestState, Results, S3Uri, Status
 except ImportError as exc:
     raise SettingsError("To serve the API: pip install 'cutfleet[api]'.") from exc
 
 log = logging.getLogger(__name__)
 
-PAGE = 100
+PAGE_IMAGES = 100
 
-S3Uri = Annotated[str, StringConstraints(pattern=r"^s3://[a-z0-9.-]{3,63}/[^\x00-\x1f]*$", max_length=1100)]
-Key = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=MAX_KEY_BYTES)]
 JobId = Annotated[str, Path(pattern=r"^[0-9a-z-]{1,64}$")]
-State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "CANCELLED"]
-
-
-class ImagesRequest(BaseModel):
-    """Everything under `source`, or the keys named (complete, as S3 lists them)."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    source: S3Uri
-    destination: S3Uri
-    keys: list[Key] | None = Field(None, min_length=1, max_length=MAX_LIVE)
-    lane: Lane = Field("live", description=f"More than {MAX_LIVE:,} images are a backfill in any case.")
-    recipe: str = Field("default", max_length=64, description="A built-in recipe: `cutfleet recipes`.")
-    webhook_url: str = Field("", max_length=2000, description="Told, signed, when the request is completed.")
-
-
-class Status(BaseModel):
-    """COMPLETED: every image is final, and each has its own state in the results. Failures are no error here.
-    `total` grows while a large prefix is listed. `waits`: why nothing goes on, until the operator sees to it.
-    """
-
-    request_id: str
-    status: State
-    status_url: str
-    response_url: str
-    cancel_url: str
-    waits: str | None
-    total: int
-    done: int
-    failed: int
-    skipped: int
-    cancelled: int
-
-
-class Results(BaseModel):
-    """`next`: the `first` of the next page; none behind the last."""
-
-    request_id: str
-    status: State
-    images: list[requests.Result]
-    next: int | None = None
-
-
-class Health(BaseModel):
-    status: Literal["ok"]
 
 
 class Services:
-    """What a request needs; one for the process, shared by its threads."""
+    """What all calls share; safe for threads."""
 
     def __init__(self, settings: Settings, ledger: Ledger, store: Store) -> None:
-        """Raises `SettingsError` for a bad file of keys."""
+        """Raises `SettingsError` for an invalid file of API keys."""
         self.settings = settings
         self.ledger = ledger
         self.store = store
-        self.callers = Callers(settings.api_keys)
+        self.api_keys = ApiKeys(settings.api_keys)
 
-    def job(self, job_id: str, caller: Caller) -> Job:
-        """Raises `JobError` when there is none, `Forbidden` when it is not the caller's."""
-        job = self.ledger.job(job_id)
-        caller.check(source=job.source, destination=job.destination)
+    def job(self, job_id: str, api_key: ApiKey) -> Job:
+        """Raises `JobError` for an unknown job, `Forbidden` for one outside the key's prefixes."""
+        job = self.ledger.jobs.get(job_id)
+        api_key.check_source(job.source)
+        api_key.check_destination(job.destination)
         return job
 
 
 def _services(request: Request) -> Services:
-    found: Services = request.app.state.services
-    return found
+    services: Services = request.app.state.services
+    return services
 
 
-Using = Annotated[Services, Depends(_services)]
+ServicesDep = Annotated[Services, Depends(_services)]
 _BEARER = HTTPBearer(auto_error=False, description="`Authorization: Bearer KEY`")
 
 
-def _caller(services: Using, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> Caller:
-    caller = services.callers.find(shown.credentials) if shown else None
-    if caller is None:
-        raise answers.Unauthorized("Send an API key: Authorization: Bearer KEY.")
-    requests.spend(caller, services.ledger)
-    return caller
+def _api_key(
+    services: ServicesDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> ApiKey:
+    api_key = services.api_keys.find(credentials.credentials) if credentials else None
+    if api_key is None:
+        raise Unauthorized("Send an API key: Authorization: Bearer KEY.")
+    service.count_call(api_key, services.ledger)
+    return api_key
 
 
-By = Annotated[Caller, Depends(_caller)]
+ApiKeyDep = Annotated[ApiKey, Depends(_api_key)]
 
 api = FastAPI(
     title="Cutfleet",
-    description="ImagesRequest in S3 become cutouts and masks.",
+    description="Makes cutouts and masks of images in S3.",
     version="1",
     redirect_slashes=False,
 )
-answers.add_to(api)
+errors.add_to(api)
 
 
 @api.post(
     "/v1/requests",
     status_code=202,
     operation_id="submit",
-    responses=answers.PROBLEMS | answers.CONFLICT | answers.LARGE | answers.LINKS,
+    responses=errors.PROBLEMS | errors.CONFLICT | errors.TOO_LARGE | errors.LINKS,
 )
 def submit(
     body: ImagesRequest,
-    by: By,
-    using: Using,
+    api_key: ApiKeyDep,
+    services: ServicesDep,
     response: Response,
     idempotency_key: Annotated[str, Header(max_length=255, pattern=r"^[\x21-\x7e]*$")] = "",
 ) -> Status:
-    """Has images cut out. With the same Idempotency-Key and body, within a day, the same request."""
-    by.check(source=body.source, destination=body.destination)
-    for key in body.keys or ():
-        by.check(source=str(Location(Location.parse(body.source).bucket, key)))
-    if body.recipe not in recipe_names():
-        raise SettingsError(f"There is no recipe of that name: {', '.join(recipe_names())}.", code="recipe_unknown")
-    if body.webhook_url:
-        check_webhook(body.webhook_url, using.settings)
-    submission = Submission(
-        source=body.source,
-        destination=body.destination,
-        recipe=load_recipe(body.recipe, model=using.settings.model),
-        lane=body.lane,
-        name=f"api {by.name}",
-        keys=None if body.keys is None else tuple(body.keys),
-        webhook=body.webhook_url,
+    """Submit images. The same Idempotency-Key and body, within a day, return the same request."""
+    submission = _submission(body, api_key, services.settings)
+    job_id = service.reserve_job_id(api_key, idempotency_key, body.model_dump(), services.ledger)
+    job = service.submit(
+        submission, job_id, store=services.store, ledger=services.ledger, lease_s=services.settings.lease_s
     )
-    job_id = requests.reserve(by, idempotency_key, body.model_dump(), using.ledger)
-    job = requests.submit(submission, job_id, store=using.store, ledger=using.ledger, lease_s=using.settings.lease_s)
-    log.info("submitted", extra={"action": "api", "job": job.id, "images": job.total, "key": by.name})
+    log.info("submitted", extra={"action": "api", "job": job.id, "images": job.total, "key": api_key.name})
     status = _status(job)
     response.headers["Location"] = status.status_url
     return status
 
 
-@api.get("/v1/requests/{request_id}/status", operation_id="status", responses=answers.PROBLEMS | answers.GONE)
-def status(request_id: JobId, by: By, using: Using) -> Status:
-    """What became of a request so far."""
-    return _status(using.job(request_id, by))
+@api.get("/v1/requests/{request_id}/status", operation_id="status", responses=errors.PROBLEMS | errors.NO_REQUEST)
+def status(request_id: JobId, api_key: ApiKeyDep, services: ServicesDep) -> Status:
+    """Return the status of a request."""
+    return _status(services.job(request_id, api_key))
 
 
 @api.get(
     "/v1/requests/{request_id}",
     operation_id="results",
-    responses=answers.PROBLEMS | answers.GONE,
+    responses=errors.PROBLEMS | errors.NO_REQUEST,
     response_model_exclude_none=True,
 )
 def results(
     request_id: JobId,
-    by: By,
-    using: Using,
+    api_key: ApiKeyDep,
+    services: ServicesDep,
     first: Annotated[int, Query(ge=0, le=2**31)] = 0,
-    limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
+    limit: Annotated[int, Query(ge=1, le=PAGE_IMAGES)] = PAGE_IMAGES,
 ) -> Results:
-    """Each image of a request, and where its results are."""
-    job = using.job(request_id, by)
-    rows = requests.results(job, first=first, limit=limit, store=using.store, ledger=using.ledger)
-    end = first + len(rows)
-    more = rows and (end < job.total or not job.listed)
-    return Results(request_id=job.id, status=_state(job), images=rows, next=end if more else None)
+    """Return the images of a request: state, links to the outputs, or the error."""
+    job = services.job(request_id, api_key)
+    images = service.read_results(job, first=first, limit=limit, store=services.store, ledger=services.ledger)
+    end = first + len(images)
+    has_more = images and (end < job.total or not job.listed)
+    return Results(request_id=job.id, status=_state(job), images=images, next=end if has_more else None)
 
 
 @api.put(
     "/v1/requests/{request_id}/cancel",
     status_code=202,
     operation_id="cancel",
-    responses=answers.PROBLEMS | answers.GONE | answers.CONFLICT,
+    responses=errors.PROBLEMS | errors.NO_REQUEST | errors.CONFLICT,
 )
-def cancel(request_id: JobId, by: By, using: Using) -> Status:
-    """ImagesRequest in work end, the others become cancelled; what is done stays."""
-    job = using.job(request_id, by)
-    requests.cancel(job, using.ledger)
-    return _status(using.ledger.job(job.id))
+def cancel(request_id: JobId, api_key: ApiKeyDep, services: ServicesDep) -> Status:
+    """Cancel a request: images in work finish, all other open ones become cancelled; outputs stay."""
+    job = services.job(request_id, api_key)
+    service.cancel(job, services.ledger)
+    return _status(services.ledger.jobs.get(job.id))
 
 
-@api.get("/v1/images", responses=answers.PROBLEMS, response_model_exclude_none=True)
-def image(source: Annotated[S3Uri, Query()], by: By, using: Using) -> ImageStatus:
-    """What became of one source image, by whichever job; `unknown` when none has it."""
-    by.check(source=source)
-    check_length(Location.parse(source))
-    found = image_status(Location.parse(source), ledger=using.ledger, store=using.store)
+@api.get("/v1/images", responses=errors.PROBLEMS, response_model_exclude_none=True)
+def image(source: Annotated[S3Uri, Query()], api_key: ApiKeyDep, services: ServicesDep) -> ImageStatus:
+    """Return the status of one source image, in any job; `unknown` when no job covers it."""
+    location = Location.parse(source)
+    api_key.check_source(location)
+    check_length(location)
+    found = find_image_status(location, ledger=services.ledger, store=services.store)
     if found.job is not None:
-        by.check(destination=using.ledger.job(found.job).destination)
+        api_key.check_destination(services.ledger.jobs.get(found.job).destination)
     return found
 
 
 @api.get("/healthz")
 def health() -> Health:
-    """The process is alive."""
+    """The process runs."""
     return Health(status="ok")
 
 
-@api.get("/readyz", responses={503: answers.PROBLEMS[503]})
-def ready(using: Using) -> Health:
+@api.get("/readyz", responses={503: errors.PROBLEMS[503]})
+def ready(services: ServicesDep) -> Health:
     """Redis and S3 answer."""
-    using.ledger.ping()
-    using.store.ping()
+    services.ledger.ping()
+    services.store.ping()
     return Health(status="ok")
 
 
-def _state(job: Job) -> State:
+def _submission(body: ImagesRequest, api_key: ApiKey, settings: Settings) -> Submission:
+    """Raises `Forbidden` for locations outside the key's prefixes, `SettingsError` for an unknown recipe or a webhook
+    that can't be used."""
+    source, destination = Location.parse(body.source), parse_destination(body.destination)
+    api_key.check_source(source)
+    api_key.check_destination(destination)
+    for key in body.keys or ():
+        api_key.check_source(source.at(key))
+    if body.recipe not in recipe_names():  # not a path: a caller must not read files of this machine
+        names = ", ".join(recipe_names())
+        raise SettingsError(f"There is no recipe of that name; known: {names}.", code="recipe_unknown")
+    if body.webhook_url:
+        check_webhook(body.webhook_url, settings)
+    return Submission(
+        source=source,
+        destination=destination,
+        recipe=load_recipe(body.recipe, model=settings.model),
+        lane=body.lane,
+        name=f"api {api_key.name}",
+        keys=None if body.keys is None else tuple(body.keys),
+        webhook=body.webhook_url,
+    )
+
+
+def _state(job: Job) -> RequestState:
     if job.listed and not job.open:
         return "CANCELLED" if job.cancelled else "COMPLETED"
     return "IN_PROGRESS" if job.final else "IN_QUEUE"
@@ -260,12 +227,13 @@ def _status(job: Job) -> Status:
 
 
 def serve(listen: str, settings: Settings, ledger: Ledger, store: Store) -> None:
-    """Until it is told to stop (SIGTERM); requests under way are answered."""
+    """Serve until SIGTERM, then finish the calls in progress. Raises `SettingsError` for an address that is not
+    HOST:PORT."""
     host, _, port = listen.rpartition(":")
     if not port.isdigit() or int(port) > 65_535:
-        raise SettingsError("Say where to listen: HOST:PORT.")
+        raise SettingsError(f"--listen must be HOST:PORT (is {listen!r}).")
     api.state.services = Services(settings, ledger, store)
-    with Lister(ledger, store):
+    with BackgroundLister(ledger, store):
         uvicorn.run(
             api, host=host or "127.0.0.1", port=int(port), log_config=None, access_log=False, server_header=False
         )

@@ -1,58 +1,88 @@
-"""What the HTTP API answers when it can't do what is asked: `{"status", "code", "detail"}` with our stable codes, 503
-with `Retry-After` while Redis or S3 is away. Nothing larger than `MAX_BODY_BYTES` is read.
+"""Error responses of the HTTP API: `{"status", "code", "detail"}` with our stable codes, 503 with `Retry-After` while
+Redis or S3 is unavailable. Also limits the size of bodies.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.errors import CutfleetError, ImageError, JobError, ServiceUnavailable, SettingsError, TransientError
-from producer.api import service as requests
-from producer.api.auth import Forbidden
+from jobs.errors import (
+    CutfleetError,
+    ImageError,
+    JobClosed,
+    JobError,
+    ServiceUnavailable,
+    SettingsError,
+    TransientError,
+)
+from producer.api.auth import Forbidden, Unauthorized
+from producer.api.models import Problem
+from producer.api.service import KeyReused, RateLimited
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 2_000_000
-"""1,000 keys of 1,024 bytes each, quoted, and some more."""
+"""1,000 quoted keys of 1,024 bytes, and room for the other fields."""
 RETRY_AFTER_S = 5
+_NO_REQUEST = "There is no such request."
+_AWAY = "Redis or S3 is unavailable: try again later."
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+"""Of errors that the framework raises; for any other status, `unreadable`."""
 
 
-class Problem(BaseModel):
-    """`code` never changes once released."""
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """`detail` empty: the error's own text."""
 
     status: int
-    code: str
-    detail: str
+    detail: str = ""
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-class Unauthorized(CutfleetError):
-    code = "unauthorized"
+_ANSWERS: Mapping[type[CutfleetError], _Answer] = {
+    Unauthorized: _Answer(401, headers={"WWW-Authenticate": "Bearer"}),
+    Forbidden: _Answer(403),
+    JobError: _Answer(404, detail=_NO_REQUEST),
+    JobClosed: _Answer(409),
+    KeyReused: _Answer(409),
+    SettingsError: _Answer(422),
+    ImageError: _Answer(422),
+    RateLimited: _Answer(429),
+    ServiceUnavailable: _Answer(503, detail=_AWAY, headers={"Retry-After": str(RETRY_AFTER_S)}),
+    TransientError: _Answer(503, detail=_AWAY, headers={"Retry-After": str(RETRY_AFTER_S)}),
+}
+"""The most specific class of an error decides. An error of none of these is a bug, and becomes 500."""
+
+Responses = dict[int | str, dict[str, Any]]
 
 
-def _described(texts: dict[int, str]) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem, "description": text} for status, text in texts.items()}
+def _responses(descriptions: Mapping[int, str]) -> Responses:
+    return {status: {"model": Problem, "description": text} for status, text in descriptions.items()}
 
 
-PROBLEMS = _described(
+PROBLEMS = _responses(
     {
         400: "The request can't be read.",
-        401: "No key, or none of ours.",
-        403: "The key has no right to it.",
-        422: "It makes no sense; the code says what.",
-        429: "Too many requests of this key; `Retry-After` says when to come again.",
-        503: "Redis or S3 is away; `Retry-After` says when to come again.",
+        401: "The API key is missing or unknown.",
+        403: "The key is not permitted for this prefix.",
+        422: "Validation error; see `code`.",
+        429: "The key has used up its calls of this minute; see `Retry-After`.",
+        503: "Redis or S3 is unavailable; see `Retry-After`.",
     }
 )
-GONE = _described({404: "There is no such request."})
-LINKS: dict[int | str, dict[str, Any]] = {
+NO_REQUEST = _responses({404: _NO_REQUEST})
+CONFLICT = _responses({409: "The request conflicts with an earlier one, or is completed."})
+TOO_LARGE = _responses({413: f"The body has more than {MAX_BODY_BYTES} bytes."})
+LINKS: Responses = {
     202: {
         "links": {
             operation: {"operationId": operation, "parameters": {"request_id": "$response.body#/request_id"}}
@@ -60,55 +90,46 @@ LINKS: dict[int | str, dict[str, Any]] = {
         }
     }
 }
-"""What can be asked of a request that was taken."""
-CONFLICT = _described({409: "It does not go with what was asked before."})
-LARGE = _described({413: f"More than {MAX_BODY_BYTES} bytes."})
+"""Operations on a request that was accepted."""
 
 
 def add_to(app: FastAPI) -> None:
-    app.add_exception_handler(CutfleetError, _ours)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _plain)
-    app.add_middleware(_Bounded)
+    for error in _ANSWERS:
+        app.add_exception_handler(error, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_middleware(_BodyLimit)
 
 
-def _ours(_: Request, exc: Exception) -> Response:
-    if isinstance(exc, requests.TooMany):
-        return _problem(429, exc.code, str(exc), {"Retry-After": str(exc.wait_s)})
-    if isinstance(exc, (ServiceUnavailable, TransientError)):
-        log.error("sent back: %s", exc, extra={"action": "api", "code": exc.code})
-        return _problem(503, exc.code, "Redis or S3 is away: come again.", {"Retry-After": str(RETRY_AFTER_S)})
-    if isinstance(exc, Unauthorized):
-        return _problem(401, exc.code, str(exc), {"WWW-Authenticate": "Bearer"})
-    if isinstance(exc, Forbidden):
-        return _problem(403, exc.code, str(exc))
-    if isinstance(exc, requests.Conflict) or (isinstance(exc, JobError) and exc.code == "job_closed"):
-        return _problem(409, exc.code, str(exc))
-    if isinstance(exc, JobError):
-        return _problem(404, exc.code, "There is no such request.")
-    if isinstance(exc, (SettingsError, ImageError)):
-        return _problem(422, exc.code, str(exc))
-    raise exc  # a bug
+def _answer_error(_: Request, exc: Exception) -> Response:
+    assert isinstance(exc, CutfleetError)  # noqa: S101  (for the type: registered for no other)
+    answer = next(_ANSWERS[error] for error in type(exc).__mro__ if error in _ANSWERS)
+    headers = dict(answer.headers)
+    if isinstance(exc, RateLimited):
+        headers["Retry-After"] = str(exc.wait_s)
+    if answer.status >= 500:
+        log.error("refused: %s", exc, extra={"action": "api", "code": exc.code})
+    return _problem(answer.status, exc.code, answer.detail or str(exc), headers)
 
 
-def _invalid(_: Request, exc: Exception) -> Response:
-    assert isinstance(exc, RequestValidationError)  # noqa: S101  (for the type: starlette hands over no other)
-    wrong = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
-    return _problem(422, "invalid", wrong)
+def _answer_invalid(_: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)  # noqa: S101  (for the type)
+    problems = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
+    return _problem(422, "invalid", problems)
 
 
-def _plain(_: Request, exc: Exception) -> Response:
-    assert isinstance(exc, HTTPException)  # noqa: S101  (as above)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "unreadable")
+def _answer_http_error(_: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)  # noqa: S101  (for the type)
+    code = _CODES.get(exc.status_code, "unreadable")
     return _problem(exc.status_code, code, str(exc.detail), dict(exc.headers or {}))
 
 
-def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
+def _problem(status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     return JSONResponse({"status": status, "code": code, "detail": detail}, status, headers)
 
 
-class _Bounded:
-    """Reads a body, up to the limit, before anybody works on it."""
+class _BodyLimit:
+    """Reads a body of at most `MAX_BODY_BYTES` before the app runs; answers 413 to a larger one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -130,7 +151,7 @@ class _Bounded:
                 return
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        async def again() -> Message:
+        async def receive_whole() -> Message:
             return whole.pop() if whole else await receive()
 
-        await self._app(scope, again, send)
+        await self._app(scope, receive_whole, send)

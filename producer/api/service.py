@@ -1,7 +1,8 @@
-"""What the HTTP API asks of ledger and store. A request of at most `MAX_LIVE` images is a job that is on its queue
-before it is answered; a larger prefix is a backfill that `producer/api/background_listing.py` lists.
+"""What the HTTP API does with ledger and store. A request of at most `MAX_LIVE` images becomes a job whose images are
+queued before the response; a larger prefix becomes a backfill that `producer/api/background_listing.py` lists.
 
-`Idempotency-Key` reserves a job's id first, for a day: killed at any line, the same request makes the same job.
+`Idempotency-Key` reserves the job's id first, for a day: a process may be killed at any line, and the same request
+still creates one job.
 """
 
 from __future__ import annotations
@@ -9,53 +10,40 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
-import itertools
 import json
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel
-
-from jobs.errors import CutfleetError, JobError, SettingsError
+from jobs.errors import CutfleetError, JobClosed
 from jobs.job import ImageState, Job
-from jobs.ledger import MAX_LIVE, Ledger
+from jobs.ledger import Ledger
+from jobs.ledger.jobs import MAX_LIVE
 from jobs.message import ImageTask
-from jobs.recipe import Recipe
-from jobs.s3.client import Location, S3Object, Store, image_names, rendition_names
-from producer.api.auth import Caller
+from jobs.s3.client import S3Object, Store
+from jobs.s3.location import Location
+from producer.api.auth import ApiKey
+from producer.api.models import Result
 from producer.records.job_record import write_record
-from producer.records.manifest import find_rows, read_part, read_unrecorded
-from producer.submission.submit import Request, check_request, draft, live_row, rows_of
+from producer.records.manifest import ManifestReader, read_unrecorded
+from producer.submission.request import Request
+from producer.submission.submit import draft_job, queue_live, read_head
+from producer.submission.validation import check_request
 
 LINK_S = 3600
-LOOKS_AT_ONCE = 8
+PARALLEL_LOOKUPS = 8
 MINUTE_S = 60
-_DONE = (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED)
 
 
-class Result(BaseModel):
-    """One image. `cutout_url`, `mask_url`, `renditions` (by name): links that anybody may fetch for an hour."""
-
-    index: int
-    source: str
-    state: Literal["open", "done", "failed", "skipped", "cancelled", "review"]
-    cutout_url: str | None = None
-    mask_url: str | None = None
-    renditions: dict[str, str] | None = None
-    code: str | None = None
-    message: str | None = None
-
-
-class Conflict(CutfleetError):
-    """What is asked for does not go with what was asked before."""
+class KeyReused(CutfleetError):
+    """An Idempotency-Key came with another body before."""
 
     code = "idempotency_key_reused"
 
 
-class TooMany(CutfleetError):
-    """The caller has used up its minute; `wait_s` until the next."""
+class RateLimited(CutfleetError):
+    """The API key has used up its calls of this minute. `wait_s`: until the next minute."""
 
     code = "rate_limited"
 
@@ -64,106 +52,92 @@ class TooMany(CutfleetError):
         self.wait_s = wait_s
 
 
-def spend(caller: Caller, ledger: Ledger) -> None:
-    """Counts one request of this minute. Raises `TooMany`."""
-    now = time.time()
-    if ledger.count_call(caller.name, int(now) // MINUTE_S) > caller.per_minute:
-        wait_s = MINUTE_S - int(now) % MINUTE_S
-        raise TooMany(f"This key may ask {caller.per_minute} times a minute.", wait_s=wait_s)
+def count_call(api_key: ApiKey, ledger: Ledger) -> None:
+    """Count one call of this minute. Raises `RateLimited`."""
+    now = int(time.time())
+    if ledger.quotas.count_call(api_key.name, now // MINUTE_S) > api_key.per_minute:
+        raise RateLimited(f"This key may make {api_key.per_minute} calls a minute.", wait_s=MINUTE_S - now % MINUTE_S)
 
 
-def reserve(caller: Caller, key: str, body: Mapping[str, Any], ledger: Ledger) -> str:
-    """The id of the job that this request makes or has made. Raises `Conflict` when the key came with another body."""
+def reserve_job_id(api_key: ApiKey, idempotency_key: str, body: Mapping[str, Any], ledger: Ledger) -> str:
+    """Return the id of the job that this request creates or has created. Raises `KeyReused`."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     job_id = f"{stamp}-api-{secrets.token_hex(8)}"
-    if not key:
+    if not idempotency_key:
         return job_id
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    owner = hashlib.sha256(f"{caller.name}\n{key}".encode()).hexdigest()
-    kept, found = ledger.reserve(owner, f"{digest} {job_id}").split(" ")
-    if kept != digest:
-        raise Conflict("This Idempotency-Key came with another body before: take a new one.")
-    return found
+    owner = hashlib.sha256(f"{api_key.name}\n{idempotency_key}".encode()).hexdigest()
+    reserved_digest, reserved_id = ledger.quotas.reserve(owner, f"{digest} {job_id}").split(" ")
+    if reserved_digest != digest:
+        raise KeyReused("This Idempotency-Key came with another body before: use a new one.")
+    return reserved_id
 
 
 def submit(request: Request, job_id: str, *, store: Store, ledger: Ledger, lease_s: float) -> Job:
-    """Makes the job unless it is there. Raises `SettingsError` for a source that is empty."""
-    found = ledger.find_job(job_id)
-    if found is not None:
-        return found
+    """Create the job unless it exists. Raises what `check_request` raises, and `SettingsError` `source_empty`."""
+    existing = ledger.jobs.find(job_id)
+    if existing is not None:
+        return existing
     check_request(request, ledger, store)
-    head = list(itertools.islice(rows_of(request, store), MAX_LIVE + 1))
-    if not head:
-        raise SettingsError(f"There are no images under {request.source}.", code="source_empty")
+    head, _ = read_head(request, store)
     if len(head) > MAX_LIVE:
-        backfill = draft(dataclasses.replace(request, lane="backfill"), job_id=job_id, store=store)
-        ledger.create_job(dataclasses.replace(backfill, to_be_listed=True))
+        backfill = dataclasses.replace(request, lane="backfill")
+        ledger.jobs.create(draft_job(backfill, job_id=job_id, list_in_background=True, store=store))
     else:
-        job = draft(request, job_id=job_id, rows=head, store=store)
-        rows = [live_row(index, row, job) for index, row in enumerate(head)]
-        if not ledger.submit_live(job, rows, lease_s=lease_s):
-            _restore_record(ledger.job(job_id), store, ledger)
-    return ledger.job(job_id)
+        job = draft_job(request, job_id=job_id, rows=head, store=store)
+        if not queue_live(job, head, ledger, lease_s=lease_s):
+            _restore_record(ledger.jobs.get(job_id), store, ledger)
+    return ledger.jobs.get(job_id)
 
 
 def _restore_record(job: Job, store: Store, ledger: Ledger) -> None:
-    """The same request, sent twice at once, made the job first, perhaps of another listing than what is recorded now:
-    Redis lost, the job would be rebuilt of that."""
+    """Write the rows that the ledger has into the record again. A concurrent call of the same request created the job
+    first, perhaps from another listing than the one just recorded, and a rebuild reads the record."""
     if job.unrecorded == job.total:
-        found = read_unrecorded(job, first=0, count=MAX_LIVE, ledger=ledger)
-        write_record(job, store, rows=[S3Object(task.key, task.etag, task.size, hint=task.hint) for task in found])
+        tasks = read_unrecorded(job, first=0, count=MAX_LIVE, ledger=ledger)
+        write_record(job, store, rows=[S3Object(task.key, task.etag, task.size, hint=task.hint) for task in tasks])
 
 
 def cancel(job: Job, ledger: Ledger) -> None:
-    """Raises `JobError` when it is closed."""
-    if not ledger.cancel(job.id):
-        raise JobError(f"Request {job.id} is completed: there is nothing to cancel.", code="job_closed")
+    """Raises `JobClosed`."""
+    if not ledger.jobs.cancel(job.id):
+        raise JobClosed(f"Request {job.id} is completed: there is nothing to cancel.")
 
 
-def results(job: Job, *, first: int, limit: int, store: Store, ledger: Ledger) -> list[Result]:
-    """Up to `limit` images from index `first` on, fewer at the end of a part: go on behind the last."""
+def read_results(job: Job, *, first: int, limit: int, store: Store, ledger: Ledger) -> list[Result]:
+    """Return up to `limit` images from index `first` on, fewer at the end of a manifest part."""
     if first >= job.total:
         return []
-    tasks = find_rows(job, first, limit, part=lambda number: read_part(store, job, number), ledger=ledger)
-    states = ledger.states(job.id, first, len(tasks))
-    links = _Links(job, store)
-    with concurrent.futures.ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-        return list(pool.map(lambda task, state: _result(job, task, state, links, ledger), tasks, states))
+    tasks = ManifestReader(job, store, ledger).find(first, limit)
+    states = ledger.images.states(job.id, first, len(tasks))
+    with concurrent.futures.ThreadPoolExecutor(PARALLEL_LOOKUPS) as pool:
+        return list(pool.map(lambda task, state: _result(job, task, state, store, ledger), tasks, states))
 
 
-def _result(job: Job, task: ImageTask, state: ImageState, links: _Links, ledger: Ledger) -> Result:
-    source = image_names(job.source, job.destination, task.key).source
-    found = Result(index=task.index, source=str(source), state=state.name.lower())
-    if state in _DONE:
-        return found.model_copy(update=links.of(task.key))
-    failure = ledger.failure(job.id, task.index) if state is ImageState.FAILED else None
-    return found.model_copy(update={"code": failure.code, "message": failure.message}) if failure else found
+def _result(job: Job, task: ImageTask, state: ImageState, store: Store, ledger: Ledger) -> Result:
+    result = Result(index=task.index, source=str(job.paths(task.key).source), state=state.name.lower())
+    if state.has_outputs:
+        return result.model_copy(update=_links(job, task.key, store))
+    failure = ledger.images.failure(job.id, task.index) if state is ImageState.FAILED else None
+    return result.model_copy(update={"code": failure.code, "message": failure.message}) if failure else result
 
 
-class _Links:
-    """To what was made of a job's images."""
+def _links(job: Job, key: str, store: Store) -> dict[str, Any]:
+    def sign(location: Location) -> str:
+        return store.presign(location, lasts_s=LINK_S)
 
-    def __init__(self, job: Job, store: Store) -> None:
-        self._job = job
-        self._store = store
-        self._recipe = Recipe.from_json(job.recipe)
+    paths = job.paths(key)
+    renditions = job.rendition_paths(key) if _has_renditions(job, paths.cutout, store) else {}
+    return {
+        "cutout_url": sign(paths.cutout),
+        "mask_url": sign(paths.mask),
+        "renditions": {name: sign(location) for name, location in renditions.items()},
+    }
 
-    def of(self, key: str) -> dict[str, Any]:
-        names = image_names(self._job.source, self._job.destination, key)
-        return {
-            "cutout_url": self._sign(names.cutout),
-            "mask_url": self._sign(names.mask),
-            "renditions": {name: self._sign(place) for name, place in self._renditions(key, names.cutout).items()},
-        }
 
-    def _renditions(self, key: str, cutout: Location) -> dict[str, Location]:
-        """Of an image without a subject there are none: its cutout says so."""
-        if not self._recipe.renditions:
-            return {}
-        found = self._store.head(cutout, role="output")
-        if found is None or not found.metadata.get("cf-renditions"):
-            return {}
-        return rendition_names(self._recipe, self._job.source, self._job.destination, key)
-
-    def _sign(self, place: Location) -> str:
-        return self._store.presign(place, lasts_s=LINK_S)
+def _has_renditions(job: Job, cutout: Location, store: Store) -> bool:
+    """An image without a subject has none; the cutout's metadata records it."""
+    if not job.recipe.renditions:
+        return False
+    output = store.head(cutout, role="output")
+    return output is not None and bool(output.metadata.get("cf-renditions"))

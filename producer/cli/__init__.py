@@ -1,2 +1,2 @@
-"""The commands of `cutfleet`, one module a group of them. Heavy imports stand inside the commands: `cutfleet --help`
-answers without loading Celery, boto3 or pydantic."""
+"""The commands of `cutfleet`, one module for each group. Heavy imports stay inside the commands, so that
+`cutfleet --help` loads neither Celery nor boto3 nor pydantic."""

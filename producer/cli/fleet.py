@@ -1,57 +1,45 @@
-"""What there is to work with: workers, models, doctor."""
+"""The state of the fleet: workers, doctor."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
 import click
 
-from producer.cli.session import ALL_DONE, WRONG, open_ledger
+from jobs.s3.location import Location, parse_destination
+from producer.cli.session import ExitCode, open_ledger
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 def workers(as_json: bool) -> None:
-    """The workers that are alive: device, model, what they hold, how fast they are."""
-    from producer.console.fleet import show_workers
+    """List the running workers: device, model, images in flight, rate."""
+    from producer.console.fleet import print_workers
 
     with open_ledger() as (_, ledger):
-        show_workers(ledger.workers(), as_json=as_json)
-
-
-@click.group(invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
-@click.pass_context
-def models(ctx: click.Context, as_json: bool) -> None:
-    """The models by name: size, licence, input size, and whether they are on this machine."""
-    from producer.console.fleet import show_models
-
-    if ctx.invoked_subcommand is None:
-        show_models(as_json=as_json)
-
-
-@models.command()
-@click.argument("name")
-@click.option(
-    "--revision", default="", metavar="SHA", help="All 40 digits.  [default: the one pinned here, or today's]"
-)
-def pull(name: str, revision: str) -> None:
-    """Fetch a model's files ahead of time and pin their revision. Prints their folder."""
-    from jobs import catalogue as presets
-
-    click.echo(presets.pull(presets.find_preset(name), revision=revision))
+        print_workers(ledger.fleet.workers(), as_json=as_json)
 
 
 @click.command()
-@click.option("--source", metavar="s3://BUCKET/PREFIX", help="Try to read there.  [default: the newest open job's]")
-@click.option("--to", "destination", metavar="s3://BUCKET/PREFIX", help="Try to write there.  [default: likewise]")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def doctor(source: str | None, destination: str | None, as_json: bool) -> None:
-    """Look at settings, disk, Redis, S3, workers and queues, and say what to do about each. Exit code 1: something is
-    wrong."""
-    import dataclasses
-
+@click.option(
+    "--source",
+    metavar="s3://BUCKET/PREFIX",
+    type=Location.parse,
+    help="Prefix to try to read.  [default: the newest open job's]",
+)
+@click.option(
+    "--to",
+    "destination",
+    metavar="s3://BUCKET/PREFIX",
+    type=parse_destination,
+    help="Prefix to try to write.  [default: the newest open job's]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(source: Location | None, destination: Location | None, as_json: bool) -> None:
+    """Check settings, disk, Redis, S3, workers and queues, and name a remedy for each problem. Exit code 1: an error
+    was found."""
     from producer.doctor.checks import examine
     from producer.doctor.findings import is_well
 
@@ -63,7 +51,7 @@ def doctor(source: str | None, destination: str | None, as_json: bool) -> None:
     if as_json:
         rows = [dataclasses.asdict(finding) for finding in findings]
         click.echo(json.dumps({"well": is_well(findings), "findings": rows}, ensure_ascii=False))
-    sys.exit(ALL_DONE if is_well(findings) else WRONG)
+    sys.exit(ExitCode.OK if is_well(findings) else ExitCode.FAILED)
 
 
-COMMANDS = (workers, models, doctor)
+COMMANDS = (workers, doctor)

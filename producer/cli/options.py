@@ -1,4 +1,4 @@
-"""Options that belong together, as one value each: which images, what is made of them, how fast, who is told."""
+"""Options that several commands share, each group as one value."""
 
 from __future__ import annotations
 
@@ -16,39 +16,43 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.errors import SettingsError
+from jobs.message import LANES, RENDER_POOL
+from jobs.s3.location import Location
 
 if TYPE_CHECKING:
     from jobs.message import Lane
     from jobs.recipe import Recipe
     from jobs.settings import Settings
-    from producer.submission.sources import Only, Report
+    from producer.submission.request import LineReport, ListingFilter
 
 _MB = click.FloatRange(min=0)
 _DATE = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
+_Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
-def gathers(name: str, build: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command several options as one value, its argument `name`: a dataclass with a field for each."""
-    fields = [field.name for field in dataclasses.fields(build)]  # type: ignore[arg-type]  # mypy can't say so of a class
+def option_group(name: str, build: type[Any], *options: Callable[..., Any]) -> _Decorator:
+    """Return a decorator that adds `options` to a command and passes them as one value, the argument `name`. `build`: a
+    dataclass with a field for each option."""
+    fields = [field.name for field in dataclasses.fields(build)]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def gathered(**told: Any) -> None:
-            value = build(**{field: told.pop(field) for field in fields})
-            command(**{name: value}, **told)
+        def grouped(**arguments: Any) -> None:
+            value = build(**{field: arguments.pop(field) for field in fields})
+            command(**{name: value}, **arguments)
 
         for option in reversed(options):
-            option(gathered)
-        return gathered
+            option(grouped)
+        return grouped
 
     return decorate
 
 
 @dataclasses.dataclass(frozen=True)
-class Sought:
-    """Which images are asked for, in the options' own terms."""
+class SourceOptions:
+    """Which images a command reads."""
 
-    source: str
+    source: Location
     keys: tuple[str, ...]
     manifest: str | None
     bad_lines: str
@@ -60,27 +64,28 @@ class Sought:
     until: datetime | None
 
     @contextmanager
-    def here(self) -> Iterator[Sought]:
-        """Itself, with what comes on stdin in a file: it may be read twice, and be more than memory holds."""
-        names_keys = "-" in self.keys and self.manifest is None
-        if self.manifest != "-" and not names_keys:
+    def stdin_as_file(self) -> Iterator[SourceOptions]:
+        """Copy what these options read from stdin to a temporary file, and name that as the manifest: it may be read
+        twice and be larger than memory."""
+        reads_keys = "-" in self.keys and self.manifest is None
+        if self.manifest != "-" and not reads_keys:
             yield self
             return
         with tempfile.NamedTemporaryFile(prefix="cutfleet-") as file:
-            if names_keys:
+            if reads_keys:
                 file.writelines(json.dumps({"key": key}).encode() + b"\n" for key in _read_keys(self.keys) if key)
             else:
                 shutil.copyfileobj(sys.stdin.buffer, file)
             file.flush()
-            yield dataclasses.replace(self, keys=() if names_keys else self.keys, manifest=file.name)
+            yield dataclasses.replace(self, keys=() if reads_keys else self.keys, manifest=file.name)
 
-    def only(self) -> Only:
-        """Raises `SettingsError` where there is no listing to limit."""
-        from producer.submission.sources import EVERYTHING, Only
+    def listing_filter(self) -> ListingFilter:
+        """Raises `SettingsError` for a filter without a listing, and for keys together with a manifest."""
+        from producer.submission.request import EVERYTHING, ListingFilter
 
         if self.keys and self.manifest is not None:
-            raise SettingsError("Name keys or give a manifest (--from), not both.")
-        only = Only(
+            raise SettingsError("Give either keys or a manifest (--from), not both.")
+        listing_filter = ListingFilter(
             include=self.include,
             exclude=self.exclude,
             min_bytes=round(1e6 * (self.min_mb or 0)),
@@ -88,113 +93,130 @@ class Sought:
             since=self.since.replace(tzinfo=UTC).timestamp() if self.since else None,
             until=self.until.replace(tzinfo=UTC).timestamp() if self.until else None,
         )
-        if only != EVERYTHING and (self.keys or self.manifest is not None):
-            raise SettingsError("Patterns and limits are for a listing: leave lines out of the manifest itself.")
-        return only
+        if listing_filter != EVERYTHING and (self.keys or self.manifest is not None):
+            raise SettingsError(
+                "--include, --exclude, --min-mb, --max-mb, --since and --until filter a listing. They can't be "
+                "combined with keys or a manifest: remove the lines there."
+            )
+        return listing_filter
 
-    def named(self) -> tuple[str, ...] | None:
-        """The keys; None where none was named, or those on stdin are in a file."""
-        return self.keys or None
+    def line_report(self) -> LineReport:
+        from producer.submission.request import refuse_line
 
-    def bad_line(self) -> Report:
-        from producer.submission.sources import refuse_line
-
-        return refuse_line if self.bad_lines == "stop" else _tell_bad_line
+        return refuse_line if self.bad_lines == "stop" else _print_bad_line
 
 
-SOUGHT = (
-    click.argument("source", metavar="s3://BUCKET/PREFIX"),
+source_options = option_group(
+    "source",
+    SourceOptions,
+    click.argument("source", metavar="s3://BUCKET/PREFIX", type=Location.parse),
     click.argument("keys", metavar="[KEY ...|-]", nargs=-1),
     click.option(
-        "--from", "manifest", metavar="FILE|s3://...|-", help="Keys from CSV, JSONL, Parquet or an S3 Inventory."
+        "--from", "manifest", metavar="FILE|s3://...|-", help="Read keys from CSV, JSONL, Parquet or an S3 Inventory."
     ),
     click.option(
-        "--bad-lines", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Of a manifest."
+        "--bad-lines",
+        type=click.Choice(["stop", "skip"]),
+        default="stop",
+        show_default=True,
+        help="What to do at a malformed line of the manifest.",
     ),
-    click.option("--include", metavar="PATTERN", multiple=True, help="Of a listing: only keys like this, as `*.jpg`."),
-    click.option("--exclude", metavar="PATTERN", multiple=True, help="Of a listing: no keys like this."),
-    click.option("--min-mb", type=_MB, metavar="MB", help="Of a listing: no smaller objects."),
-    click.option("--max-mb", type=_MB, metavar="MB", help="Of a listing: no larger objects."),
-    click.option("--since", type=_DATE, metavar="DATE", help="Of a listing: last written then or later (UTC)."),
-    click.option("--until", type=_DATE, metavar="DATE", help="Of a listing: last written before (UTC)."),
+    click.option("--include", metavar="PATTERN", multiple=True, help="List only keys that match, such as `*.jpg`."),
+    click.option("--exclude", metavar="PATTERN", multiple=True, help="List no keys that match."),
+    click.option("--min-mb", type=_MB, metavar="MB", help="List no smaller objects."),
+    click.option("--max-mb", type=_MB, metavar="MB", help="List no larger objects."),
+    click.option("--since", type=_DATE, metavar="DATE", help="List only objects last written at DATE (UTC) or later."),
+    click.option("--until", type=_DATE, metavar="DATE", help="List only objects last written before DATE (UTC)."),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """What is made of them."""
+class RecipeOptions:
+    """What a job makes of each image."""
 
     recipe: str
     model: str | None
     keep_metadata: bool
 
-    def of(self, settings: Settings) -> Recipe:
-        from jobs.catalogue import RENDER
+    def load(self, settings: Settings) -> Recipe:
         from jobs.recipe import load_recipe
 
-        if self.model == RENDER:
+        if self.model == RENDER_POOL:
             raise SettingsError("To make renditions from stored cutouts: cutfleet render JOB --recipe NAME.")
         recipe = load_recipe(self.recipe, model=settings.model)
         keep_credit = self.keep_metadata or recipe.keep_credit
         return dataclasses.replace(recipe, model=self.model or recipe.model, keep_credit=keep_credit)
 
 
-MADE = (
-    click.option("--recipe", metavar="NAME|FILE", default="default", help="Which images to make: see `recipes`."),
+recipe_options = option_group(
+    "recipe",
+    RecipeOptions,
     click.option(
-        "--model", metavar="NAME", help="Which model cuts them out.  [default: the recipe's, or CUTFLEET_MODEL]"
+        "--recipe", metavar="NAME|FILE", default="default", help="Which outputs to make: see `cutfleet recipes`."
     ),
     click.option(
-        "--keep-metadata", is_flag=True, help="Copy artist and copyright from the source; nothing else is kept."
+        "--model", metavar="NAME", help="Model that makes the masks.  [default: the recipe's, or CUTFLEET_MODEL]"
+    ),
+    click.option(
+        "--keep-metadata", is_flag=True, help="Copy artist and copyright from the source; no other metadata is copied."
     ),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Pace:
-    """How, and how fast, a job is fed."""
+class FeedOptions:
+    """How fast a job is fed."""
 
-    lane: Lane
-    weight: int
-    rate: float | None
-    sample: int | None
+    lane: Lane = "backfill"
+    weight: int = 1
+    rate: float | None = None
+    sample: int | None = None
 
 
-PACE = (
+feed_options = option_group(
+    "feed",
+    FeedOptions,
     click.option(
         "--lane",
-        type=click.Choice(["live", "backfill"]),
+        type=click.Choice(LANES),
         default="backfill",
         show_default=True,
-        help="Live is always taken first.",
+        help="Workers take live images first.",
     ),
     click.option(
-        "--weight", type=click.IntRange(1, 1000), default=1, show_default=True, help="Its share against other jobs'."
+        "--weight",
+        type=click.IntRange(1, 1000),
+        default=1,
+        show_default=True,
+        help="Share of the queue against other jobs.",
     ),
     click.option(
         "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Feed at most N images a second."
     ),
     click.option(
-        "--sample", type=click.IntRange(min=1), metavar="N", help="Pause after the first N; `unpause` goes on."
+        "--sample",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Pause the job after the first N images; `cutfleet unpause` continues it.",
     ),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-    """Who is told of the end."""
-
-    webhook: str
-    webhook_images: bool
+class WebhookOptions:
+    webhook: str = ""
+    webhook_images: bool = False
 
 
-TOLD = (
-    click.option("--webhook", metavar="URL", default="", help="Told, signed, when the job is closed."),
-    click.option("--webhook-images", is_flag=True, help="Told of every image, too."),
+webhook_options = option_group(
+    "webhook",
+    WebhookOptions,
+    click.option("--webhook", metavar="URL", default="", help="POST a signed event to URL when the job closes."),
+    click.option("--webhook-images", is_flag=True, help="POST an event for each final image, too."),
 )
 
 
-def _tell_bad_line(number: int, reason: str) -> None:
+def _print_bad_line(number: int, reason: str) -> None:
     click.echo(f"line {number} of the manifest left out: {reason}", err=True)
 
 

@@ -1,4 +1,4 @@
-"""What runs until it is stopped, or runs the whole system: dispatch, watch, serve, webhooks, demo."""
+"""Commands that run until they are stopped: dispatch, watch, serve; webhooks replay; demo."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from pathlib import Path
 
 import click
 
-from producer.cli.session import check_webhook, open_ledger, open_services, told_to_stop
+from jobs.s3.location import Location, parse_destination
+from producer.cli.options import WebhookOptions, webhook_options
+from producer.cli.session import check_webhook_options, open_ledger, open_services, stop_event
 
 
 @click.command()
 def dispatch() -> None:
-    """Run the dispatcher: feeds the queues, publishes again what was lost, retries, closes jobs, sends
-    webhooks. One is active, others stand by."""
+    """Run the dispatcher: feed the queues, requeue lost images, retry, close jobs, send webhooks. One is active, others
+    are on standby."""
     from jobs.logs import set_up_logs
     from producer.dispatcher.dispatcher import Dispatcher
     from producer.webhooks.delivery import delivering
 
-    stop = told_to_stop()
+    stop = stop_event()
     with open_services() as (settings, ledger, store):
         set_up_logs(settings.log_format)
         dispatcher = Dispatcher(ledger, store, settings)
@@ -34,25 +36,36 @@ def webhooks() -> None:
 @webhooks.command()
 @click.argument("job")
 def replay(job: str) -> None:
-    """Send a job's webhooks again: that it is closed, and of its images if it was submitted so."""
-    from producer.console.output import some
-    from producer.webhooks.delivery import replay as send_again
+    """Send a job's webhook events again: its closing, and its images if it was submitted with --webhook-images."""
+    from producer.console.output import format_count
+    from producer.webhooks.delivery import replay as replay_events
 
     with open_ledger() as (settings, ledger):
-        found = ledger.job(job)
-        check_webhook(found.webhook, found.webhook_images, settings)
-        click.echo(f"Due again: {some(send_again(found, ledger=ledger), 'webhook')} of job {job}.", err=True)
+        found = ledger.jobs.get(job)
+        check_webhook_options(found.webhook, found.webhook_images, settings)
+        count = replay_events(found, ledger=ledger)
+    click.echo(f"Due again: {format_count(count, 'webhook')} of job {job}.", err=True)
 
 
 @click.command()
-@click.argument("source", metavar="s3://BUCKET/PREFIX")
-@click.option("--to", "destination", metavar="s3://BUCKET/PREFIX", required=True, help="Where cutouts and masks go.")
-@click.option("--model", metavar="NAME", help="Which model cuts them out.  [default: CUTFLEET_MODEL]")
-@click.option("--queue", metavar="URL", help="SQS queue that S3 sends its event notifications to; it is emptied.")
-@click.option("--listen", metavar="HOST:PORT", help="Take event notifications by POST /events (CUTFLEET_WATCH_TOKEN).")
-@click.option("--webhook", metavar="URL", default="", help="Told, signed, when a day's job is closed.")
-@click.option("--webhook-images", is_flag=True, help="Told of every image, too.")
-@click.option("--existing", is_flag=True, help="Where it remembers no listing, take what is there too.")
+@click.argument("source", metavar="s3://BUCKET/PREFIX", type=Location.parse)
+@click.option(
+    "--to",
+    "destination",
+    metavar="s3://BUCKET/PREFIX",
+    type=parse_destination,
+    required=True,
+    help="Where to write the outputs.",
+)
+@click.option("--model", metavar="NAME", help="Model that makes the masks.  [default: CUTFLEET_MODEL]")
+@click.option("--queue", metavar="URL", help="SQS queue that receives S3's event notifications; it is emptied.")
+@click.option(
+    "--listen", metavar="HOST:PORT", help="Receive event notifications by POST /events (CUTFLEET_WATCH_TOKEN)."
+)
+@webhook_options
+@click.option(
+    "--existing", is_flag=True, help="If no earlier listing is recorded, also take the objects that exist already."
+)
 @click.option(
     "--sweep-every",
     "sweep_every_s",
@@ -60,29 +73,29 @@ def replay(job: str) -> None:
     default=900,
     show_default=True,
     metavar="S",
-    help="List the prefix for what no event told of.",
+    help="List the prefix every S seconds, for objects without a notification.",
 )
 def watch(
-    source: str,
-    destination: str,
+    source: Location,
+    destination: Location,
     model: str | None,
     queue: str | None,
     listen: str | None,
-    webhook: str,
-    webhook_images: bool,
+    webhook: WebhookOptions,
     existing: bool,
     sweep_every_s: float,
 ) -> None:
-    """Cut out whatever arrives under a prefix, on the live lane, in one job a day. Runs until it is stopped."""
+    """Cut out each image that arrives under a prefix, on the live lane, in one job a day. Runs until it is stopped."""
     from jobs.logs import set_up_logs
     from jobs.recipe import Recipe
-    from producer.ingest.watcher import Watcher, run_watch
-    from producer.submission.submit import Request
+    from producer.ingest.run import run_watch
+    from producer.ingest.watcher import Watcher
+    from producer.submission.request import Request
 
-    stop = told_to_stop()
+    stop = stop_event()
     with open_services() as (settings, ledger, store):
         set_up_logs(settings.log_format)
-        check_webhook(webhook, webhook_images, settings)
+        check_webhook_options(webhook.webhook, webhook.webhook_images, settings)
         request = Request(
             source=source,
             destination=destination,
@@ -90,8 +103,8 @@ def watch(
             lane="live",
             name=f"watch {source}",
             keys=None,
-            webhook=webhook,
-            webhook_images=webhook_images,
+            webhook=webhook.webhook,
+            webhook_images=webhook.webhook_images,
         )
         watcher = Watcher(request, store=store, ledger=ledger, lease_s=settings.lease_s)
         watcher.begin(existing=existing)
@@ -100,9 +113,15 @@ def watch(
 
 
 @click.command()
-@click.option("--listen", metavar="HOST:PORT", default="127.0.0.1:8080", show_default=True, help="Put TLS before it.")
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    default="127.0.0.1:8080",
+    show_default=True,
+    help="Speaks HTTP only: put a TLS proxy before it.",
+)
 def serve(listen: str) -> None:
-    """Serve the HTTP API: images are asked for, followed, cancelled and fetched. Runs until it is stopped."""
+    """Serve the HTTP API: submit images, follow and cancel requests, fetch results. Runs until it is stopped."""
     from jobs.logs import set_up_logs
     from producer.api.app import serve as serve_api
 
@@ -114,10 +133,10 @@ def serve(listen: str) -> None:
 @click.command()
 @click.argument("photos", type=click.Path(exists=True, file_okay=False, path_type=Path), required=False)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), show_default=True)
-@click.option("--keep", is_flag=True, help="Leave the local system running afterwards, until Ctrl-C.")
+@click.option("--keep", is_flag=True, help="Keep the local system running afterwards, until Ctrl-C.")
 def demo(photos: Path | None, out: Path, keep: bool) -> None:
-    """The whole system on this machine, once: servers, dispatcher, worker, a job, a contact sheet. PHOTOS: a folder of
-    your own images instead of the ones that come along."""
+    """Run the whole system on this machine, once: servers, dispatcher, worker, a job, a contact sheet. PHOTOS: a folder
+    of images to use instead of the samples."""
     from producer.demo.demo import run_demo
 
     sys.exit(run_demo(photos, out, keep=keep))

@@ -1,7 +1,8 @@
-"""What commands share: exit codes, settings with ledger and store, progress, waiting for a job, the signal to stop."""
+"""Exit codes, connections, and the output that several commands share."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,15 +14,24 @@ from jobs.errors import SettingsError
 if TYPE_CHECKING:
     import threading
 
-    from jobs.job import Job, Tally
+    from jobs.job import Job
     from jobs.ledger import Ledger
+    from jobs.ledger.fleet import Heartbeat
+    from jobs.results import JobStats
     from jobs.s3.client import Store
     from jobs.settings import Settings
 
-ALL_DONE, SOME_FAILED, USAGE, DEADLINE, UNREACHABLE = range(5)
-WRONG = SOME_FAILED
 CONNECTIONS = 24
-"""More than a listing has requests at a time."""
+"""More than a listing's requests at a time."""
+
+
+class ExitCode(enum.IntEnum):
+    OK = 0
+    FAILED = 1  # images failed, or `audit` or `doctor` found an error
+    USAGE = 2  # wrong usage or settings
+    DEADLINE = 3  # `wait --timeout` expired
+    UNREACHABLE = 4  # a service is unreachable or refuses access
+    INTERRUPTED = 130  # Ctrl-C, as shells report it
 
 
 @contextmanager
@@ -45,15 +55,16 @@ def open_services() -> Iterator[tuple[Settings, Ledger, Store]]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int], None]]:
-    from producer.console.output import Counter
+def progress(label: str) -> Iterator[Callable[[int], None]]:
+    """Show a count on stderr; call the value with each new count."""
+    from producer.console.progress import Counter
 
-    with Counter(what) as counter:
+    with Counter(label) as counter:
         yield counter.update
 
 
-def told_to_stop() -> threading.Event:
-    """Set by SIGTERM and Ctrl-C."""
+def stop_event() -> threading.Event:
+    """Return an event that SIGTERM and Ctrl-C set."""
     import signal
     import threading
 
@@ -63,44 +74,45 @@ def told_to_stop() -> threading.Event:
     return stop
 
 
-def check_webhook(url: str, images: bool, settings: Settings) -> None:
-    from producer.webhooks.delivery import check_webhook as check
+def check_webhook_options(url: str, images: bool, settings: Settings) -> None:
+    """Raises `SettingsError`."""
+    from producer.webhooks.delivery import check_webhook
 
     if url:
-        check(url, settings)
+        check_webhook(url, settings)
     elif images:
-        raise SettingsError("Say whom to tell of the images: --webhook URL.")
+        raise SettingsError("--webhook-images needs a receiver: add --webhook URL.")
 
 
-def wait_until_closed(job_id: str, ledger: Ledger, *, timeout_s: float | None) -> int:
-    """The exit code."""
-    from producer.console.output import some, wait_for
+def wait_and_summarize(job_id: str, ledger: Ledger, *, timeout_s: float | None = None) -> ExitCode:
+    from producer.console.output import format_count
+    from producer.console.progress import wait_until_closed
 
-    wait_for(job_id, ledger, timeout_s=timeout_s)
-    job, tally, workers = ledger.look(job_id)
-    show_job(job, tally, workers, err=True)
+    wait_until_closed(job_id, ledger, timeout_s=timeout_s)
+    job, stats, workers = ledger.jobs.look(job_id)
+    print_job(job, stats, workers, err=True)
     if job.closed is None:
-        click.echo(f"cutfleet: still {some(job.open, 'image')} open after {timeout_s:g} s [deadline]", err=True)
-        return DEADLINE
-    return SOME_FAILED if job.failed else ALL_DONE
+        click.echo(f"cutfleet: still {format_count(job.open, 'image')} open after {timeout_s:g} s [deadline]", err=True)
+        return ExitCode.DEADLINE
+    return ExitCode.FAILED if job.failed else ExitCode.OK
 
 
-def show_job(job: Job, tally: Tally, workers: Mapping[str, Mapping[str, str]], *, err: bool = False) -> None:
+def print_job(job: Job, stats: JobStats, workers: Mapping[str, Heartbeat], *, err: bool = False) -> None:
     from producer.console.output import job_lines
 
-    for line in job_lines(job, served=job.closed is not None or is_served(job, workers), tally=tally):
+    for line in job_lines(job, is_served=job.closed is not None or _is_served(job, workers), stats=stats):
         click.echo(line, err=err)
 
 
-def tell_unserved(job: Job, ledger: Ledger) -> None:
-    from jobs.catalogue import RENDER
+def warn_if_unserved(job: Job, ledger: Ledger) -> None:
+    from jobs.message import RENDER_POOL
 
-    if not is_served(job, ledger.workers()):
-        wanted = "is on a CPU" if job.model == RENDER else f"serves model {job.model!r}"
-        click.echo(f"No running worker {wanted}: the job waits until one does.", err=True)
+    if not _is_served(job, ledger.fleet.workers()):
+        needed = "is on a CPU" if job.model == RENDER_POOL else f"serves model {job.model!r}"
+        click.echo(f"No running worker {needed}: the job waits until one does.", err=True)
 
 
-def is_served(job: Job, workers: Mapping[str, Mapping[str, str]]) -> bool:
-    from producer.console.fleet import count_served
+def _is_served(job: Job, workers: Mapping[str, Heartbeat]) -> bool:
+    from jobs.ledger.fleet import count_workers
 
-    return job.model in count_served(workers)
+    return job.model in count_workers(workers)

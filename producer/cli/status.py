@@ -1,152 +1,176 @@
-"""What became of jobs and images: status, jobs, wait, dead, review."""
+"""Show results: status, jobs, wait, dead, review."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs.errors import SettingsError
-from producer.cli.session import open_ledger, open_services, show_job, tell_unserved, wait_until_closed
+from jobs.s3.location import Location, is_s3_uri
+from producer.cli.session import open_ledger, open_services, print_job, wait_and_summarize, warn_if_unserved
 
 if TYPE_CHECKING:
-    from jobs.job import Failure, Job
+    from jobs.job import Job
     from jobs.ledger import Ledger
+    from jobs.results import Failure, ImageNote
 
 
 @click.command()
 @click.argument("what", metavar="JOB|s3://BUCKET/KEY")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--failed", is_flag=True, help="List the images that failed: key, code, reason.")
-@click.option("--flagged", is_flag=True, help="List the images to look at: key, why, rules that were not passed.")
-@click.option("--watch", "live", is_flag=True, help="A live screen until the job is closed.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--failed", is_flag=True, help="List the failed images: key, code, message.")
+@click.option("--flagged", is_flag=True, help="List the images flagged for review: key, reasons, unmet rules.")
+@click.option("--watch", "live", is_flag=True, help="Show a live view until the job is closed.")
 def status(what: str, as_json: bool, failed: bool, flagged: bool, live: bool) -> None:
-    """What became of a job, or of one source image."""
-    from dataclasses import asdict
-
-    if live and (as_json or failed or flagged or what.startswith("s3://")):
-        raise SettingsError("--watch shows a job, and goes with no other option.")
-    if what.startswith("s3://"):
-        _image_status(what, as_json)
-        return
+    """Show the status of a job, or of one source image."""
+    if live and (as_json or failed or flagged or is_s3_uri(what)):
+        raise SettingsError("--watch takes a job and no other option.")
     if live:
         _watch_job(what)
-        return
-    with open_ledger() as (_, ledger):
-        job, tally, workers = ledger.look(what)
-        failures = _failures(job, ledger) if failed else []
-        remarks = list(ledger.remarks(what).values()) if flagged else []
-        if as_json:
-            rows = [{"key": f.key, "code": f.code, "message": f.message, "tries": f.tries} for _, f in failures]
-            told = job.summary() | {"tally": asdict(tally)} | ({"failures": rows} if failed else {})
-            told |= {"flagged": [json.loads(remark.to_json()) for remark in remarks]} if flagged else {}
-            click.echo(json.dumps(told, ensure_ascii=False))
-            return
-        if not failed and not flagged:
-            show_job(job, tally, workers)
-        for _, failure in failures:
-            click.echo(f"{failure.key}\t{failure.code}\t{failure.message}")
-        for remark in remarks:
-            click.echo(f"{remark.key}\t{','.join(remark.review)}\t{'; '.join(remark.complaints())}")
+    elif is_s3_uri(what):
+        _show_image(Location.parse(what), as_json=as_json)
+    else:
+        _show_job(what, as_json=as_json, failed=failed, flagged=flagged)
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
-def jobs(as_json: bool) -> None:
-    """The newest jobs."""
-    from producer.console.output import jobs_table
-
-    with open_ledger() as (_, ledger):
-        found = ledger.jobs()
-        if as_json:
-            for job in found:
-                click.echo(json.dumps(job.summary(), ensure_ascii=False))
-            return
-        jobs_table(found)
-
-
-@click.command()
-@click.argument("job")
-@click.option("--timeout", "timeout_s", type=float, metavar="S", help="Give up after S seconds (exit code 3).")
-def wait(job: str, timeout_s: float | None) -> None:
-    """Wait until a job is closed: exit code 0 when all is done, 1 when some images failed."""
-    with open_ledger() as (_, ledger):
-        ledger.job(job)
-        sys.exit(wait_until_closed(job, ledger, timeout_s=timeout_s))
-
-
-@click.command()
-@click.argument("job")
-@click.option("--flagged", is_flag=True, help="What its recipe or its rules flag.")
-@click.option("--failed", is_flag=True, help="What failed.  [default: both]")
-@click.option("--sample", type=click.IntRange(min=1), metavar="N", help="N more, drawn at random of all cutouts.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=".", show_default=True)
-def review(job: str, flagged: bool, failed: bool, sample: int | None, out: Path) -> None:
-    """Make a page to look at a job's images: before and after, the worst edge at 100 %, figures, reasons; approve and
-    reject. Any CPU worker makes the previews. Prints the page's path."""
-    from producer.review.select import Wanted, write_review
-
-    unsaid = not (flagged or failed or sample)
-    wanted = Wanted(flagged=flagged or unsaid, failed=failed or unsaid, sample=sample or 0)
-    with open_services() as (settings, ledger, store):
-
-        def asked(made: Job) -> None:
-            click.echo(f"{made.total} previews are made by job {made.id}", err=True)
-            tell_unserved(made, ledger)
-
-        page = write_review(
-            ledger.job(job), wanted, out, store=store, ledger=ledger, lease_s=settings.lease_s, asked=asked
-        )
-    click.echo(page)
-
-
-@click.command()
-@click.argument("job")
-@click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
-def dead(job: str, as_json: bool) -> None:
-    """The dead letters of a job: every image that failed, its code, tries, time, worker and reason."""
-    from producer.console.output import dead_line
-    from producer.records.failures import failures_of, json_row
-
-    with open_services() as (_, ledger, store):
-        for index, failure in failures_of(ledger.job(job), ledger=ledger, store=store):
-            click.echo(json_row(index, failure) if as_json else dead_line(failure))
-
-
-def _failures(job: Job, ledger: Ledger) -> list[tuple[int, Failure]]:
-    """In order of index. The store is asked only for what the ledger no longer holds."""
-    if not job.spills:
-        return sorted(ledger.failures(job.id), key=lambda pair: pair[0])
-    from producer.records.failures import failures_of
-
-    with open_services() as (_, _, store):
-        return sorted(failures_of(job, ledger=ledger, store=store), key=lambda pair: pair[0])
-
-
-def _watch_job(job: str) -> None:
+def _watch_job(job_id: str) -> None:
     from rich.console import Console
 
     from producer.console.live_view import watch_job
 
     with open_ledger() as (_, ledger):
-        ledger.job(job)
-        watch_job(job, ledger, console=Console())
+        ledger.jobs.get(job_id)
+        watch_job(job_id, ledger, console=Console())
 
 
-def _image_status(uri: str, as_json: bool) -> None:
-    from jobs.s3.client import Location
-    from producer.records.report import image_status
+def _show_image(source: Location, *, as_json: bool) -> None:
+    from producer.records.image_status import find_image_status
 
     with open_services() as (_, ledger, store):
-        found = image_status(Location.parse(uri), ledger=ledger, store=store)
+        fields = find_image_status(source, ledger=ledger, store=store).summary()
     if as_json:
-        click.echo(json.dumps(found.summary(), ensure_ascii=False))
+        click.echo(json.dumps(fields, ensure_ascii=False))
         return
-    for name, value in found.summary().items():
+    for name, value in fields.items():
         click.echo(f"{name + ':':9} {value}")
+
+
+def _show_job(job_id: str, *, as_json: bool, failed: bool, flagged: bool) -> None:
+    with open_ledger() as (_, ledger):
+        job, stats, workers = ledger.jobs.look(job_id)
+        failures = _read_failures(job, ledger) if failed else None
+        notes = list(ledger.images.notes(job_id).values()) if flagged else None
+    if as_json:
+        fields = job.summary() | {"tally": dataclasses.asdict(stats)} | _json_lists(failures, notes)
+        click.echo(json.dumps(fields, ensure_ascii=False))
+    elif failures is None and notes is None:
+        print_job(job, stats, workers)
+    else:
+        _print_lists(failures or [], notes or [])
+
+
+def _read_failures(job: Job, ledger: Ledger) -> list[Failure]:
+    """In order of index. Opens the store only when some are no longer in the ledger."""
+    if not job.spills:
+        rows = dict(ledger.images.failures(job.id))
+    else:
+        from producer.records.failures import all_failures
+
+        with open_services() as (_, _, store):
+            rows = dict(all_failures(job, ledger=ledger, store=store))
+    return [failure for _, failure in sorted(rows.items())]
+
+
+def _json_lists(failures: list[Failure] | None, notes: list[ImageNote] | None) -> dict[str, Any]:
+    lists: dict[str, Any] = {}
+    if failures is not None:
+        lists["failures"] = [{"key": f.key, "code": f.code, "message": f.message, "tries": f.tries} for f in failures]
+    if notes is not None:
+        lists["flagged"] = [dataclasses.asdict(note) for note in notes]
+    return lists
+
+
+def _print_lists(failures: list[Failure], notes: list[ImageNote]) -> None:
+    for failure in failures:
+        click.echo(f"{failure.key}\t{failure.code}\t{failure.message}")
+    for note in notes:
+        click.echo(f"{note.key}\t{','.join(note.review)}\t{'; '.join(note.unmet_rules())}")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+def jobs(as_json: bool) -> None:
+    """List the newest jobs."""
+    from producer.console.output import print_jobs
+
+    with open_ledger() as (_, ledger):
+        newest = ledger.jobs.newest()
+    if as_json:
+        for job in newest:
+            click.echo(json.dumps(job.summary(), ensure_ascii=False))
+    else:
+        print_jobs(newest)
+
+
+@click.command()
+@click.argument("job")
+@click.option("--timeout", "timeout_s", type=float, metavar="S", help="Stop waiting after S seconds (exit code 3).")
+def wait(job: str, timeout_s: float | None) -> None:
+    """Wait until a job is closed: exit code 0 without failures, 1 with failures."""
+    with open_ledger() as (_, ledger):
+        ledger.jobs.get(job)
+        sys.exit(wait_and_summarize(job, ledger, timeout_s=timeout_s))
+
+
+@click.command()
+@click.argument("job")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+def dead(job: str, as_json: bool) -> None:
+    """List the dead letters of a job: for each failed image its key, code, attempts, time, worker and message."""
+    from producer.console.output import failure_line
+    from producer.records.failures import all_failures, json_row
+
+    with open_services() as (_, ledger, store):
+        for index, failure in all_failures(ledger.jobs.get(job), ledger=ledger, store=store):
+            click.echo(json_row(index, failure) if as_json else failure_line(failure))
+
+
+@click.command()
+@click.argument("job")
+@click.option("--flagged", is_flag=True, help="Include images that the recipe's thresholds or rules flag.")
+@click.option("--failed", is_flag=True, help="Include images that failed.  [default: flagged and failed]")
+@click.option(
+    "--sample", type=click.IntRange(min=1), metavar="N", help="Include N more, a random sample of all cutouts."
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=".", show_default=True)
+def review(job: str, flagged: bool, failed: bool, sample: int | None, out: Path) -> None:
+    """Make a page to review a job's images: before and after, worst edge at 100 %, figures, reasons; approve and
+    reject. Any CPU worker makes the previews. Prints the page's path."""
+    from producer.review.select import Selection, write_review
+
+    takes_default = not (flagged or failed or sample)
+    selection = Selection(flagged=flagged or takes_default, failed=failed or takes_default, sample=sample or 0)
+    with open_services() as (settings, ledger, store):
+
+        def on_submitted(previews: Job) -> None:
+            click.echo(f"job {previews.id} makes {previews.total} previews", err=True)
+            warn_if_unserved(previews, ledger)
+
+        page = write_review(
+            ledger.jobs.get(job),
+            selection,
+            out,
+            store=store,
+            ledger=ledger,
+            lease_s=settings.lease_s,
+            on_submitted=on_submitted,
+        )
+    click.echo(page)
 
 
 COMMANDS = (status, jobs, wait, dead, review)

@@ -1,5 +1,6 @@
-"""The live screen of `cutfleet status JOB --watch`: how far a job is, how fast, how long still, and what is amiss. A
-look costs the same at any size: counts stand in the ledger, and it holds some ten thousand failures of a job at most.
+"""Live view of a job, for `cutfleet status JOB --watch`: progress, rate, time left, queues, failures and workers.
+
+A refresh costs the same for a job of any size: the ledger has the counts, and at most some ten thousand failures.
 """
 
 from __future__ import annotations
@@ -14,94 +15,90 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jobs.broker import worker_queues
 from jobs.errors import ServiceUnavailable
 from jobs.job import Job
-from jobs.ledger import Ledger, Survey
-from producer.console.output import in_words, job_lines
+from jobs.ledger import Ledger
+from jobs.ledger.fleet import Heartbeat
+from jobs.ledger.window import Survey
+from jobs.message import worker_queues
+from jobs.sliding_rate import SlidingRate
+from producer.console.output import format_duration, job_lines
 
-LOOK_S = 1.0
-PACE_S = 300.0
-"""Rate and remaining time follow from the last minutes: a job that stood still all night is not slow now."""
-
-
-class Pace:
-    """How fast a job goes, from looks at it over the last `PACE_S`."""
-
-    def __init__(self) -> None:
-        self._looks: collections.deque[tuple[float, int]] = collections.deque()
-
-    def look(self, now: float, final: int) -> None:
-        self._looks.append((now, final))
-        while self._looks[0][0] < now - PACE_S:
-            self._looks.popleft()
-
-    @property
-    def rate(self) -> float | None:
-        """Images a second; None before the second look."""
-        (first, before), (last, after) = self._looks[0], self._looks[-1]
-        return (after - before) / (last - first) if last > first else None
-
-    def remaining_s(self, left: int) -> float | None:
-        """None while nothing moves."""
-        return left / self.rate if self.rate and self.rate > 0 else None
+REFRESH_S = 1.0
+RATE_WINDOW_S = 300.0
+"""Rate and time left come from the last minutes: a job that was paused all night is not slow now."""
 
 
-class Codes:
-    """Failures by code, counted anew only when there are others."""
+class FailureCounts:
+    """Failures of a job by code; read again only after new ones."""
 
     def __init__(self) -> None:
         self._failed = 0
         self._counts: collections.Counter[str] = collections.Counter()
 
-    def of(self, job: Job, ledger: Ledger) -> Mapping[str, int]:
-        """Of those that the ledger holds; beyond some ten thousand they stand in S3: `cutfleet dead`."""
+    def read(self, job: Job, ledger: Ledger) -> Mapping[str, int]:
+        """Count the failures in the ledger; the others are in S3: `cutfleet dead`."""
         if job.failed != self._failed:
             self._failed = job.failed
-            self._counts = collections.Counter(failure.code for _, failure in ledger.failures(job.id))
+            self._counts = collections.Counter(failure.code for _, failure in ledger.images.failures(job.id))
         return self._counts
 
 
 def watch_job(job_id: str, ledger: Ledger, *, console: Console) -> Job:
-    """Until the job is closed; goes on while Redis is away."""
-    pace, codes = Pace(), Codes()
+    """Show the job until it is closed. Keeps trying while Redis is unavailable."""
+    rate, failure_counts = SlidingRate(RATE_WINDOW_S), FailureCounts()
     with Live(console=console, auto_refresh=False) as live:
         while True:
             try:
-                job, _, workers = ledger.look(job_id)
-                pace.look(time.monotonic(), job.final)
-                survey = ledger.survey(worker_queues(job.model))
-                live.update(screen(job, pace, survey, workers, codes.of(job, ledger)), refresh=True)
+                job, _, workers = ledger.jobs.look(job_id)
+                rate.add(job.final, now=time.monotonic())
+                survey = ledger.window.survey(worker_queues(job.model))
+                failures = failure_counts.read(job, ledger)
+                live.update(render_view(job, rate.per_second, survey, workers, failures), refresh=True)
                 if job.closed is not None:
                     return job
             except ServiceUnavailable as exc:
                 live.update(Text(str(exc), style="red"), refresh=True)
-            time.sleep(LOOK_S)
+            time.sleep(REFRESH_S)
 
 
-def screen(
-    job: Job, pace: Pace, survey: Survey, workers: Mapping[str, Mapping[str, str]], codes: Mapping[str, int]
+def render_view(
+    job: Job, rate: float | None, survey: Survey, workers: Mapping[str, Heartbeat], failures: Mapping[str, int]
 ) -> Group:
-    lines = [Text(line) for line in job_lines(job)]
-    left = pace.remaining_s(job.open)
-    speed = "not known yet" if pace.rate is None else f"{pace.rate:,.1f} a second"
+    """`rate`: final images per second, None if unknown. `failures`: counts by code."""
+    lines = [*job_lines(job)]
     if job.closed is None:
-        ends = "" if left is None else f", {in_words(left)} left" + ("" if job.listed else " for what is listed so far")
-        lines.append(Text(f"rate:      {speed}{ends}"))
-        lengths = (f"{count} on {queue}" for queue, (count, _) in survey.queues.items() if count)
-        lines.append(Text("queues:    " + (", ".join(lengths) or "empty") + f"; {survey.leased} held by workers"))
-    if codes:
-        found = sorted(codes.items(), key=lambda pair: -pair[1])
-        text = "failures:  " + ", ".join(f"{count:,} {code}" for code, count in found)
-        held = sum(codes.values())
-        lines.append(Text(text if held >= job.failed else f"{text}, of {held:,} here; all: cutfleet dead {job.id}"))
-    return Group(ProgressBar(total=max(1, job.total), completed=job.final), *lines, _workers(workers, job.model))
+        lines += [_rate_line(job, rate), _queues_line(survey)]
+    if failures:
+        lines.append(_failures_line(job, failures))
+    bar = ProgressBar(total=max(1, job.total), completed=job.final)
+    return Group(bar, *map(Text, lines), _workers_table(workers, job.model))
 
 
-def _workers(workers: Mapping[str, Mapping[str, str]], model: str) -> Table:
+def _rate_line(job: Job, rate: float | None) -> str:
+    if rate is None:
+        return "rate:      not known yet"
+    left = "" if rate <= 0 else f", {format_duration(job.open / rate)} left"
+    if left and not job.listed:
+        left += " for what is listed so far"
+    return f"rate:      {rate:,.1f} a second{left}"
+
+
+def _queues_line(survey: Survey) -> str:
+    lengths = (f"{count} on {queue}" for queue, (count, _) in survey.queues.items() if count)
+    return "queues:    " + (", ".join(lengths) or "empty") + f"; {survey.leased} leased by workers"
+
+
+def _failures_line(job: Job, failures: Mapping[str, int]) -> str:
+    ranked = sorted(failures.items(), key=lambda pair: -pair[1])
+    line = "failures:  " + ", ".join(f"{count:,} {code}" for code, count in ranked)
+    counted = sum(failures.values())
+    return line if counted >= job.failed else f"{line}, of {counted:,} here; all: cutfleet dead {job.id}"
+
+
+def _workers_table(workers: Mapping[str, Heartbeat], model: str) -> Table:
     table = Table("worker", "in flight", "images", "a second", box=None, pad_edge=False)
-    for node, facts in workers.items():
-        if facts["model"] == model:
-            told = [facts.get(name, "") for name in ("in_flight", "images", "rate")]
-            table.add_row(node, *told)
+    for node, beat in workers.items():
+        if beat["model"] == model:
+            table.add_row(node, *(beat.get(name, "") for name in ("in_flight", "images", "rate")))
     return table

@@ -1,84 +1,67 @@
-"""What people see: tables, job summaries, progress on stderr (a bar on a terminal, else a line now and then)."""
+"""Text for people: summaries of jobs and estimates, tables, quantities."""
 
 from __future__ import annotations
 
-import sys
+import math
 import time
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from jobs.job import Job
+from jobs.results import Failure, JobStats
 
-from jobs.errors import ServiceUnavailable
-from jobs.job import Failure, Job, Tally
-from jobs.ledger import Ledger
+if TYPE_CHECKING:
+    from jobs.settings import Settings
+    from producer.submission.estimate import Estimate
 
-SILENT_S = 2.0
-"""Nothing is shown of what takes less."""
-LINE_EVERY_S = 10.0
-POLL_S = 0.3
 _COUNTS = ("total", "open", "done", "failed", "skipped")
 
 
-class Counter:
-    """Counts something whose end is not known: in place on a terminal, else a line every ten seconds."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._console = Console(stderr=True)
-        self._status = self._console.status(f"{what} ...")
-        self._next = time.monotonic() + SILENT_S
-
-    def __enter__(self) -> Counter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()
-
-    def update(self, count: int) -> None:
-        if time.monotonic() < self._next:
-            return
-        text = f"{self._what}: {count:,}"
-        if self._console.is_terminal:
-            self._status.update(text)
-            self._status.start()
-        else:
-            self._console.print(text, highlight=False)
-            self._next = time.monotonic() + LINE_EVERY_S
-
-
-def wait_for(job_id: str, ledger: Ledger, *, timeout_s: float | None) -> Job:
-    """Returns the job when it is closed, or as it is when the time is up. Goes on while Redis is away."""
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    job = ledger.job(job_id)
-    with _Bar() as bar:
-        while job.closed is None and (deadline is None or time.monotonic() < deadline):
-            bar.show(job)
-            time.sleep(POLL_S)
-            try:
-                job = ledger.job(job_id)
-            except ServiceUnavailable as exc:
-                bar.say(str(exc))
-        return job
-
-
-def job_lines(job: Job, *, served: bool = True, tally: Tally | None = None) -> Iterator[str]:
-    """A job in a few lines. `served`: a running worker has its model. `tally`: of its done images."""
-    yield f"job:       {job.id}" + (f"  ({job.name})" if job.name != job.source else "")
+def job_lines(job: Job, *, is_served: bool = True, stats: JobStats | None = None) -> Iterator[str]:
+    """Summarize a job. `is_served`: whether a running worker serves its model."""
+    yield f"job:       {job.id}" + (f"  ({job.name})" if job.name != str(job.source) else "")
     yield f"from, to:  {job.source}  ->  {job.destination}"
-    yield f"model:     {job.model}, {job.lane}" + ("" if served else "; no running worker serves it: the job waits")
-    doing = "its report is being written" if job.listed and not job.open and job.closed is None else job.paused
-    yield f"state:     {job.state}" + (f" ({doing})" if doing else "")
+    yield f"model:     {job.model}, {job.lane}" + ("" if is_served else "; no running worker serves it: the job waits")
+    is_reporting = job.listed and not job.open and job.closed is None
+    detail = "its report is being written" if is_reporting else job.paused
+    yield f"state:     {job.state}" + (f" ({detail})" if detail else "")
     counts = f"{job.done} done, {job.failed} failed, {job.skipped} skipped, {job.cancelled_images} cancelled"
-    yield f"images:  {job.total} = {job.open} open, {counts}" + (f"; {job.review} to review" if job.review else "")
-    if tally and tally.review:
-        yield "review:    " + ", ".join(f"{count} {reason}" for reason, count in tally.review.items())
-    for name, verdicts in tally.rules.items() if tally else ():
+    yield f"images:    {job.total} = {job.open} open, {counts}" + (f"; {job.review} to review" if job.review else "")
+    if stats is not None:
+        yield from _stats_lines(stats)
+
+
+def _stats_lines(stats: JobStats) -> Iterator[str]:
+    if stats.review:
+        yield "review:    " + ", ".join(f"{count} {reason}" for reason, count in stats.review.items())
+    for name, verdicts in stats.rules.items():
         yield f"rules:     {name}: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
 
 
-def jobs_table(jobs: Iterable[Job]) -> None:
-    """Plain columns: a table that gave way to a narrow terminal would cut the job's id, which people copy."""
+def estimate_lines(estimate: Estimate, settings: Settings) -> Iterator[str]:
+    """Describe an estimate; the last line is its total."""
+    cost = estimate.cost
+    unsized = f", without {estimate.unsized:,} of unknown size" if estimate.unsized else ""
+    served = f"{estimate.serving} workers serve it" if estimate.serving else "no running worker serves it"
+    yield f"source:    {estimate.source}"
+    yield f"images:    {estimate.images:,}, {format_bytes(estimate.size_bytes)}{unsized}"
+    yield f"model:     {estimate.model}; {served}, estimated for {estimate.workers}"
+    yield f"speed:     {estimate.speed.rate:,.2f} images a second and worker ({estimate.speed.origin})"
+    yield f"workers:   {cost.worker_hours:,.1f} hours at {settings.worker_usd:g} USD = {cost.worker_usd:,.2f} USD"
+    yield (
+        f"S3:        {cost.writes:,} PUT and LIST at {settings.s3_write_usd:g} USD a thousand, {cost.reads:,} GET "
+        f"and HEAD at {settings.s3_read_usd:g} = {cost.s3_usd:,.2f} USD"
+    )
+    yield f"total:     {format_duration(estimate.seconds)}, {cost.usd:,.2f} USD"
+
+
+def failure_line(failure: Failure) -> str:
+    """Return key, code, tries, time, worker and message, separated by tabs."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(failure.at))
+    return "\t".join((failure.key, failure.code, str(failure.tries), when, failure.worker, failure.message))
+
+
+def print_jobs(jobs: Iterable[Job]) -> None:
     rows = [["job", "state", *_COUNTS, "lane", "model", "name"]]
     for job in jobs:
         counts = [str(getattr(job, column)) for column in _COUNTS]
@@ -87,30 +70,20 @@ def jobs_table(jobs: Iterable[Job]) -> None:
 
 
 def print_columns(rows: list[list[str]]) -> None:
-    """Each column as wide as its widest; numbers to the right."""
+    """Print rows as aligned columns, numbers to the right. Never narrower than the text: people copy ids and keys."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (text.rjust(n) if _is_number(text) else text.ljust(n) for text, n in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
 
 
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
+def format_count(count: int, noun: str) -> str:
+    """Return `1 image`, `2,000 images`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def dead_line(failure: Failure) -> str:
-    """One dead letter, fields apart by tabs as `status --failed` has them."""
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(failure.at))
-    return "\t".join((failure.key, failure.code, str(failure.tries), when, failure.worker, failure.message))
-
-
-def some(count: int, what: str) -> str:
-    """`1 image`, `2,000 images`."""
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
-
-
-def in_words(seconds: float) -> str:
-    """A time, as one would say it."""
+def format_duration(seconds: float) -> str:
+    """Return `40 s`, `5 min`, `3 h 20 min` or `2 d 4 h`."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"
@@ -118,38 +91,13 @@ def in_words(seconds: float) -> str:
     return f"{days} d {hours} h" if days else f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
 
 
-class _Bar:
-    """A bar on a terminal; else a line every ten seconds, from the second on that takes longer than `SILENT_S`."""
+def format_bytes(count: int) -> str:
+    """Return `999 B`, `5.0 kB`, `1.2 TB`."""
+    if count < 1000:
+        return f"{count} B"
+    power = min(5, int(math.log10(count) // 3))
+    return f"{count / 1000**power:.1f} {'kMGTP'[power - 1]}B"
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not sys.stderr.isatty(),
-            transient=True,
-        )
-        self._task = self._progress.add_task("images", total=None)
-        self._next = time.monotonic() + SILENT_S
-        self._said = ""
 
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, job: Job) -> None:
-        self._progress.update(self._task, total=job.total, completed=job.final)
-        if not self._console.is_terminal and time.monotonic() >= self._next:
-            self.say(f"{job.final} of {job.total} final, {job.failed} failed")
-            self._next = time.monotonic() + LINE_EVERY_S
-
-    def say(self, text: str) -> None:
-        if text != self._said:
-            self._console.print(text, highlight=False)
-        self._said = text
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()

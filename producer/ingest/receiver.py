@@ -1,5 +1,6 @@
-"""The webhook of a watch: MinIO, SeaweedFS and EventBridge post their event notifications here. 200 only once the
-ledger has what a body told; else the sender has to come again, and the next listing makes up for those that do not."""
+"""Webhook receiver of a watch: MinIO, SeaweedFS and EventBridge POST their event notifications here. The answer is 200
+only once the ledger has the arrivals; else the sender must retry. For senders that do not, the next sweep finds the
+objects."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jobs.errors import CutfleetError, SettingsError
-from producer.ingest.notifications import BadEvent, arrivals_of
+from producer.ingest.notifications import BadNotification, parse_notification
 from producer.ingest.watcher import Watcher
 
 try:
@@ -22,29 +23,32 @@ try:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 except ImportError as exc:
-    raise SettingsError("To listen for webhooks: pip install 'cutfleet[api]'.") from exc
+    raise SettingsError("To receive webhooks: pip install 'cutfleet[api]'.") from exc
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4_000_000
-"""SeaweedFS names every piece of a file: this is one of some 5 GB."""
+"""SeaweedFS lists every chunk of a file: enough for a file of some 5 GB."""
 RETRY_AFTER_S = 5
 
 
 @contextmanager
-def listening(watcher: Watcher, host: str, port: int, *, token: str) -> Iterator[None]:
-    """Serves in a thread of its own until the block ends; senders can connect from its start, so that a listing within
-    it misses nothing that they could not tell. `token`: what senders must show (`Authorization: Bearer`). Raises
-    `SettingsError` `cannot_listen`."""
+def receive_webhooks(watcher: Watcher, host: str, port: int, *, token: str) -> Iterator[None]:
+    """Serve in a thread until the block ends. Senders can connect before the block runs: a listing inside it misses
+    nothing that was written before. `token`: bearer token required from senders. Raises `SettingsError`
+    `cannot_listen`.
+    """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        line = socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
     except OSError as exc:
-        raise SettingsError(f"It can't listen at {host}:{port}: {exc}", code="cannot_listen") from exc
+        raise SettingsError(
+            f"Can't listen at {host}:{port}: {exc}. Choose another --listen.", code="cannot_listen"
+        ) from exc
     server = uvicorn.Server(
         uvicorn.Config(_app(watcher, token), log_config=None, access_log=False, lifespan="off", workers=1)
     )
-    thread = threading.Thread(target=lambda: server.run([line]), name="receiver")
+    thread = threading.Thread(target=lambda: server.run([listener]), name="receiver")
     thread.start()
     try:
         log.info("listening", extra={"action": "watch", "host": host, "port": port})
@@ -52,27 +56,25 @@ def listening(watcher: Watcher, host: str, port: int, *, token: str) -> Iterator
     finally:
         server.should_exit = True
         thread.join()
-        line.close()
+        listener.close()
 
 
 def _app(watcher: Watcher, token: str) -> Starlette:
     async def events(request: Request) -> Response:
-        shown = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
-        if not hmac.compare_digest(shown, f"Bearer {token}".encode()):
-            return _answer(401, "unauthorized", "Send the token of CUTFLEET_WATCH_TOKEN: Authorization: Bearer TOKEN.")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                return _answer(413, "body_too_large", f"A notification has at most {MAX_BODY_BYTES:,} bytes.")
+        authorization = request.headers.get("authorization", "").encode("latin-1")  # the bytes as sent
+        if not hmac.compare_digest(authorization, f"Bearer {token}".encode()):
+            return _problem(401, "unauthorized", "Send the token of CUTFLEET_WATCH_TOKEN: Authorization: Bearer TOKEN.")
+        body = await _read_body(request)
+        if body is None:
+            return _problem(413, "body_too_large", f"A notification has at most {MAX_BODY_BYTES:,} bytes.")
         try:
-            taken = await run_in_threadpool(lambda: watcher.take(arrivals_of(bytes(body))))
-        except BadEvent as exc:
+            taken = await run_in_threadpool(lambda: watcher.take(parse_notification(body)))
+        except BadNotification as exc:
             log.warning("refused: %s", exc, extra={"action": "watch", "code": exc.code})
-            return _answer(400, exc.code, str(exc))
+            return _problem(400, exc.code, str(exc))
         except CutfleetError as exc:
-            log.error("sent back: %s", exc, extra={"action": "watch", "code": exc.code})
-            return _answer(503, exc.code, "Come again.", {"Retry-After": str(RETRY_AFTER_S)})
+            log.error("sender must retry: %s", exc, extra={"action": "watch", "code": exc.code})
+            return _problem(503, exc.code, "Try again later.", {"Retry-After": str(RETRY_AFTER_S)})
         return JSONResponse({"taken": taken})
 
     async def health(_: Request) -> Response:
@@ -83,7 +85,17 @@ def _app(watcher: Watcher, token: str) -> Starlette:
     )
 
 
-def _answer(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+async def _read_body(request: Request) -> bytes | None:
+    """Return None for a body above `MAX_BODY_BYTES`."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            return None
+    return bytes(body)
+
+
+def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse(
         {"status": status, "code": code, "detail": detail},
         status,

@@ -1,7 +1,7 @@
-"""The review page: one HTML file that holds its images, opens from a disk and asks nobody for anything.
+"""The review page: one HTML file that contains its images, opens from a disk and needs no network.
 
-What the images are called and why they are there stands first, worst first; their images come last, a block each, so
-that the page can be used while a browser still reads them. Its policy lets no script run but its own.
+The rows come first in the file, worst first; their images come last, in a block for each row, so that the page is
+usable while a browser still reads them. Its Content-Security-Policy allows no script but its own.
 """
 
 from __future__ import annotations
@@ -16,119 +16,119 @@ import shlex
 import string
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.job import Failure, Job
+from jobs.job import Job
 from jobs.preview import Preview
 from jobs.recipe import Recipe
-from jobs.s3.client import image_names
+from jobs.results import Failure
 
 _WORST_FIRST = ("empty", "full", "uncertain", "cut_off", "pieces", "holes", "rules")
-_UNSAFE = {ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&\u2028\u2029"}
-"""In a script block nothing of JSON may look like markup."""
+_ESCAPES = {ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&\u2028\u2029"}
+"""JSON in a script block must not contain markup."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One image of the page. `failure`: None where it did not fail."""
+    """One image of the page. `failure`: None if it did not fail."""
 
     key: str
     failure: Failure | None
-    shown: Preview
+    preview: Preview
 
 
-def write_page(job: Job, rows: Iterable[Row], to: Path, *, of: int) -> int:
-    """`of`: how many there were to choose from. Returns how many the page shows. Images pass through a file: thousands
-    do not fit memory. A page that is there already is replaced once the new one is whole."""
+def write_page(job: Job, rows: Iterable[Row], to: Path, *, available: int) -> int:
+    """Write the page; return its number of images. `available`: how many there were to choose from. Images pass through
+    a temporary file: thousands do not fit in memory. An existing page is replaced once the new one is complete."""
     unfinished = to.with_name(f"{to.name}.part")
     with tempfile.TemporaryFile() as blocks, unfinished.open("wb") as page:
-        told: list[dict[str, Any]] = []
-        places: list[tuple[int, int]] = []
+        row_fields: list[dict[str, Any]] = []
+        extents: list[tuple[int, int]] = []
         for number, row in enumerate(rows):
-            block = _block(number, row).encode()
-            places.append((blocks.tell(), len(block)))
+            block = _image_block(number, row).encode()
+            extents.append((blocks.tell(), len(block)))
             blocks.write(block)
-            told.append(_told(job, number, row))
-        told.sort(key=_how_bad)
-        page.write(_head(job, told, of=of).encode())
-        for row_told in told:
-            start, size = places[row_told["n"]]
+            row_fields.append(_row_fields(job, number, row))
+        row_fields.sort(key=_worst_first)
+        page.write(_head(job, row_fields, available=available).encode())
+        for fields in row_fields:
+            start, size = extents[fields["n"]]
             blocks.seek(start)
             page.write(blocks.read(size))
     unfinished.replace(to)
-    return len(told)
+    return len(row_fields)
 
 
-def _told(job: Job, number: int, row: Row) -> dict[str, Any]:
-    """A row as the page's script reads it; `n` names its block of images."""
-    names = image_names(job.source, job.destination, row.key)
-    shown, failure = row.shown, row.failure
-    has_cutout = "after" in shown.images
+def _row_fields(job: Job, number: int, row: Row) -> dict[str, Any]:
+    """Return a row as the page's script reads it; `n` identifies its block of images."""
+    paths = job.paths(row.key)
+    preview, failure = row.preview, row.failure
+    has_cutout = "after" in preview.images
     return {
         "n": number,
         "key": row.key,
-        "etag": shown.etag,
+        "etag": preview.etag,
         "code": failure.code if failure else "",
         "message": failure.message if failure else "",
-        "review": shown.review,
-        "complaints": shown.complaints,
-        "notes": shown.notes,
-        "figures": shown.figures,
-        "width": shown.width,
-        "height": shown.height,
-        "edge": shown.edge,
-        "model": shown.model,
-        "by": shown.job if shown.job != job.id else "",
-        "source": str(names.source),
-        "cutout": str(names.cutout) if has_cutout else "",
-        "mask": str(names.mask) if has_cutout else "",
+        "review": preview.review,
+        "complaints": preview.complaints,
+        "notes": preview.notes,
+        "figures": preview.figures,
+        "width": preview.width,
+        "height": preview.height,
+        "edge": preview.edge,
+        "model": preview.model,
+        "by": preview.job if preview.job != job.id else "",
+        "source": str(paths.source),
+        "cutout": str(paths.cutout) if has_cutout else "",
+        "mask": str(paths.mask) if has_cutout else "",
     }
 
 
-def _how_bad(told: dict[str, Any]) -> tuple[Any, ...]:
-    """Sorts the worst first: failed, then by the worst reason, how many there are, and how uncertain it is."""
-    ranks = [_WORST_FIRST.index(reason) for reason in told["review"] if reason in _WORST_FIRST]
-    worst = min(ranks, default=len(_WORST_FIRST) - bool(told["complaints"]) + 1)
-    uncertain = told["figures"].get("uncertain_share", 0.0)
-    return (not told["code"], worst, -len(ranks), -uncertain, told["key"])
+def _worst_first(fields: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Sort key: failed images, then by the worst reason, the number of reasons, and the uncertain share."""
+    ranks = [_WORST_FIRST.index(reason) for reason in fields["review"] if reason in _WORST_FIRST]
+    worst = min(ranks, default=len(_WORST_FIRST) - bool(fields["complaints"]) + 1)
+    uncertain = fields["figures"].get("uncertain_share", 0.0)
+    return (not fields["code"], worst, -len(ranks), -uncertain, fields["key"])
 
 
-def _head(job: Job, told: list[dict[str, Any]], *, of: int) -> str:
+def _head(job: Job, row_fields: Sequence[Mapping[str, Any]], *, available: int) -> str:
     files = importlib.resources.files("producer.review") / "assets"
     style, script = ((files / f"review.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
+    policy = f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}"
     return string.Template((files / "review.html").read_text("utf-8")).substitute(
         policy=policy,
         title=html.escape(f"Review of {job.name}"),
         style=style,
         script=script,
-        job=_json(_told_of_job(job, len(told), of)),
-        rows=_json(told),
+        job=_json(_job_fields(job, len(row_fields), available)),
+        rows=_json(row_fields),
     )
 
 
-def _told_of_job(job: Job, count: int, of: int) -> dict[str, str]:
-    drawn = f"{count} images" if count == of else f"{count} images, drawn at random of {of}"
+def _job_fields(job: Job, count: int, available: int) -> dict[str, str]:
+    shown = f"{count} images" if count == available else f"{count} images, a random sample of {available}"
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
-    words = ["cutfleet", "submit", job.source, "--to", job.destination]
-    recipe = Recipe.from_json(job.recipe)
+    words = ["cutfleet", "submit", str(job.source), "--to", str(job.destination)]
+    has_own_recipe = job.recipe != Recipe(model=job.recipe.model)
     return {
         "id": job.id,
         "name": job.name,
-        "line": f"Job {job.id}, model {job.model}: {drawn}, {when} UTC",
-        "command": shlex.join(words) + (" --recipe FILE" if recipe != Recipe(model=recipe.model) else ""),
+        "line": f"Job {job.id}, model {job.model}: {shown}, {when} UTC",
+        "command": shlex.join(words) + (" --recipe FILE" if has_own_recipe else ""),
     }
 
 
-def _block(number: int, row: Row) -> str:
-    return f'<script type="application/json" id="i{number}">{_json(row.shown.images)}</script>\n'
+def _image_block(number: int, row: Row) -> str:
+    return f'<script type="application/json" id="i{number}">{_json(row.preview.images)}</script>\n'
 
 
-def _json(told: object) -> str:
-    return json.dumps(told, ensure_ascii=False, separators=(",", ":"), default=list).translate(_UNSAFE)
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=list).translate(_ESCAPES)
 
 
-def _digest(text: str) -> str:
+def _csp_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

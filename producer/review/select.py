@@ -1,14 +1,13 @@
-"""`cutfleet review`: the images of a job that a person should look at, on one page that needs nothing but a browser.
+"""`cutfleet review`: selects images of a job that a person should check, has their previews made, and writes the page.
 
-Their previews are made by workers on a CPU, as a job of its own that writes beside the reviewed one's records
-(`jobs/preview.py`); the page is put together here (`producer/review/page.py`).
+Workers on a CPU make the previews, as a job of its own that writes beside the records of the reviewed job
+(`jobs/preview.py`). `producer/review/page.py` writes the page.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import heapq
 import json
 import random
@@ -17,33 +16,32 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jobs.catalogue import RENDER
 from jobs.errors import ImageError, JobError
-from jobs.job import Failure, ImageState, Job
+from jobs.job import ImageState, Job, JobKind
 from jobs.ledger import Ledger
-from jobs.message import ImageTask
+from jobs.message import RENDER_POOL, ImageTask
 from jobs.preview import Preview
-from jobs.recipe import Recipe
-from jobs.s3.client import Store, image_names, preview_location
-from producer.console.output import Counter, wait_for
-from producer.records.failures import failures_of
-from producer.records.manifest import PART_ROWS, find_rows, read_part
+from jobs.results import Failure
+from jobs.s3.client import Store
+from producer.console.progress import Counter, wait_until_closed
+from producer.records.failures import all_failures
+from producer.records.manifest import PART_ROWS, ManifestReader
 from producer.review.page import Row, write_page
-from producer.submission.submit import Request, submit
+from producer.submission.request import Request
+from producer.submission.submit import submit
 
-MOST = 5_000
-"""Images on one page: some 600 MB, which a browser opens in seconds. Of more, as many are drawn at random."""
-MAX_BYTES = 4_000_000
-"""Far above what a preview takes."""
+MAX_IMAGES = 5_000
+"""Images of one page: some 600 MB, which a browser opens in seconds. A random sample is drawn of more."""
+MAX_PREVIEW_BYTES = 4_000_000
+"""Far above the size of a preview."""
 CONNECTIONS = 16
-_HAVE_CUTOUT = (ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED)
-_DANGEROUS = {"crashed_decoder", "crashed_device", "crashed_worker", "memory_exhausted", "stalled", "killed"}
-"""What brought workers down is not given to them again for the sake of a preview."""
+_CRASH_CODES = {"crashed_decoder", "crashed_device", "crashed_worker", "memory_exhausted", "stalled", "killed"}
+"""Codes of images that crashed workers: no preview is made of them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """`sample`: how many more, drawn at random of all that have a cutout; the same ones each time."""
+class Selection:
+    """`sample`: how many more images, drawn at random of all that have a cutout; the same ones for each review."""
 
     flagged: bool
     failed: bool
@@ -51,68 +49,90 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """`failure`: why it failed; None where it did not."""
+class Candidate:
+    """An image for the page. `failure`: why it failed; None if it did not."""
 
     task: ImageTask
     failure: Failure | None
 
+    @property
+    def has_preview(self) -> bool:
+        return self.failure is None or self.failure.code not in _CRASH_CODES
+
 
 def write_review(
     job: Job,
-    wanted: Wanted,
+    selection: Selection,
     folder: Path,
     *,
     store: Store,
     ledger: Ledger,
     lease_s: float,
-    asked: Callable[[Job], None],
+    on_submitted: Callable[[Job], None],
 ) -> Path:
-    """Returns the page's path when all its previews are made. `asked` is told of the job that makes them. Raises
-    `JobError` `nothing_to_review`."""
-    choices, of = _choose(job, wanted, store=store, ledger=ledger)
-    if not choices:
+    """Return the path of the page once all previews are made. `on_submitted`: called with the job that makes them.
+    Raises `JobError` `nothing_to_review`."""
+    candidates, available = _select(job, selection, store=store, ledger=ledger)
+    if not candidates:
         raise JobError(
-            f"There is nothing to review in job {job.id}: no image of it is like that. `--sample N` draws some of "
-            "all that are done.",
+            f"Job {job.id} has no image of this selection. `--sample N` takes a random sample of all cutouts.",
             code="nothing_to_review",
         )
-    made = _ask_for_previews(job, choices, store=store, ledger=ledger, lease_s=lease_s)
-    if made is not None:
-        asked(made)
-        with _cancelled_if_left(made, ledger):
-            wait_for(made.id, ledger, timeout_s=None)
+    previews = _submit_previews(job, candidates, store=store, ledger=ledger, lease_s=lease_s)
+    if previews is not None:
+        on_submitted(previews)
+        with _cancelled_on_error(previews, ledger):
+            wait_until_closed(previews.id, ledger, timeout_s=None)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"review-{job.id}.html"
     with Counter("images on the page") as counter:
-        rows = _fetch_rows(job, choices, made, store=store, ledger=ledger)
-        write_page(job, _counted(rows, counter), page, of=of)
+        rows = _read_rows(job, candidates, previews, store=store, ledger=ledger)
+        write_page(job, _counted(rows, counter), page, available=available)
     return page
 
 
-def _choose(job: Job, wanted: Wanted, *, store: Store, ledger: Ledger) -> tuple[list[Choice], int]:
-    """At most `MOST`, in order of index; and how many there were."""
-    found = _wanted_indexes(job, wanted, ledger)
-    dice = _dice(job)
-    failures: list[tuple[float, int, Failure]] = []
-    if wanted.failed:
-        lots = ((dice.random(), index, failure) for index, failure in failures_of(job, ledger=ledger, store=store))
-        failures = heapq.nsmallest(MOST, lots, key=lambda lot: lot[0])
-    failed = {index: failure for _, index, failure in failures}
-    of = len(found) + (job.failed if wanted.failed else 0)
-    indexes = sorted(found | failed.keys())
-    if len(indexes) > MOST:
-        indexes = sorted(dice.sample(indexes, MOST))
+def _select(job: Job, selection: Selection, *, store: Store, ledger: Ledger) -> tuple[list[Candidate], int]:
+    """Return at most `MAX_IMAGES` candidates in order of index, and how many there are."""
+    indexes = _select_indexes(job, selection, ledger)
+    rng = _rng(job)
+    failures = _sample_failures(job, rng, store=store, ledger=ledger) if selection.failed else {}
+    available = len(indexes) + (job.failed if selection.failed else 0)
+    chosen = sorted(indexes | failures.keys())
+    if len(chosen) > MAX_IMAGES:
+        chosen = sorted(rng.sample(chosen, MAX_IMAGES))
+    manifest = ManifestReader(job, store, ledger)
     # A watch lists a key again for each of its versions: the last one counts.
-    tasks = {task.key: task for task in _tasks(job, indexes, store=store, ledger=ledger)}
-    return [Choice(task, failed.get(task.index)) for task in tasks.values()], of
+    tasks = {task.key: task for index in chosen for task in manifest.find(index)}
+    return [Candidate(task, failures.get(task.index)) for task in tasks.values()], available
 
 
-def _ask_for_previews(
-    job: Job, choices: Iterable[Choice], *, store: Store, ledger: Ledger, lease_s: float
+def _select_indexes(job: Job, selection: Selection, ledger: Ledger) -> set[int]:
+    """Return the flagged images (in review, or with an unmet rule) and the random sample."""
+    flagged = set(ledger.images.notes(job.id)) if selection.flagged else set()
+    drawn: list[tuple[float, int]] = []
+    rng = _rng(job)
+    for first in range(0, job.total, PART_ROWS):
+        states = ledger.images.states(job.id, first, min(PART_ROWS, job.total - first))
+        for index, state in enumerate(states, first):
+            if selection.flagged and state is ImageState.REVIEW:
+                flagged.add(index)
+            if selection.sample and state.has_outputs:
+                drawn.append((rng.random(), index))
+        drawn = heapq.nsmallest(selection.sample, drawn)
+    return flagged | {index for _, index in drawn}
+
+
+def _sample_failures(job: Job, rng: random.Random, *, store: Store, ledger: Ledger) -> dict[int, Failure]:
+    """Return at most `MAX_IMAGES` failures by index, drawn at random."""
+    drawn = ((rng.random(), index, failure) for index, failure in all_failures(job, ledger=ledger, store=store))
+    return {index: failure for _, index, failure in heapq.nsmallest(MAX_IMAGES, drawn, key=lambda row: row[0])}
+
+
+def _submit_previews(
+    job: Job, candidates: Iterable[Candidate], *, store: Store, ledger: Ledger, lease_s: float
 ) -> Job | None:
-    """The job that makes them; None where there is nothing that may be shown."""
-    tasks = [choice.task for choice in choices if _may_be_decoded(choice)]
+    """Return the job that makes the previews; None when no candidate gets one."""
+    tasks = [candidate.task for candidate in candidates if candidate.has_preview]
     if not tasks:
         return None
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", prefix="cutfleet-") as manifest:
@@ -122,43 +142,45 @@ def _ask_for_previews(
         request = Request(
             source=job.source,
             destination=job.destination,
-            recipe=dataclasses.replace(Recipe.from_json(job.recipe), model=RENDER),
+            recipe=dataclasses.replace(job.recipe, model=RENDER_POOL),
             lane="backfill",
             name=f"review {job.name}",
             keys=None,
             manifest=manifest.name,
+            kind=JobKind.PREVIEW,
             review_of=job.id,
         )
         return submit(request, store=store, ledger=ledger, lease_s=lease_s, listed=lambda _: None)
 
 
-def _fetch_rows(job: Job, choices: list[Choice], made: Job | None, *, store: Store, ledger: Ledger) -> Iterator[Row]:
-    """`made`: the job that made the previews. In the order of `choices`; few are in memory at a time."""
-    lost = {failure.key: failure for _, failure in failures_of(made, ledger=ledger, store=store)} if made else {}
+def _read_rows(
+    job: Job, candidates: list[Candidate], previews: Job | None, *, store: Store, ledger: Ledger
+) -> Iterator[Row]:
+    """Yield the rows of the page in the order of `candidates`; few are in memory at a time. `previews`: the job that
+    made them."""
+    failures = all_failures(previews, ledger=ledger, store=store) if previews else ()
+    failed_previews = {failure.key: failure for _, failure in failures}
 
-    def fetch(choice: Choice) -> Row:
-        return Row(choice.task.key, choice.failure, _preview_of(choice, lost.get(choice.task.key), job, store))
+    def read(candidate: Candidate) -> Row:
+        key = candidate.task.key
+        return Row(key, candidate.failure, _read_preview(candidate, failed_previews.get(key), job, store))
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        for start in range(0, len(choices), CONNECTIONS):
-            yield from pool.map(fetch, choices[start : start + CONNECTIONS])
+        for start in range(0, len(candidates), CONNECTIONS):
+            yield from pool.map(read, candidates[start : start + CONNECTIONS])
 
 
-def _preview_of(choice: Choice, lost: Failure | None, job: Job, store: Store) -> Preview:
-    if lost is not None:
-        return Preview(notes=(f"preview: {lost.message} [{lost.code}]",))
-    if not _may_be_decoded(choice):
-        return Preview(notes=("preview: none is made of what brought workers down.",))
-    source = image_names(job.source, job.destination, choice.task.key).source
+def _read_preview(candidate: Candidate, failure: Failure | None, job: Job, store: Store) -> Preview:
+    """`failure`: why the preview was not made."""
+    if failure is not None:
+        return Preview(notes=(f"preview: {failure.message} [{failure.code}]",))
+    if not candidate.has_preview:
+        return Preview(notes=("preview: none is made of an image that crashed workers.",))
     try:
-        body, _ = store.get(preview_location(job.destination, job.id, source), role="output", max_bytes=MAX_BYTES)
+        body, _ = store.get(job.preview_path(candidate.task.key), role="output", max_bytes=MAX_PREVIEW_BYTES)
     except ImageError as exc:
         return Preview(notes=(f"preview: {exc} [{exc.code}]",))
     return Preview.from_json(body)
-
-
-def _may_be_decoded(choice: Choice) -> bool:
-    return choice.failure is None or choice.failure.code not in _DANGEROUS
 
 
 def _counted(rows: Iterable[Row], counter: Counter) -> Iterator[Row]:
@@ -168,36 +190,14 @@ def _counted(rows: Iterable[Row], counter: Counter) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _cancelled_if_left(job: Job, ledger: Ledger) -> Iterator[None]:
-    """Whoever stops waiting (Ctrl-C) does not want the previews any more."""
+def _cancelled_on_error(job: Job, ledger: Ledger) -> Iterator[None]:
+    """Cancel the job when the block is interrupted, by Ctrl-C for example."""
     try:
         yield
     except BaseException:
-        ledger.cancel(job.id)
+        ledger.jobs.cancel(job.id)
         raise
 
 
-def _dice(job: Job) -> random.Random:
-    return random.Random(job.id)  # noqa: S311  (draws images, keeps no secret)
-
-
-def _wanted_indexes(job: Job, wanted: Wanted, ledger: Ledger) -> set[int]:
-    """Flagged are those in review, and those whose renditions did not pass all of their rules."""
-    flagged = set(ledger.remarks(job.id)) if wanted.flagged else set()
-    lots: list[tuple[float, int]] = []
-    dice = _dice(job)
-    for first in range(0, job.total, PART_ROWS):
-        for index, state in enumerate(ledger.states(job.id, first, min(PART_ROWS, job.total - first)), first):
-            if wanted.flagged and state is ImageState.REVIEW:
-                flagged.add(index)
-            if wanted.sample and state in _HAVE_CUTOUT:
-                lots.append((dice.random(), index))
-        lots = heapq.nsmallest(wanted.sample, lots)
-    return flagged | {index for _, index in lots}
-
-
-def _tasks(job: Job, indexes: list[int], *, store: Store, ledger: Ledger) -> Iterator[ImageTask]:
-    """One part of the manifest in memory at a time."""
-    part = functools.lru_cache(maxsize=1)(lambda number: read_part(store, job, number))
-    for index in indexes:
-        yield from find_rows(job, index, 1, part=part, ledger=ledger)
+def _rng(job: Job) -> random.Random:
+    return random.Random(job.id)  # noqa: S311  (samples images, protects no secret)

@@ -1,15 +1,13 @@
-"""Which images need no look at the destination, image by image, because its listing and the report of the last
-job there tell already:
+"""The skip index tells, from one listing of the destination and the last job's report, which images need no work:
 
-  new       nothing stands under the cutout's name: the worker does not look for it
-  known     cutout, mask and renditions are there, not written since the last job closed, and it says that it made them
-            from this ETag by this recipe: skipped while it is listed, no worker hears of it
-  neither   the worker looks, as at everything when nothing can be told
+  new       there is no cutout under the image's name: the worker need not look for one
+  known     cutout, mask and renditions exist, unchanged since the last job closed, and its report says that this recipe
+            made them from this ETag: skipped while listing, no worker is involved
+  (empty)   the worker looks
 
-Nothing can be told where no running worker, or several that differ, say which model they serve, or where the last job,
-or one that worked on the same names meanwhile, made its images by another recipe, or may have: of a job that Redis
-lost, or whose record can't be read, nobody knows. Listing and report are kept in a temporary file. The store's clock
-and the dispatcher's must agree to a second.
+It stays silent unless all running workers of the model serve the same weights, and the last job and every job that
+worked on the same names since then used this recipe: a job that Redis lost, or whose record is unreadable, may have
+used another one. Listing and report are in temporary files. The clocks of store and dispatcher must agree to a second.
 """
 
 from __future__ import annotations
@@ -17,151 +15,149 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import logging
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from jobs.catalogue import RENDER
 from jobs.errors import CutfleetError, ImageError, OutputError, SettingsError
-from jobs.job import Job
+from jobs.job import Job, JobKind
 from jobs.ledger import Ledger
 from jobs.message import Hint
 from jobs.recipe import PIPELINE_VERSION, Recipe
-from jobs.s3.client import (
-    RECORDS,
-    Location,
-    S3Object,
-    Store,
-    destination_prefix,
-    image_names,
-    record_location,
-    rendition_names,
-)
-from jobs.s3.listing import LISTERS, list_side_by_side
-from producer.records.manifest import unpack
+from jobs.s3.client import S3Object, Store
+from jobs.s3.listing import LISTERS
+from jobs.s3.location import Location, parse_destination
+from jobs.s3.names import RECORDS, record_path
+from producer.records.destination_index import DestinationIndex, empty_index
+from producer.records.report import read_closed_record, read_made
 
 log = logging.getLogger(__name__)
 
 MAX_JOBS = 500
-"""Jobs that a destination may remember; with more, their records are not read."""
-WORTH = 50
-"""Objects listed at the destination for each image that is asked for, at most: a request lists a thousand."""
+"""Records of more jobs at one destination are not read."""
+MAX_LISTED_PER_IMAGE = 50
+"""Objects listed at the destination for each image of a small request: one LIST returns a thousand."""
 _CLOCK_S = 2.0
-"""A listing's times are cut to seconds, and clocks may be one apart."""
-_MAX_BYTES = 64_000_000
-_NOT_OURS = (
+"""Listings truncate times to seconds, and clocks may differ by one."""
+_UNREADABLE = (
     *(ImageError, SettingsError, ValueError, KeyError, TypeError, AttributeError),
     *(OverflowError, RecursionError, zlib.error),
 )
-"""What reading a record raises that somebody else wrote, or half of which is lost."""
+"""Raised when a record is damaged, incomplete or not ours."""
 
 
-class _Unreadable(CutfleetError):
-    """What a job left of itself is not what we wrote."""
-
+class _RecordUnreadable(CutfleetError):
     code = "record_unreadable"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Record:
-    """What a job left of itself. `closed` None: it has no summary yet. `made`: the fingerprints it made images by."""
+class _PastJob:
+    """A job by its records. `closed` None: it has no summary. `made`: fingerprints that made its images."""
 
-    job: str
-    source: str
-    destination: str
+    id: str
+    source: Location
+    destination: Location
     lane: str
     created: float
     closed: float | None
-    review_of: str
+    is_preview: bool
     made: tuple[str, ...]
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> _Record:
-        """Of summary.json or job.json."""
+    def from_fields(cls, fields: Mapping[str, Any]) -> _PastJob:
+        """`fields`: of summary.json or job.json."""
         closed = fields.get("closed")
         return cls(
-            job=str(fields["job"]),
-            source=str(Location.parse(fields["source"])),
-            destination=str(fields["destination"]),
+            id=str(fields["job"]),
+            source=Location.parse(fields["source"]),
+            destination=parse_destination(fields["destination"]),
             lane=str(fields["lane"]),
             created=float(fields["created"]),
             closed=None if closed is None else float(closed),
-            review_of=str(fields.get("review_of", "")),
+            is_preview=bool(fields.get("review_of")),
             made=tuple(fields.get("tally", {}).get("made", {})),
         )
 
 
-class Known:
-    """`fingerprint`: of what is known, empty where nothing is."""
+class SkipIndex:
+    """`fingerprint`: of the images that it reports as known; empty if it reports none."""
 
-    def __init__(self, job: Job, recipe: Recipe, table: sqlite3.Connection, *, closed: float, fingerprint: str) -> None:
+    def __init__(
+        self, job: Job, outputs: DestinationIndex, made: _MadeIndex, *, closed: float, fingerprint: str
+    ) -> None:
+        """`made`: of the last job. `closed`: when that job closed, as Unix time."""
         self.fingerprint = fingerprint
-        self._is_empty = _is_empty(table)
+        self._is_empty = outputs.is_empty
         self._job = job
-        self._recipe = recipe
-        self._table = table
+        self._outputs = outputs
+        self._made = made
         self._written_before = closed - _CLOCK_S
 
     def hint(self, row: S3Object) -> Hint:
-        """What is known of an image. One that is archived is so only where it is new: another may be done."""
+        """Return the hint for one image. An archived image keeps its hint only where it is new."""
         if self._is_empty:
             return row.hint or "new"
-        names = image_names(self._job.source, self._job.destination, row.key)
-        written = self._written(names.cutout)
+        paths = self._job.paths(row.key)
+        written = self._outputs.modified(paths.cutout)
         if written is None:
             return row.hint or "new"
-        if not self.fingerprint or not row.etag or not self._was_made(row):
+        if not self.fingerprint or not row.etag or self._made.get(row.key) != row.etag:
             return ""
         try:
-            renditions = rendition_names(self._recipe, self._job.source, self._job.destination, row.key)
+            renditions = self._job.rendition_paths(row.key)
         except OutputError:
             return ""
-        times = [written, *map(self._written, (names.mask, *renditions.values()))]
+        times = [written, *map(self._outputs.modified, (paths.mask, *renditions.values()))]
         return "known" if all(time is not None and time <= self._written_before for time in times) else ""
 
-    def _written(self, place: Location) -> float | None:
-        found = self._table.execute("select written from outputs where key = ?", (place.key,)).fetchone()
-        return None if found is None else float(found[0])
 
-    def _was_made(self, row: S3Object) -> bool:
-        found = self._table.execute("select etag from made where key = ?", (row.key,)).fetchone()
-        return found is not None and str(found[0]) == row.etag
+class _MadeIndex:
+    """Key -> ETag of what a job made, in a temporary file."""
+
+    def __init__(self, table: sqlite3.Connection) -> None:
+        self._table = table
+
+    def get(self, key: str) -> str | None:
+        row = self._table.execute("select etag from made where key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def add(self, rows: Sequence[tuple[str, str]]) -> None:
+        self._table.executemany("insert or replace into made values (?, ?)", rows)
 
 
 @contextmanager
-def look_up(job: Job, store: Store, ledger: Ledger, *, at_least: int, whole: bool) -> Iterator[Known | None]:
-    """What can be told of the images of `job`, which has `at_least` so many, and no more if they are the `whole`.
-    None when listing the destination would cost more than it tells. Without conditional writes nothing is told: what is
-    new now may not be so when its turn comes."""
-    recipe = Recipe.from_json(job.recipe)
-    limit = WORTH * at_least if whole else None
-    if not job.conditional or job.model == RENDER:
+def build_skip_index(
+    job: Job, store: Store, ledger: Ledger, *, at_least: int, is_whole: bool
+) -> Iterator[SkipIndex | None]:
+    """Yield the skip index of a job with `at_least` so many images, and no more if `is_whole`. None when listing the
+    destination would cost more than it saves, and without conditional writes: `new` may be outdated when a worker takes
+    the image."""
+    if not job.conditional or job.kind is not JobKind.CUT:
         yield None
         return
-    with contextlib.closing(sqlite3.connect("", isolation_level=None)) as table:
-        table.execute("create table outputs (key text primary key, written real) without rowid")
-        table.execute("create table made (key text primary key, etag text) without rowid")
-        if not _list_outputs([_folder(job, "cutouts")], table, store, limit):
+    limit = MAX_LISTED_PER_IMAGE * at_least if is_whole else None
+    with empty_index() as outputs, _empty_made_index() as made:
+        if not outputs.add([_output_prefix(job, "cutouts")], store, limit=limit):
             yield None
             return
-        tells_nothing = job.webhook_images or _is_empty(table)
-        fingerprint = "" if tells_nothing else served_fingerprint(recipe, ledger)
+        is_silent = job.webhook_images or outputs.is_empty
+        fingerprint = "" if is_silent else served_fingerprint(job.recipe, ledger)
         closed = None
         if fingerprint:
-            closed = _read_last(job, table, fingerprint=fingerprint, store=store, ledger=ledger, limit=limit)
-        yield Known(job, recipe, table, closed=closed or 0, fingerprint=fingerprint if closed else "")
+            closed = _read_last_job(job, outputs, made, fingerprint, store=store, ledger=ledger, limit=limit)
+        yield SkipIndex(job, outputs, made, closed=closed or 0, fingerprint=fingerprint if closed else "")
 
 
 def served_fingerprint(recipe: Recipe, ledger: Ledger) -> str:
-    """Of this recipe with the model as it is served now; empty when that can't be told."""
+    """Return the fingerprint of this recipe with the model as it is served now; empty if workers differ or none
+    runs."""
     served = {
-        (facts["revision"], facts["input_size"], facts["pipeline"])
-        for facts in ledger.workers().values()
-        if facts["model"] == recipe.model and "pipeline" in facts
+        (beat["revision"], beat["input_size"], beat["pipeline"])
+        for beat in ledger.fleet.workers().values()
+        if beat["model"] == recipe.model and "pipeline" in beat
     }
     if len(served) != 1:
         return ""
@@ -172,156 +168,124 @@ def served_fingerprint(recipe: Recipe, ledger: Ledger) -> str:
     return recipe.fingerprint(model_revision=revision, input_size=(height, width))
 
 
-def made_line(key: str, etag: str) -> str:
-    """One line of report/made-NNNNNN.jsonl.gz."""
-    return json.dumps({"key": key, "etag": etag}, ensure_ascii=False)
+@contextmanager
+def _empty_made_index() -> Iterator[_MadeIndex]:
+    with contextlib.closing(sqlite3.connect("")) as table:
+        table.execute("create table made (key text primary key, etag text) without rowid")
+        yield _MadeIndex(table)
 
 
-def _folder(job: Job, name: str) -> Location:
-    """Where outputs of the job stand, as narrow as its source says."""
-    to, source = destination_prefix(job.destination), Location.parse(job.source)
-    return Location(to.bucket, f"{to.key}{name}/{source.key.rpartition('/')[2]}")
+def _output_prefix(job: Job, folder: str) -> Location:
+    """Return the prefix of the job's outputs in `folder`, as narrow as its source allows."""
+    return job.destination.below(f"{folder}/{job.source.key.rpartition('/')[2]}")
 
 
-def _beside(job: Job) -> list[Location]:
-    """Where masks and renditions stand."""
-    to, recipe = destination_prefix(job.destination), Recipe.from_json(job.recipe)
-    renditions = {Location(to.bucket, to.key + recipe.rendition_folder(rendition)) for rendition in recipe.renditions}
-    return [_folder(job, "masks"), *renditions]
+def _other_output_prefixes(job: Job) -> list[Location]:
+    """Return the prefixes of masks and renditions."""
+    recipe = job.recipe
+    renditions = {job.destination.below(recipe.rendition_folder(rendition)) for rendition in recipe.renditions}
+    return [_output_prefix(job, "masks"), *renditions]
 
 
-def _list_outputs(places: Iterable[Location], table: sqlite3.Connection, store: Store, limit: int | None) -> bool:
-    """False when there are more than `limit`."""
-    table.execute("begin")
-    left = limit
-    for place in places:
-        for found in list_side_by_side(store, place, role="output"):
-            table.execute("insert or replace into outputs values (?, ?)", (found.key, found.modified))
-            if left is not None:
-                left -= 1
-                if left < 0:
-                    table.execute("rollback")
-                    return False
-    table.execute("commit")
-    return True
-
-
-def _is_empty(table: sqlite3.Connection) -> bool:
-    return table.execute("select 1 from outputs limit 1").fetchone() is None
-
-
-def _read_last(
-    job: Job, table: sqlite3.Connection, *, fingerprint: str, store: Store, ledger: Ledger, limit: int | None
+def _read_last_job(
+    job: Job,
+    outputs: DestinationIndex,
+    made: _MadeIndex,
+    fingerprint: str,
+    *,
+    store: Store,
+    ledger: Ledger,
+    limit: int | None,
 ) -> float | None:
-    """Puts into `table` what the last job made. Returns when that one was closed; None where nothing can be told."""
+    """Add what the last job made to both indexes. Return when it closed; None if nothing is known about it."""
     try:
         last = _last_job(job, fingerprint, store, ledger)
-        if last is None or not _list_outputs(_beside(job), table, store, limit):
+        if last is None or not outputs.add(_other_output_prefixes(job), store, limit=limit):
             return None
-        _read_made(job, last, table, store)
+        _read_made(job, last, made, store)
         return last.closed
-    except _Unreadable as exc:
-        log.warning("looked at image by image: %s", exc, extra={"action": "list", "job": job.id, "code": exc.code})
+    except _RecordUnreadable as exc:
+        log.warning("no skip index, workers look: %s", exc, extra={"action": "list", "job": job.id, "code": exc.code})
         return None
 
 
-def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _Record | None:
-    """The newest closed job on the same names, if it and all that worked on them meanwhile, or do now, made their
-    images by this fingerprint. Who is open is asked first: a job that closes then is one that has a summary. Raises
-    `_Unreadable`."""
-    working = {other.id: other for other in ledger.open_jobs()}
-    to = destination_prefix(job.destination)
-    folders = [
-        folder.rstrip("/").rpartition("/")[2]
-        for _, folders in store.list_pages(Location(to.bucket, f"{to.key}{RECORDS}/"), role="output", delimiter="/")
-        for folder in folders
-    ]
-    others = [folder for folder in folders if folder not in (job.id, "doctor")]
-    if not others or len(others) > MAX_JOBS:
-        return None
-    with concurrent.futures.ThreadPoolExecutor(LISTERS) as pool:
-        records = list(pool.map(lambda other: _record(job, other, store), others))
-    alike = [
-        record
-        for record in records
-        if record is not None and not record.review_of and _same_names(job, record.source, record.destination)
-    ]
-    closed = [(record.closed, record) for record in alike if record.closed is not None]
+def _last_job(job: Job, fingerprint: str, store: Store, ledger: Ledger) -> _PastJob | None:
+    """Return the newest closed job on the same names, if it and every job that worked on them since then made its
+    images by this fingerprint. Open jobs are read first: one that closes meanwhile has a summary. Raises
+    `_RecordUnreadable`."""
+    working = {other.id: other for other in ledger.jobs.open()}
+    past = [other for other in _past_jobs(job, store) if not other.is_preview and _has_same_names(job, other)]
+    closed = [(other.closed, other) for other in past if other.closed is not None]
     if not closed:
         return None
-    closed_at, last = max(closed, key=lambda found: found[1].created)
-    if any(at >= last.created and record.made != (fingerprint,) for at, record in closed):
+    closed_at, last = max(closed, key=lambda pair: pair[1].created)
+    if any(at >= last.created and other.made != (fingerprint,) for at, other in closed):
         return None
-    lost = [record for record in alike if record.closed is None and record.job not in working]
-    if any(record.created < closed_at and _began(record, job, store) for record in lost):
+    lost = [other for other in past if other.closed is None and other.id not in working]
+    if any(other.created < closed_at and _may_have_begun(other, job, store) for other in lost):
         return None
-    if not all(_makes_by(fingerprint, other, job, ledger) for other in working.values()):
-        return None
-    return last
+    return last if all(_makes_only(fingerprint, other, job, ledger) for other in working.values()) else None
 
 
-def _makes_by(fingerprint: str, other: Job, job: Job, ledger: Ledger) -> bool:
-    """Whether an open job has made, and will make, nothing else under the names of `job`."""
-    if other.id == job.id or other.review_of or not _same_names(job, other.source, other.destination):
+def _past_jobs(job: Job, store: Store) -> list[_PastJob]:
+    """Return the other jobs with records at the destination; none when there are more than `MAX_JOBS`."""
+    records = job.destination.below(f"{RECORDS}/")
+    pages = store.list_pages(records, role="output", delimiter="/")
+    names = [folder.rstrip("/").rpartition("/")[2] for _, folders in pages for folder in folders]
+    others = [name for name in names if name not in (job.id, "doctor")]
+    if len(others) > MAX_JOBS:
+        return []
+    with concurrent.futures.ThreadPoolExecutor(LISTERS) as pool:
+        found = pool.map(lambda name: _past_job(records.below(f"{name}/"), store), others)
+        return [other for other in found if other is not None]
+
+
+def _past_job(folder: Location, store: Store) -> _PastJob | None:
+    with _naming_damage(folder):
+        fields = read_closed_record(folder, store)
+        return None if fields is None else _PastJob.from_fields(fields)
+
+
+def _makes_only(fingerprint: str, other: Job, job: Job, ledger: Ledger) -> bool:
+    """Whether an open job makes nothing else under the names of `job`."""
+    if other.id == job.id or other.kind is JobKind.PREVIEW or not _has_same_names(job, other):
         return True
     try:
-        recipe = Recipe.from_json(other.recipe)
-    except SettingsError:  # a later version's: nobody here knows what it makes
+        served = served_fingerprint(other.recipe, ledger)
+    except SettingsError:  # a later version's recipe
         return False
-    return {*ledger.tally(other.id).made, served_fingerprint(recipe, ledger)} == {fingerprint}
+    return {*ledger.jobs.stats(other.id).made, served} == {fingerprint}
 
 
-def _began(record: _Record, job: Job, store: Store) -> bool:
-    """Whether an unknown job may have made images: what was never listed was never fed."""
-    if record.lane == "live":
+def _may_have_begun(other: _PastJob, job: Job, store: Store) -> bool:
+    """Whether a job that the ledger does not know may have made images: one that was never listed was never fed."""
+    if other.lane == "live":
         return True
-    manifest = record_location(job.destination, record.job, "manifest/")
-    return any(found for found, _ in store.list_pages(manifest, role="output"))
+    manifest = record_path(job.destination, other.id, "manifest/")
+    return any(objects for objects, _ in store.list_pages(manifest, role="output"))
 
 
-def _record(job: Job, other: str, store: Store) -> _Record | None:
-    """Its summary once it is closed, else what it was submitted with; None when there is neither. Raises
-    `_Unreadable`."""
-    for name in ("report/summary.json", "job.json"):
-        place = record_location(job.destination, other, name)
-        with _reading(place):
-            try:
-                body, _ = store.get(place, role="output", max_bytes=_MAX_BYTES)
-            except OutputError as exc:
-                if exc.code != "output_missing":
-                    raise
-            else:
-                return _Record.of(json.loads(body))
-    return None
+def _has_same_names(job: Job, other: Job | _PastJob) -> bool:
+    """Whether both give outputs the same names: the same destination, and the same folder of the source."""
+    is_same_folder = job.source.bucket == other.source.bucket and job.source.folder == other.source.folder
+    return is_same_folder and job.destination == other.destination
+
+
+def _read_made(job: Job, last: _PastJob, made: _MadeIndex, store: Store) -> None:
+    """Raises `_RecordUnreadable`."""
+    prefix = record_path(job.destination, last.id, "report/made-")
+    for found in (found for page, _ in store.list_pages(prefix, role="output") for found in page):
+        location = prefix.at(found.key)
+        with _naming_damage(location):
+            made.add(read_made(location, store))
 
 
 @contextmanager
-def _reading(place: Location) -> Iterator[None]:
-    """Raises `_Unreadable` when what stands there can't be read, or is not what we wrote."""
+def _naming_damage(location: Location) -> Iterator[None]:
+    """Raises `_RecordUnreadable` for a record that can't be read, or is not what we write."""
     try:
         yield
-    except _NOT_OURS as exc:
-        raise _Unreadable(
-            f"{place} can't be read ({type(exc).__name__}: {exc}): restore it, or delete the folder of its job."
+    except _UNREADABLE as exc:
+        raise _RecordUnreadable(
+            f"{location} can't be read ({type(exc).__name__}: {exc}): restore it, or delete the folder of its job."
         ) from exc
-
-
-def _same_names(job: Job, source: str, destination: str) -> bool:
-    """Whether both give outputs the same names: the same destination, and below the same folder."""
-    ours, theirs = Location.parse(job.source), Location.parse(source)
-    same_folder = ours.key.rpartition("/")[0] == theirs.key.rpartition("/")[0]
-    return job.destination == destination and ours.bucket == theirs.bucket and same_folder
-
-
-def _read_made(job: Job, last: _Record, table: sqlite3.Connection, store: Store) -> None:
-    """Raises `_Unreadable`."""
-    report = record_location(job.destination, last.job, "report/made-")
-    table.execute("begin")
-    for found in (found for page, _ in store.list_pages(report, role="output") for found in page):
-        place = Location(report.bucket, found.key)
-        with _reading(place):
-            body, _ = store.get(place, role="output", max_bytes=_MAX_BYTES)
-            rows = [json.loads(line) for line in unpack(body)]
-            made = [(str(row["key"]), str(row["etag"])) for row in rows]
-            table.executemany("insert or replace into made values (?, ?)", made)
-    table.execute("commit")

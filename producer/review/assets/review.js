@@ -1,20 +1,20 @@
 "use strict";
-// The page's data stand in <script type="application/json"> blocks: #job, #rows, and one #i<N> for the images of each
-// row, which come last, so that the page is there before them. Nothing of a row ever becomes markup.
+// The page's data are in <script type="application/json"> blocks: #job, #rows, and one #i<N> with the images of each row.
+// Those come last, so that the page works before they are read. Text of a row is never parsed as markup.
 const $ = (id) => document.getElementById(id);
 const job = JSON.parse($("job").textContent);
 const rows = JSON.parse($("rows").textContent);
-const KEPT = `cutfleet-review:${job.id}`;
+const STORAGE_KEY = `cutfleet-review:${job.id}`;
 const WORDS = {
-  failed: "Failed", empty: "Hardly anything was found", full: "Nearly all of the frame counts as subject",
-  uncertain: "Much of it is neither in nor out", cut_off: "It runs out of the frame", pieces: "It is in several pieces",
-  holes: "It has many holes", rules: "A rendition fails its rules", unflagged: "Not flagged",
+  failed: "Failed", empty: "Almost no subject was found", full: "Nearly all of the frame counts as subject",
+  uncertain: "A large part of the mask is uncertain", cut_off: "The subject crosses the border of the frame", pieces: "The subject is in several pieces",
+  holes: "The subject has many holes", rules: "A rendition fails its rules", unflagged: "Not flagged",
 };
 const percent = (share) => `${(100 * share).toFixed(share && share < 0.1 ? 1 : 0)} %`;
-const FIGURES = [  // name, what shows it, reasons that blame it, what it is
+const FIGURES = [  // name, text of its value, reasons for a review that it explains, definition
   ["Subject, of the frame", (of) => percent(of.subject_share), ["empty", "full"], "sum of alpha / all pixels"],
   ["Uncertain, of the subject", (of) => percent(of.uncertain_share), ["uncertain"], "pixels with 5 to 95 % alpha / all above 5 %"],
-  ["Runs out at", borders, ["cut_off"], "share of the frame's outermost line that is subject"],
+  ["Crosses the border at", borders, ["cut_off"], "share of the frame's outermost line that is subject"],
   ["Pieces", (of) => of.pieces, ["pieces"], "regions with at least 1 % of the subject"],
   ["Holes", (of) => of.holes, ["holes"], "clear regions inside, with at least 0.1 % of the subject"],
   ["Edge width", (of) => `${of.edge_width_px.toFixed(1)} px`, [], "width of the soft edge, on average"],
@@ -22,7 +22,7 @@ const FIGURES = [  // name, what shows it, reasons that blame it, what it is
 const GROUNDS = ["checker", "white", "black", "colour"];
 const ZOOMS = [1, 2, 4];
 
-let verdicts = remembered();
+let verdicts = loadVerdicts();
 let undone = [];
 let shown = [];
 let current = 0;
@@ -31,21 +31,21 @@ let zoom = 1;
 let reason = "";
 const tiles = rows.map(makeTile);
 const waiting = new Set();
-const watcher = new IntersectionObserver(seen, { root: null, rootMargin: "400px" });
+const watcher = new IntersectionObserver(onVisible, { root: null, rootMargin: "400px" });
 
-function remembered() {
-  try { return JSON.parse(localStorage.getItem(KEPT)) || {}; } catch { return {}; }
+function loadVerdicts() {
+  try { return JSON.parse(localStorage.getItem(STORAGE_KEY)) || {}; } catch { return {}; }
 }
 
-function remember() {
-  try { localStorage.setItem(KEPT, JSON.stringify(verdicts)); } catch { /* private windows keep nothing */ }
+function saveVerdicts() {
+  try { localStorage.setItem(STORAGE_KEY, JSON.stringify(verdicts)); } catch { /* private windows have no storage */ }
 }
 
 function reasonsOf(row) {
   return row.code ? ["failed"] : row.review.length ? row.review : row.complaints.length ? ["rules"] : ["unflagged"];
 }
 
-// Null while the page is still being read.
+// Returns null while the browser still reads the page.
 function imagesOf(row) {
   const block = $(`i${row.n}`);
   return block ? JSON.parse(block.textContent) : document.readyState === "loading" ? null : {};
@@ -66,7 +66,7 @@ function makeTile(row, at) {
   return item;
 }
 
-function seen(entries) {
+function onVisible(entries) {
   for (const { target, isIntersecting } of entries) {
     const at = Number(target.dataset.at);
     if (isIntersecting) drawTile(at);
@@ -84,18 +84,18 @@ function drawTile(at) {
   }
 }
 
-function keepUp() {
+function drawWaiting() {
   for (const at of [...waiting]) drawTile(at);
   if ($("stage").dataset.waits) draw();
-  if (document.readyState === "loading" || waiting.size) requestAnimationFrame(keepUp);
+  if (document.readyState === "loading" || waiting.size) requestAnimationFrame(drawWaiting);
 }
 
 function fill() {
   const decided = $("decided").value, part = $("search").value.toLowerCase();
-  const is = (row) => (!reason || reasonsOf(row).includes(reason)) && row.key.toLowerCase().includes(part)
+  const matches = (row) => (!reason || reasonsOf(row).includes(reason)) && row.key.toLowerCase().includes(part)
     && (!decided || (verdicts[row.key] || "open") === decided);
   const before = shown[current];
-  shown = rows.map((_, at) => at).filter((at) => is(rows[at]));
+  shown = rows.map((_, at) => at).filter((at) => matches(rows[at]));
   $("tiles").replaceChildren(...shown.map((at) => tiles[at]));
   $("tiles").hidden = !shown.length;
   $("nothing").hidden = $("stage").hidden = Boolean(shown.length);
@@ -166,9 +166,9 @@ function reshape(lens, ratio) {
 
 function drawMark(row) {
   const mark = document.querySelector(".mark");
-  const tells = row.edge && (row.edge[2] < row.width || row.edge[3] < row.height);
-  mark.hidden = !tells;
-  if (!tells) return;
+  const isPart = row.edge && (row.edge[2] < row.width || row.edge[3] < row.height);
+  mark.hidden = !isPart;
+  if (!isPart) return;
   const [left, top, width, height] = row.edge;
   for (const [side, share] of [["left", left / row.width], ["top", top / row.height], ["width", width / row.width], ["height", height / row.height]]) {
     mark.style[side] = `${100 * share}%`;
@@ -190,11 +190,11 @@ function drawWords(row) {
   $("figures").replaceChildren(...measured.map(([name, words, reasons, formula]) => {
     const line = document.createElement("tr");
     line.title = formula;
-    line.className = row.review.some((given) => reasons.includes(given)) ? "blamed" : "";
+    line.className = row.review.some((given) => reasons.includes(given)) ? "flagged" : "";
     for (const text of [name, words(row.figures)]) line.append(Object.assign(document.createElement("td"), { textContent: text }));
     return line;
   }));
-  const places = [["Source", row.source], ["Cutout", row.cutout], ["Mask", row.mask], ["Model", row.model], ["Made by job", row.by]];
+  const places = [["Source", row.source], ["Cutout", row.cutout], ["Mask", row.mask], ["Model", row.model], ["By job", row.by]];
   $("places").replaceChildren(...places.filter(([, text]) => text).flatMap(([name, text]) => [
     Object.assign(document.createElement("dt"), { textContent: name }),
     Object.assign(document.createElement("dd"), { textContent: text }),
@@ -228,7 +228,7 @@ function undo() {
 }
 
 function settle(row) {
-  remember();
+  saveVerdicts();
   tiles[rows.indexOf(row)].firstChild.dataset.verdict = verdicts[row.key] || "";
   drawVerdict(rows[shown[current]]);
   count();
@@ -250,7 +250,7 @@ function count() {
   $("progress").textContent = `${decided} of ${rows.length} decided`;
 }
 
-// What `cutfleet submit --from` reads: key and etag; the rest is for people.
+// `cutfleet submit --from` reads key and etag; the other fields are for people.
 function save(verdict) {
   const lines = rows.filter((row) => verdicts[row.key] === verdict).map((row) => JSON.stringify({
     key: row.key, etag: row.etag, verdict, reason: reasonsOf(row).join(","), job: job.id,
@@ -262,14 +262,14 @@ function save(verdict) {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   $("saved-title").textContent = `${name}: ${lines.length} ${lines.length === 1 ? "image" : "images"}`;
-  const again = verdict === "rejected";
-  $("saved-next").textContent = again ? "Cut them out again with another model:" : "A list for you to keep.";
-  $("command").hidden = $("copy").hidden = !again;
+  const isRejected = verdict === "rejected";
+  $("saved-next").textContent = isRejected ? "Cut them out again with another model:" : "A list for your records.";
+  $("command").hidden = $("copy").hidden = !isRejected;
   $("command").textContent = `${job.command} --from ${name} --model OTHER`;
   $("saved").showModal();
 }
 
-// Looking
+// View
 
 function step(by) {
   const to = Math.max(0, Math.min(shown.length - 1, current + by));
@@ -297,7 +297,7 @@ function setZoom(level) {
   $("zoom").textContent = `${100 * level} %`;
 }
 
-// A drag moves the slider. Where the edge is enlarged, moving over it (on a touch screen: a drag) moves what is seen.
+// A drag moves the slider. Over the enlarged edge, moving the pointer (on a touch screen: a drag) pans the image.
 function point(event) {
   const lens = event.currentTarget, box = lens.getBoundingClientRect();
   const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
@@ -361,7 +361,7 @@ function begin() {
   setAt(0.5);
   fill();
   count();
-  requestAnimationFrame(keepUp);
+  requestAnimationFrame(drawWaiting);
 }
 
 begin();

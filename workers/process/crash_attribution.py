@@ -1,5 +1,5 @@
-"""Who may be blamed when a process ends: what is written in the ledger of each image that it was computing. Nothing
-heavy is imported here: the process that hears a worker's last word needs it too (`workers/process/crash_reporter.py`)."""
+"""Attribute the end of a process to the images that it was computing, in the ledger. Imports nothing heavy: the
+listener of `workers/process/crash_reporter.py` uses it."""
 
 from __future__ import annotations
 
@@ -8,44 +8,52 @@ import json
 import time
 from typing import Self
 
-from jobs.errors import ContentError
-from jobs.job import Failure, ImageState
-from jobs.ledger import Claim, Ledger
+from jobs.errors import ContentError, CutfleetError
+from jobs.job import ImageState
+from jobs.ledger import Ledger
+from jobs.ledger.window import Claim, ClaimOutcome, Recorded
+from jobs.results import Failure
+from workers.process.task_outcome import TaskOutcome
 
 _MAX_TEXT = 300
 
 
-class Fatal(Exception):
-    """Something that ends a process or a child, in a stable sentence, and perhaps by this image's fault: named by
-    the same sentence twice, alone the second time, the image fails with `code`."""
+class FatalFault(Exception):
+    """A fault that ends a worker or a decode subprocess, perhaps because of an image. Equal faults have equal messages:
+    a suspect that the same fault is reported for twice, the second time in isolation, fails with `code`."""
 
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
         self.code = code
 
+    def as_image_error(self) -> ContentError:
+        return ContentError(str(self)[:_MAX_TEXT], code=self.code)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Accused:
-    """An image in a worker's hands. `alone`: nothing is computed beside it."""
+class InFlightImage:
+    """An image that this worker has claimed. `isolated`: nothing else is computed in the worker meanwhile."""
 
     claim: Claim
     key: str
     worker: str
     lease_s: float
-    alone: bool
+    isolated: bool
 
-    def told(self, error: Fatal) -> ContentError:
-        return ContentError(str(error)[:_MAX_TEXT], code=error.code)
+    def report(self, fault: FatalFault, ledger: Ledger) -> TaskOutcome:
+        """Fail the image if the ledger has this fault for it already and it is isolated now; else requeue it with this
+        fault as its last error. Raises `RedisUnavailable`."""
+        error = fault.as_image_error()
+        if self.isolated and self.claim.last_error == str(error):
+            return self.fail(error, ledger)
+        recorded = ledger.window.report_crash(self.claim, str(error), lease_s=self.lease_s)
+        return TaskOutcome.CRASH_REPORTED if recorded is Recorded.OK else TaskOutcome(recorded)
 
-    def blame(self, error: Fatal, ledger: Ledger) -> str:
-        """The second time, and alone, the image fails; else another worker takes it, and knows what it is blamed for.
-        `failed`, `blamed`, or what the ledger says of an image that is not held any more."""
-        if self.alone and self.claim.blamed == str(self.told(error)):
-            recorded, outcome = ledger.finish(self.claim, ImageState.FAILED, self._failure(error)), "failed"
-        else:
-            recorded = ledger.vanish(self.claim, str(self.told(error)), lease_s=self.lease_s)
-            outcome = "blamed"
-        return outcome if recorded == "ok" else recorded
+    def fail(self, error: CutfleetError, ledger: Ledger) -> TaskOutcome:
+        """Make the image a dead letter. Raises `RedisUnavailable`."""
+        failure = Failure(self.key, error.code, str(error), self.claim.tries + 1, time.time(), self.worker)
+        recorded = ledger.window.finish(self.claim, ImageState.FAILED, failure)
+        return TaskOutcome.FAILED if recorded is Recorded.OK else TaskOutcome(recorded)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
@@ -53,8 +61,5 @@ class Accused:
     @classmethod
     def from_json(cls, text: str) -> Self:
         fields = json.loads(text)
-        return cls(**fields | {"claim": Claim(**fields["claim"])})
-
-    def _failure(self, error: Fatal) -> Failure:
-        told = self.told(error)
-        return Failure(self.key, told.code, str(told), self.claim.tries + 1, time.time(), self.worker)
+        claim = fields["claim"]
+        return cls(**fields | {"claim": Claim(**claim | {"outcome": ClaimOutcome(claim["outcome"])})})

@@ -1,5 +1,5 @@
-"""The place that one image has in its worker: its share of memory, its turn on the device, the watchdog's eye on it. A
-suspect has all of the worker to itself, and its bytes are decoded in another process."""
+"""Resources of one image in its worker: memory, a batch on the device, the watchdog. A suspect uses the worker by
+itself, and its bytes are decoded in a subprocess."""
 
 from __future__ import annotations
 
@@ -12,88 +12,87 @@ import numpy as np
 
 from jobs.errors import ContentError, DeviceLost
 from workers.imaging.decode import DecodedImage, Limits, count_pixels, decode_image
-from workers.imaging.pipeline import Pixels
-from workers.models.batcher import Predictor
-from workers.process.crash_attribution import Accused, Fatal
-from workers.process.isolation import ChildDecoder
+from workers.imaging.pixels import Pixels
+from workers.process.context import WorkerContext
+from workers.process.crash_attribution import InFlightImage
 from workers.process.leases import Draining
-from workers.process.memory import BYTES_PER_PIXEL, MemoryBudget
-from workers.process.watchdog import Watchdog
+from workers.process.memory import BYTES_PER_PIXEL
+from workers.process.watchdog import ReportCrash
 
-MOST_DIED = 4
-"""Killed without a word, as the kernel does for memory. Some may have been killed by somebody just then: thirty kills
-within a minute convicted a sound image at two."""
+MAX_KILLS = 4
+"""Workers killed while they compute a suspect, as by the OOM killer. Fewer may have another reason: thirty kills within
+a minute failed a sound image at two."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Seat:
-    """A `MaskPredictor` and a `Decoder` for this image. `blame` records that it may be why this process ends, `mark`
-    that it is computed alone from now on, or no more. `child` decodes a suspect."""
+class ImageContext:
+    """A `MaskPredictor` and a `Decoder` for this image. `mark_isolated`: records whether the image is computed in
+    isolation now."""
 
-    accused: Accused
+    image: InFlightImage
     live: bool
-    blame: Callable[[Fatal], object]
-    mark: Callable[[bool], object]
-    memory: MemoryBudget
-    watchdog: Watchdog
-    predictor: Predictor
-    child: ChildDecoder
-    limits: Limits
+    worker: WorkerContext
+    report_crash: ReportCrash
+    mark_isolated: Callable[[bool], object]
 
     @contextmanager
-    def room(self, data: bytes) -> Iterator[None]:
-        """Memory for the image, from before it is decoded until it is published. Raises `Draining`. The header of a
-        suspect is not read in this process; it has nothing beside it."""
-        if self.accused.alone:
+    def reserve_memory(self, data: bytes) -> Iterator[None]:
+        """Keep memory for the image within the block, from before decoding until it is published. Raises `Draining`.
+        Does nothing for a suspect: nothing else runs, and its header must not be parsed in this process."""
+        if self.image.isolated:
             yield
             return
         with self.computing():
-            size_bytes = len(data) + BYTES_PER_PIXEL * count_pixels(data, self.limits)
-        with self.memory.take(size_bytes, live=self.live) as taken:
-            if not taken:
+            size_bytes = len(data) + BYTES_PER_PIXEL * count_pixels(data, self.worker.limits)
+        with self.worker.memory.reserve(size_bytes, live=self.live) as reserved:
+            if not reserved:
                 raise Draining
             yield
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Raises `ContentError` `crashed_worker` for a suspect of which `MOST_DIED` workers died alone, and
-        `DeviceLost` when the device fails by itself, before anybody can be blamed."""
-        if not self.accused.alone:
-            with self.watchdog.computing(self.accused, self.blame):
+        """Let the watchdog watch the block.
+
+        Raises for a suspect: `ContentError` `crashed_worker` if `MAX_KILLS` workers were killed while they computed it
+        in isolation; `DeviceLost` if the device fails before the suspect uses it."""
+        if not self.image.isolated:
+            with self.worker.watchdog.computing(self.image, self.report_crash):
                 yield
             return
-        if self.accused.claim.died >= MOST_DIED:
+        if self.image.claim.died >= MAX_KILLS:
             raise ContentError(
-                f"{self.accused.claim.died} workers died without a word while they computed it, nothing beside it: "
-                "its memory does not suffice, or somebody kills workers.",
+                f"{self.image.claim.died} workers were killed while they computed this image and nothing else: the "
+                "worker's memory is too small for it, or something kills the workers.",
                 code="crashed_worker",
             )
-        self._try_device()
-        with self.watchdog.computing(self.accused, self.blame):
+        self._check_device()
+        with self.worker.watchdog.computing(self.image, self.report_crash):
             try:
                 yield
             finally:
-                self.mark(False)
+                self.mark_isolated(False)
 
     @property
     def input_size(self) -> tuple[int, int]:
-        return self.predictor.input_size
+        return self.worker.batcher.input_size
 
     def predict(self, rgb: Pixels, *, live: bool = False) -> Pixels:
-        with self.watchdog.waiting(self.accused.claim):
-            return self.predictor.predict(rgb, live=live)
+        with self.worker.watchdog.waiting(self.image.claim):
+            return self.worker.batcher.predict(rgb, live=live)
 
     def decode(self, data: bytes, *, limits: Limits, animation: Literal["first", "refuse"]) -> DecodedImage:
-        """A suspect is marked when its bytes are touched: who dies before, while a process starts for them, did not die
-        of it."""
-        if not self.accused.alone:
+        """Decode here, or a suspect in a subprocess. A suspect is marked only once that subprocess runs: a worker
+        killed earlier was not killed because of it."""
+        if not self.image.isolated:
             return decode_image(data, limits=limits, animation=animation)
-        with self.watchdog.waiting(self.accused.claim):
-            return self.child(data, limits=limits, animation=animation, begins=lambda: self.mark(True))
+        with self.worker.watchdog.waiting(self.image.claim):
+            return self.worker.decode_process.decode(
+                data, limits=limits, animation=animation, on_ready=lambda: self.mark_isolated(True)
+            )
 
-    def _try_device(self) -> None:
-        """A device that fails with a blank image has failed by itself: the suspect is not to blame."""
+    def _check_device(self) -> None:
+        """Compute a blank image. Raises `DeviceLost` that is not attributed to the suspect."""
         try:
-            self.predictor.predict(np.zeros((*self.input_size, 3), np.uint8))
+            self.worker.batcher.predict(np.zeros((*self.input_size, 3), np.uint8))
         except DeviceLost as exc:
             raise DeviceLost(str(exc)) from exc

@@ -1,20 +1,20 @@
-"""What stands between kombu's Redis transport and us.
+"""Patches of kombu's Redis transport and of Celery's consumer.
 
-`Transport` survives a connection that breaks while a message is in flight and a BRPOP is pending: Celery 5.7.0's worker
-exits then, since its consumer collects the connection (which clears `transport.client`) before it closes the channel,
-and closing needs the client's parameters to restore what is unacknowledged. A test fails when upstream no longer
-needs it.
+`Channel` survives a connection that breaks while a message is unacknowledged and a BRPOP is pending. Celery 5.7.0's
+worker exits then: its consumer collects the connection (which clears `transport.client`) before it closes the channel,
+and closing needs the client's parameters to restore unacknowledged messages. A test fails once upstream no longer needs
+the patch.
 
-It also keeps one client for a channel: kombu makes one for every message, acknowledgement and event, which takes longer
-than what the client then does.
+`Channel` also keeps one client. kombu creates one for each message, acknowledgement and event, which takes longer than
+the client's work.
 
-`Liveness` and the transport touch the file that probes look at.
+`Transport` and `Liveness` touch the liveness file.
 
-`VisibilityLease` renews this worker's messages in kombu's `unacked_index`: without it a message held for longer than
-the visibility timeout is delivered again (kombu never renews). Their ages are told by the server's clock: kombu takes
-the machine's, and a worker whose clock is ahead would give back what all others hold.
+`VisibilityLease` renews this worker's messages in kombu's `unacked_index`. kombu never does, so it would deliver a
+message again that is unacknowledged for longer than the visibility timeout. Ages follow the server's clock: kombu uses
+the machine's, and a worker whose clock is ahead would restore the messages of all others.
 
-`GatheredEvents` sends what Flower is to see a few times a second, not after every step of every image.
+`BufferedEvents` sends events for Flower a few times per second, not after each step of each image.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from kombu.transport import redis as kombu_redis
 from redis.exceptions import RedisError
 
 from jobs.broker import VISIBILITY_S
-from jobs.liveness import ALIVE_S, AliveFile
+from jobs.liveness import TOUCH_EVERY_S, LivenessFile
 
 log = logging.getLogger(__name__)
 
 EVENTS_S = 0.5
-"""Flower's own pages are refreshed less often."""
-MOST_EVENTS = 10_000
-"""Kept for the next turn: far more than half a second makes, so that the loop alone ever sends."""
+"""Interval between sends; Flower's pages refresh less often."""
+MAX_BUFFERED_EVENTS = 10_000
+"""Far more than occur within `EVENTS_S`: a full buffer would be sent outside the event loop."""
 
 
 class Channel(kombu_redis.Channel):
-    """Remembers the client it was opened for, and uses it where `connection.client` is gone."""
+    """Remembers the client that it was opened for, and uses it once `connection.client` is cleared."""
 
     def __init__(self, connection: Any, **options: Any) -> None:
         self._opened_for = connection.client
@@ -69,7 +69,7 @@ class Channel(kombu_redis.Channel):
 
 
 class SentinelChannel(Channel, kombu_redis.SentinelChannel):
-    """Whose servers are asked for at the Sentinels, which it knows from `connection.client` too."""
+    """Gets the addresses of the Sentinels from `connection.client` too."""
 
     def _sentinel_managed_pool(self, asynchronous: bool = False) -> Any:
         connection = self.connection
@@ -84,7 +84,7 @@ class SentinelChannel(Channel, kombu_redis.SentinelChannel):
 
 
 class ServerClock:
-    """The server's time, by how far this machine's clock was off when last compared."""
+    """The server's time: this machine's clock, corrected by the last comparison."""
 
     def __init__(self) -> None:
         self._ahead_s = 0.0
@@ -93,18 +93,18 @@ class ServerClock:
         return time.time() - self._ahead_s
 
     def compare(self, client: Any) -> None:
-        asked = time.time()
+        sent = time.time()
         seconds, micros = client.time()
-        self._ahead_s = (asked + time.time()) / 2 - (seconds + micros / 1e6)
+        self._ahead_s = (sent + time.time()) / 2 - (seconds + micros / 1e6)
 
 
 class Transport(kombu_redis.Transport):
     Channel = Channel
-    alive = AliveFile("")
+    liveness = LivenessFile("")
     clock = ServerClock()
 
     def establish_connection(self) -> Any:
-        self.alive.touch()  # while Redis is away, trying again is all the progress there can be
+        self.liveness.touch()  # while Redis is away, reconnecting is the only progress
         return super().establish_connection()
 
 
@@ -112,8 +112,8 @@ class SentinelTransport(Transport, kombu_redis.SentinelTransport):
     Channel = SentinelChannel
 
 
-class _Repeated(bootsteps.StartStopStep):
-    """Does `turn` every `every_s` in the consumer's event loop, where the channel may be used."""
+class _Periodic(bootsteps.StartStopStep):
+    """Calls `run` every `every_s` in the consumer's event loop, the only thread that may use the channel."""
 
     requires: tuple[str, ...] = ("celery.worker.consumer.tasks:Tasks",)
     every_s: float
@@ -123,25 +123,25 @@ class _Repeated(bootsteps.StartStopStep):
         super().__init__(consumer, **options)
 
     def start(self, consumer: Any) -> None:
-        self._timer = consumer.timer.call_repeatedly(self.every_s, self.turn, (consumer,))
+        self._timer = consumer.timer.call_repeatedly(self.every_s, self.run, (consumer,))
 
     def stop(self, consumer: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def turn(self, consumer: Any) -> None:
+    def run(self, consumer: Any) -> None:
         raise NotImplementedError
 
 
-class VisibilityLease(_Repeated):
+class VisibilityLease(_Periodic):
     every_s = VISIBILITY_S / 4
 
     def start(self, consumer: Any) -> None:
         super().start(consumer)
-        self.turn(consumer)
+        self.run(consumer)
 
-    def turn(self, consumer: Any) -> None:
+    def run(self, consumer: Any) -> None:
         channel = consumer.task_consumer.channel
         try:
             with channel.conn_or_acquire() as client:
@@ -150,26 +150,26 @@ class VisibilityLease(_Repeated):
                 if tags:
                     client.zadd(channel.unacked_index_key, {tag: Transport.clock.time() for tag in tags}, xx=True)
         except RedisError as exc:
-            log.warning("visibility not renewed, next turn tries again: %s", exc, extra={"action": "renew"})
+            log.warning("visibility not renewed, retried in the next interval: %s", exc, extra={"action": "renew"})
 
 
-class Liveness(_Repeated):
-    """A loop that is stuck touches nothing."""
+class Liveness(_Periodic):
+    """A stuck event loop does not touch the file."""
 
-    every_s = ALIVE_S
+    every_s = TOUCH_EVERY_S
 
-    def turn(self, consumer: Any) -> None:
-        Transport.alive.touch()
+    def run(self, consumer: Any) -> None:
+        Transport.liveness.touch()
 
 
-class GatheredEvents(_Repeated):
-    """Without it every event is a PUBLISH of its own: three an image."""
+class BufferedEvents(_Periodic):
+    """Without it, each event is a PUBLISH of its own: three per image."""
 
     requires = ("celery.worker.consumer.tasks:Tasks", "celery.worker.consumer.events:Events")
     every_s = EVENTS_S
 
     def start(self, consumer: Any) -> None:
-        consumer.event_dispatcher.buffer_limit = MOST_EVENTS
+        consumer.event_dispatcher.buffer_limit = MAX_BUFFERED_EVENTS
         consumer.event_dispatcher.on_send_buffered = None
         super().start(consumer)
 
@@ -178,15 +178,15 @@ class GatheredEvents(_Repeated):
         if consumer.event_dispatcher is not None:
             consumer.event_dispatcher.on_send_buffered = consumer.on_send_event_buffered
 
-    def turn(self, consumer: Any) -> None:
+    def run(self, consumer: Any) -> None:
         consumer._flush_events()
 
 
-def harden(app: Celery, alive: AliveFile) -> None:
-    """Gives the app's worker the transport, the lease, the sign of life and fewer messages."""
-    Transport.alive = alive
+def install_patches(app: Celery, liveness: LivenessFile) -> None:
+    """Make the app's worker use the transport and the periodic steps of this module."""
+    Transport.liveness = liveness
     Transport.clock = ServerClock()
-    kombu_redis.time = Transport.clock.time  # type: ignore[attr-defined]  # its own name of time.time
+    kombu_redis.time = Transport.clock.time  # type: ignore[attr-defined]  # kombu's name for `time.time`
     TRANSPORT_ALIASES["redis"] = TRANSPORT_ALIASES["rediss"] = "workers.process.kombu_patches:Transport"
     TRANSPORT_ALIASES["sentinel"] = "workers.process.kombu_patches:SentinelTransport"
-    app.steps["consumer"].update({VisibilityLease, Liveness, GatheredEvents})
+    app.steps["consumer"].update({VisibilityLease, Liveness, BufferedEvents})

@@ -1,5 +1,5 @@
-"""The images this worker holds. One thread renews their leases and says in the ledger that the worker is alive: a
-process that is frozen or killed does neither, and its images go to others when the lease ends."""
+"""Leases of this worker's images. One thread renews them and sends the worker's heartbeat: a process that is frozen or
+killed does neither, and other workers get its images when the leases end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from jobs.errors import CutfleetError, ServiceUnavailable
-from jobs.ledger import Claim, Ledger
+from jobs.ledger import Ledger
+from jobs.ledger.window import Claim
 
 log = logging.getLogger(__name__)
 
@@ -19,24 +20,24 @@ MISSES = 2
 
 
 class Draining(Exception):
-    """The worker is going: the image is given back, no try used up."""
+    """The worker drains: the image is released, and no attempt is used up."""
 
 
 class Leases:
-    """Safe for threads. `facts` is asked for what the worker says of itself."""
+    """Safe for threads. `heartbeat` returns the worker's heartbeat fields."""
 
     def __init__(
-        self, ledger: Ledger, *, node: str, lease_s: float, facts: Callable[[], Mapping[str, str | int | float]]
+        self, ledger: Ledger, *, node: str, lease_s: float, heartbeat: Callable[[], Mapping[str, str | int | float]]
     ) -> None:
         self.lease_s = lease_s
         self._ledger = ledger
         self._node = node
-        self._facts = facts
-        self._held: dict[str, Claim] = {}
-        self._missed: dict[str, int] = {}
+        self._heartbeat = heartbeat
+        self._claims: dict[str, Claim] = {}
+        self._misses: dict[str, int] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._pulse, name="leases", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
 
     def __enter__(self) -> Leases:
         self._thread.start()
@@ -47,44 +48,45 @@ class Leases:
         self._thread.join()
 
     @contextmanager
-    def hold(self, claim: Claim) -> Iterator[None]:
-        """Renews the claim until the block ends; finishing, deferring or releasing it is the block's business."""
+    def renewing(self, claim: Claim) -> Iterator[None]:
+        """Renew the claim until the block ends. The block must finish, retry or release the image itself."""
         with self._lock:
-            self._held[claim.image] = claim
+            self._claims[claim.image] = claim
         try:
             yield
         finally:
             with self._lock:
-                if self._held.get(claim.image) is claim:  # else this worker took the image again meanwhile
-                    del self._held[claim.image]
+                if self._claims.get(claim.image) is claim:  # else this worker claimed the image again meanwhile
+                    del self._claims[claim.image]
 
     def is_ours(self, claim: Claim) -> bool:
-        """Asks the ledger, and renews: false when another worker has the image by now."""
-        return not self._ledger.renew({claim.image: claim.token}, lease_s=self.lease_s)
+        """Renew the lease in the ledger; False when another worker has the image."""
+        return not self._ledger.window.renew({claim.image: claim.token}, lease_s=self.lease_s)
 
     def in_flight(self) -> int:
-        return len(self._held)
+        """Return the number of images that this worker has claimed."""
+        return len(self._claims)
 
     def release_all(self) -> None:
-        """Gives back everything held, at the end of the grace: what still runs here publishes nothing any more."""
-        for claim in self._claims():
+        """Release every image, at the drain deadline: what still runs here can publish nothing any more."""
+        for claim in self._current_claims():
             try:
-                self._ledger.release(claim, lease_s=self.lease_s)
+                self._ledger.window.release(claim, lease_s=self.lease_s)
             except CutfleetError as exc:
                 log.error("not released: %s", exc, extra={"action": "drain", "image": claim.image, "code": exc.code})
 
-    def _claims(self) -> list[Claim]:
+    def _current_claims(self) -> list[Claim]:
         with self._lock:
-            return list(self._held.values())
+            return list(self._claims.values())
 
-    def _pulse(self) -> None:
+    def _run(self) -> None:
         next_heartbeat = 0.0
         while True:
             try:
                 self._renew()
                 if time.monotonic() >= next_heartbeat:
-                    facts = {**self._facts(), "in_flight": self.in_flight()}
-                    self._ledger.heartbeat(self._node, facts, ttl_s=int(3 * HEARTBEAT_S))
+                    fields = {**self._heartbeat(), "in_flight": self.in_flight()}
+                    self._ledger.fleet.heartbeat(self._node, fields, ttl_s=int(3 * HEARTBEAT_S))
                     next_heartbeat = time.monotonic() + HEARTBEAT_S
             except ServiceUnavailable as exc:
                 log.warning(str(exc), extra={"action": "renew", "code": exc.code})
@@ -92,11 +94,10 @@ class Leases:
                 return
 
     def _renew(self) -> None:
-        """What is missed once may just have been recorded, and is held no more a moment later: it is said of what is
-        missed twice, and then once."""
-        held = {claim.image: claim.token for claim in self._claims()}
-        missed = self._ledger.renew(held, lease_s=self.lease_s)
-        self._missed = {held[image]: self._missed.get(held[image], 0) + 1 for image in missed}
+        """Log a lost lease once, after `MISSES` failed renewals: after one, the image may just have been recorded."""
+        tokens = {claim.image: claim.token for claim in self._current_claims()}
+        missed = self._ledger.window.renew(tokens, lease_s=self.lease_s)
+        self._misses = {tokens[image]: self._misses.get(tokens[image], 0) + 1 for image in missed}
         for image in missed:
-            if self._missed[held[image]] == MISSES:
+            if self._misses[tokens[image]] == MISSES:
                 log.warning("lease lost: another worker may have it", extra={"action": "renew", "image": image})

@@ -1,6 +1,5 @@
-"""How much memory the images in flight may take: bytes, not a count. An image takes its share before it is decoded,
-by its header's size, and gives it back once it is published; live images come before those of a backfill.
-"""
+"""Memory of the images in flight, limited in bytes. An image reserves its share before it is decoded, by the size in
+its header, and returns it after it is published. Live images come before backfill images."""
 
 from __future__ import annotations
 
@@ -16,32 +15,34 @@ import pynvml
 BYTES_PER_PIXEL = 28
 """Most that an image takes between decoding and publishing: 25 measured with a marketplace's rendition, 16 (WebP), 12
 (PNG with alpha) and 8 (JPEG) with the default recipe, at 12 megapixels (`python -m tests.bench.footprint`). Not less
-for a JPEG: what its thread keeps of freed memory would then exceed the worker's limit."""
+for a JPEG: the freed memory that its thread keeps would then exceed the worker's limit."""
 SHARE_OF_MACHINE = 0.75
-"""A worker's resident limit where none is set; the rest is for the system, and for what stands beside the worker."""
+"""Resident limit of a worker by default; the rest is for the system and for other processes."""
 SHARE_FOR_IMAGES = 0.6
-"""Of what the worker itself leaves of its limit; the rest is for files before decoding, and for fragmentation."""
-LEAST_BUDGET = 64_000_000
-_LOOK_S = 0.5
+"""Of the limit less the worker's own memory; the rest is for files before decoding, and for fragmentation."""
+MIN_BUDGET_BYTES = 64_000_000
+_CHECK_S = 0.5
+"""Interval at which a waiting image checks whether the worker drains."""
 _NO_LIMIT = 1 << 60
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class MemoryBudget:
-    """Safe for threads. First come, first served within a lane; one that is larger than the whole budget goes alone."""
+    """Safe for threads. First come, first served within a lane. An image larger than the budget waits until no other
+    has memory."""
 
-    def __init__(self, total_bytes: int, *, leaving: threading.Event) -> None:
-        """`leaving`: nobody is let in any more once it is set."""
+    def __init__(self, total_bytes: int, *, draining: threading.Event) -> None:
         self.total_bytes = total_bytes
         self.in_use = 0
-        self._leaving = leaving
+        self._draining = draining
         self._live: deque[object] = deque()
         self._backfill: deque[object] = deque()
         self._changed = threading.Condition()
 
     @contextmanager
-    def take(self, size_bytes: int, *, live: bool) -> Iterator[bool]:
-        """Waits for room. False when the worker is leaving: nothing was taken then."""
+    def reserve(self, size_bytes: int, *, live: bool) -> Iterator[bool]:
+        """Wait for `size_bytes` and keep them within the block. Yields False, with nothing reserved, if the worker
+        drains."""
         if not self._wait(size_bytes, self._live if live else self._backfill):
             yield False
             return
@@ -57,8 +58,8 @@ class MemoryBudget:
         with self._changed:
             lane.append(ticket)
             try:
-                while not self._leaving.is_set():
-                    if self._changed.wait_for(lambda: self._is_next(ticket, size_bytes), _LOOK_S):
+                while not self._draining.is_set():
+                    if self._changed.wait_for(lambda: self._is_next(ticket, size_bytes), _CHECK_S):
                         self.in_use += size_bytes
                         return True
                 return False
@@ -72,33 +73,34 @@ class MemoryBudget:
 
 
 def resident_bytes() -> int:
-    """What this process has in memory now."""
+    """Return the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def resident_limit(memory_mb: int, *, on_gpu: bool) -> int:
-    """In bytes. `memory_mb`: the setting; 0: from what this machine or container has, shared by the machine's GPUs."""
+    """Return the worker's limit in bytes. `memory_mb`: the setting; 0: a share of the memory of this machine or
+    container, divided by its number of GPUs."""
     if memory_mb:
         return memory_mb * 1_000_000
-    return int(SHARE_OF_MACHINE * _machine_bytes() / (_gpus() if on_gpu else 1))
+    return int(SHARE_OF_MACHINE * _machine_bytes() / (_count_gpus() if on_gpu else 1))
 
 
 def image_budget(limit_bytes: int, *, own_bytes: int) -> int:
-    """`own_bytes`: resident before the first image, model and libraries included."""
-    return max(LEAST_BUDGET, int(SHARE_FOR_IMAGES * (limit_bytes - own_bytes)))
+    """Return the bytes for images in flight. `own_bytes`: resident before the first image, with model and libraries."""
+    return max(MIN_BUDGET_BYTES, int(SHARE_FOR_IMAGES * (limit_bytes - own_bytes)))
 
 
 def _machine_bytes() -> int:
-    """The container's limit where there is one."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    """Return the container's limit if it has one, else the machine's memory."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for name in _CGROUP:
         path = Path(name)
         if path.exists() and (text := path.read_text().strip()) != "max":
-            found.append(int(text))
-    return min(size for size in found if size < _NO_LIMIT)
+            sizes.append(int(text))
+    return min(size for size in sizes if size < _NO_LIMIT)
 
 
-def _gpus() -> int:
+def _count_gpus() -> int:
     try:
         pynvml.nvmlInit()
         return max(1, int(pynvml.nvmlDeviceGetCount()))

@@ -1,28 +1,26 @@
 """Real servers for tests: Valkey and SeaweedFS from their wheels, our own dispatcher and worker as processes.
 
-A server that can't start fails the tests that need it; nothing is skipped for its lack.
+A server that can't start fails the tests that need it; no test is skipped.
 """
 
 from __future__ import annotations
 
-import http.server
 import itertools
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from jobs.ledger import Ledger
-from jobs.s3.client import Location, Store
+from jobs.s3.client import Store
 from producer.demo.local_stack import LocalStack, inherited_environment
-from tests.support.environment import DATA, ROOT, Run, alone_url
-from tests.support.factories import Places, Receiver, program
+from tests.support.environment import DATA, ROOT, Run, find_program, own_redis_url
+from tests.support.places import Places, create_places
+from tests.support.webhook_receiver import Receiver, receive_webhooks
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -32,13 +30,13 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Optional photographs and files; tests that use them have a story without them too."""
+    """A folder with optional photographs and files; tests that use them also work without."""
     return DATA
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    """One Valkey and one S3 server for the whole run. A test that harms servers starts a stack of its own."""
+    """One Valkey and one S3 server for the whole run. A test that stops or changes servers starts its own stack."""
     with LocalStack(tmp_path_factory.mktemp("stack")) as stack:
         yield stack
 
@@ -53,19 +51,21 @@ def fleet(stack: LocalStack) -> LocalStack:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium without a window, from `tests/support/get-chromium.sh`. Of one module: while it is open, playwright's loop runs
-    in this thread, and no other can. Without its sandbox, which root may not have: it opens our own pages only."""
-    from playwright.sync_api import sync_playwright  # here: few runs need it
+    """Headless Chromium from `tests/support/get-chromium.sh`. Module scope: while it is open, playwright's event loop
+    runs in this thread, and no other loop can. No sandbox, which root cannot use: it opens only our own pages."""
+    from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as play:
-        found = play.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
-        yield found
-        found.close()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_program("chromium"), args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
 def aws() -> Iterator[Store]:
-    """A server of AWS's behaviour, for what the embedded one does otherwise or not at all."""
+    """A store on moto, which behaves like AWS where SeaweedFS does not."""
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -87,49 +87,28 @@ def store(stack: LocalStack) -> Iterator[Store]:
 
 
 @pytest.fixture
-def alone(stack: LocalStack) -> Iterator[Ledger]:
-    """A ledger that no dispatcher of the other tests works on, empty."""
-    with Ledger(alone_url(stack), name="alone") as ledger:
-        ledger._call("flushdb")
+def own_ledger(stack: LocalStack) -> Iterator[Ledger]:
+    """An empty ledger in a Redis database of its own, where no dispatcher works."""
+    with Ledger(own_redis_url(stack), name="own") as ledger:
+        ledger.connection.call("flushdb")
         yield ledger
 
 
 @pytest.fixture
 def places(store: Store) -> Places:
-    """A source and a destination bucket of this test's own."""
-    number = next(_numbers)
-    places = Places(f"s3://source-{os.getpid()}-{number}/", f"s3://results-{os.getpid()}-{number}/")
-    for uri in (places.source, places.to):
-        store.create_bucket(Location.parse(uri).bucket)
-    return places
+    """A source and a destination bucket for one test."""
+    return create_places(store, f"{os.getpid()}-{next(_numbers)}")
 
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    found = Receiver("", [], [])
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            found.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
-            self.send_response(found.statuses.pop(0) if found.statuses else 200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        found.url = f"http://127.0.0.1:{server.server_port}/hook?token=hidden"
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield found
-        server.shutdown()
-        thread.join()
+    with receive_webhooks() as receiver:
+        yield receiver
 
 
 @pytest.fixture
 def cutfleet(stack: LocalStack) -> Run:
-    """Runs the command as a person would: `cutfleet("status", job)`."""
+    """Run the `cutfleet` command in a process: `cutfleet("status", job)`."""
 
     def run(
         *args: str, stdin: str = "", env: dict[str, str] | None = None, timeout_s: float = 100

@@ -2,10 +2,10 @@
 
     python -m tests.bench [PART ...] [--json FILE] [--markdown FILE] [--keep]
 
-Parts: images, queue, worker, processes, interpreter, inference, start, memory; each is a module here with a command
-line of its own. `--keep` appends the ratios of this run to `results.jsonl`. Every run is held against what was kept on
-such a machine: a ratio more than 10 % below the median of the last five is named, and the exit code is 1. Ratios only:
-times say more about a machine's day.
+Each part is a module with its own command line; the part `images` is `image_path.py`. `--keep` appends the ratios of
+this run to `results.jsonl`. Every run is compared with the runs kept on the same kind of machine: the exit code is 1,
+and the ratio is named, if it is more than 10 % below the median of the last five. Only ratios are kept: times vary with
+the machine's load.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from producer.demo.local_stack import told_afterwards
+from producer.demo.local_stack import deferred_signals
 from tests.bench.report import TERMINATED, Row, from_json, machine_facts, progress, to_json, to_markdown
 
 PARTS: Mapping[str, Sequence[str]] = {
@@ -36,8 +36,9 @@ PARTS: Mapping[str, Sequence[str]] = {
     "start": ("--rounds", "3"),
     "memory": ("--minutes", "1"),
 }
+MODULES = {part: part for part in PARTS} | {"images": "image_path"}
 RESULTS = Path(__file__).with_name("results.jsonl")
-REMEMBERED = 5
+COMPARED_RUNS = 5
 LOSS = 0.9
 
 
@@ -60,10 +61,10 @@ def main() -> int:
     if options.markdown:
         options.markdown.write_text(text)
     if options.json:
-        told = {part: to_json(found) for part, found in rows.items()}
-        options.json.write_text(json.dumps({"machine": facts, "parts": told}, indent=1))
+        parts = {part: to_json(found) for part, found in rows.items()}
+        options.json.write_text(json.dumps({"machine": facts, "parts": parts}, indent=1))
     ratios = ratios_of(rows)
-    losses = find_losses(ratios, kept(facts))
+    losses = find_losses(ratios, earlier_ratios(facts))
     for name, (now, before) in losses.items():
         print(f"LOSS {name}: {now:.2f} times, before {before:.2f}")
     if options.keep:
@@ -73,14 +74,14 @@ def main() -> int:
 
 
 def run(part: str) -> list[Row]:
-    """In a process of its own: its threads and memory are no other part's."""
+    """Run a part in its own process, so that threads and memory of other parts do not count."""
     progress(f"{part} ...")
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-m", f"tests.bench.{part}", *PARTS[part], "--json", file.name]
-        with contextlib.ExitStack() as ends:
-            with told_afterwards():
-                child = ends.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-                ends.callback(child.terminate)  # then it is waited for: its servers end with it
+        command = [sys.executable, "-m", f"tests.bench.{MODULES[part]}", *PARTS[part], "--json", file.name]
+        with contextlib.ExitStack() as stack:
+            with deferred_signals():
+                child = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+                stack.callback(child.terminate)  # Popen waits for it then, and it stops its servers
             code = child.wait()
         if code:
             raise SystemExit(f"{part} ended with {code}")
@@ -96,16 +97,16 @@ def ratios_of(rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
     }
 
 
-def kept(facts: Mapping[str, object]) -> list[dict[str, float]]:
-    """Ratios of the last runs on a machine with this processor and as many cores, oldest first."""
+def earlier_ratios(facts: Mapping[str, object]) -> list[dict[str, float]]:
+    """Return the ratios of the last runs with the same processor and number of cores, oldest first."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     runs = [json.loads(line) for line in lines]
-    alike = [run["ratios"] for run in runs if all(run[name] == facts[name] for name in ("processor", "cores"))]
-    return alike[-REMEMBERED:]
+    comparable = [run["ratios"] for run in runs if all(run[name] == facts[name] for name in ("processor", "cores"))]
+    return comparable[-COMPARED_RUNS:]
 
 
 def find_losses(now: Mapping[str, float], before: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
-    """By name, today's ratio and the median of what it was, where more than a tenth is lost."""
+    """Return ratio and median of the earlier ratios, by name, where more than a tenth is lost."""
     past = {name: [run[name] for run in before if name in run] for name in now}
     medians = {name: statistics.median(values) for name, values in past.items() if values}
     return {name: (now[name], middle) for name, middle in medians.items() if now[name] < LOSS * middle}

@@ -1,9 +1,9 @@
-"""The image path alone, as a worker's threads would run it: no broker, no store, files in memory, a device that costs
-nothing. What a worker reaches is compared with this.
+"""The image path in threads as in a worker, without broker and store: files in memory, a device that costs nothing. The
+baseline for a worker's throughput.
 
     python -m tests.bench.bare PHOTO --threads N --images N [--edges on]
 
-Prints images a second and CPU milliseconds an image.
+Prints images per second and CPU milliseconds per image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from jobs.recipe import Recipe
 from tests.bench.device_worker import StandIn, load_stand_in
 from workers.imaging.decode import Limits
-from workers.imaging.pipeline import cut_out, limit_threads
+from workers.imaging.pipeline import cut_out
+from workers.models.device import limit_threads
 
 
 def main() -> None:
@@ -30,14 +31,14 @@ def main() -> None:
     os.environ["BENCH_DEVICE_MS"] = "0"
     limit_threads(1)
     data, recipe = options.photo.read_bytes(), Recipe(edges=options.edges)
-    with StandIn(load_stand_in(), batch_limit=1) as predictor, ThreadPoolExecutor(options.threads) as pool:
+    with StandIn(load_stand_in(), batch_limit=1) as batcher, ThreadPoolExecutor(options.threads) as pool:
 
-        def one(_: int) -> int:
-            return len(cut_out(data, recipe, predictor, limits=Limits()).cutout)
+        def process_one(_: int) -> int:
+            return len(cut_out(data, recipe, batcher, limits=Limits()).cutout)
 
-        list(pool.map(one, range(2 * options.threads)))
+        list(pool.map(process_one, range(2 * options.threads)))
         wall, cpu = time.perf_counter(), time.process_time()
-        list(pool.map(one, range(options.images)))
+        list(pool.map(process_one, range(options.images)))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(options.images / wall, cpu / options.images * 1000)
 

@@ -1,9 +1,9 @@
-"""What an image's three requests to S3 cost a worker: our Store (boto3) against obstore.
+"""CPU time of an image's three S3 requests: our Store (boto3) against obstore.
 
     pip install obstore && python -m tests.bench.clients [--rounds N] [--json FILE]
 
-GET of the source, PUT of mask and cutout, the cutout on condition that nothing is there; one after the other, bodies as
-large as those of a photograph. A second client would have to be worth one and a half times a worker's whole image.
+GET of the source, PUT of mask and cutout with If-None-Match, one after the other, with bodies as large as those of a
+photograph. A second client would have to make a worker's whole image one and a half times faster.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.s3.client import Location, Store
+from jobs.s3.client import Store
+from jobs.s3.location import Location
 from producer.demo.local_stack import LocalStack
-from tests.bench.report import Row, row, tell
+from tests.bench.report import Row, row, run_benchmark
 
 BUCKET = "images"
 SIZES = {"12MP": (2_900_000, 170_000, 9_600_000), "2MP": (500_000, 30_000, 1_700_000)}
 """Bytes of source, mask and cutout."""
 IMAGES = {"12MP": 8, "2MP": 30}
 
-Do = Callable[[str, bytes, bytes], None]
+Requests = Callable[[str, bytes, bytes], None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    tell(parser, measure)
+    run_benchmark(parser, measure)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
@@ -43,7 +44,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         stack.store() as store,
     ):
         store.create_bucket(BUCKET)
-        ways = {"Store (boto3)": _by_store(store), "obstore": _by_obstore(stack)}
+        ways = {"Store (boto3)": _store_requests(store), "obstore": _obstore_requests(stack)}
         for size, (source, mask, cutout) in SIZES.items():
             store.put(Location(BUCKET, "source"), os.urandom(source), content_type="image/jpeg")
             bodies = os.urandom(mask), os.urandom(cutout)
@@ -54,24 +55,24 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
                     for _ in range(IMAGES[size]):
                         way(f"p{next(numbers)}", *bodies)
                     costs[name].append((time.process_time() - began) * 1000 / IMAGES[size])
-            ours, theirs = costs.values()
+            ours, obstore = costs.values()
             yield row(f"{size}: requests of an image by our Store", ours, "CPU ms/image")
-            yield row(f"{size}: the same by obstore", theirs, "CPU ms/image", against="our Store", others=ours)
+            yield row(f"{size}: the same by obstore", obstore, "CPU ms/image", against="our Store", others=ours)
 
 
-def _by_store(store: Store) -> Do:
+def _store_requests(store: Store) -> Requests:
     metadata = {f"cf-{name}": "0" * 64 for name in ("source", "fingerprint", "revision")}
 
     def do(name: str, mask: bytes, cutout: bytes) -> None:
         store.get(Location(BUCKET, "source"), role="source", max_bytes=100_000_000)
         for folder, body in (("masks", mask), ("cutouts", cutout)):
-            place = Location(BUCKET, f"{folder}/{name}.png")
-            store.put(place, body, content_type="image/png", metadata=metadata, conditional=True)
+            location = Location(BUCKET, f"{folder}/{name}.png")
+            store.put(location, body, content_type="image/png", metadata=metadata, conditional=True)
 
     return do
 
 
-def _by_obstore(stack: LocalStack) -> Do:
+def _obstore_requests(stack: LocalStack) -> Requests:
     import obstore
     from obstore.store import S3Store
 

@@ -1,10 +1,10 @@
-"""Whether one dispatcher keeps a fleet fed: throughput against the number of workers, and where it bends.
+"""Whether one dispatcher feeds a whole fleet: throughput against the number of workers.
 
     python -m tests.bench.curve [--workers N] ... [--seconds S] [--json FILE]
 
-Real Valkey, ledger, dispatcher and messages. A worker is an H100 at a tenth of its pace: 9 images a second, in
-batches of 8, 24 slots; two processes play all of them, and their store is a folder. `fed`: the share of what the
-workers could have done. Processor time tells who reaches the end of a core first.
+Real Valkey, ledger, dispatcher and messages. A worker is simulated as a tenth of an H100: 9 images per second in
+batches of 8, 24 slots. Two processes simulate all workers; their store is a folder. `fed`: share of what the workers
+could have done. Processor time shows which process first needs a whole core.
 """
 
 from __future__ import annotations
@@ -18,70 +18,74 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
-from jobs.ledger import Claim, Ledger
+from jobs.ledger import Ledger
+from jobs.ledger.window import Claim
 from jobs.recipe import Recipe
 from producer.demo.local_stack import LocalStack
-from producer.submission.submit import Request, submit
-from tests.bench.flow import cpu_s, valkey_alone
-from tests.bench.report import Row, fact, progress, tell
+from producer.submission.request import Request
+from producer.submission.submit import submit
+from tests.bench.flow import cpu_s, run_valkey
+from tests.bench.report import Row, fact, progress, run_benchmark
 from tests.bench.scale import run_dispatcher
-from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, FolderStore, say_alive
+from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, FolderStore, send_heartbeat
 
-PACE = 9.0
-"""Images a second of a worker: an H100's 90, at 1:10."""
+RATE = 9.0
+"""Images per second of a worker: a tenth of an H100's 90."""
 BATCH = 8
 SLOTS = 24
 WORKERS = (8, 16, 32, 64, 128, 256, 512)
-PLAYERS = 2
+SIMULATORS = 2
 WAKE_S = 0.02
-"""A player that wakes up later than this has let its device wait."""
+"""A simulator that wakes up later than this has kept its device waiting."""
 RAMP_S = 4.0
-"""Until every worker holds what it can: not counted."""
+"""Time until every slot is busy, which is not measured."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, action="append", help=f"default: {' '.join(map(str, WORKERS))}")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each number of workers")
-    tell(parser, measure)
+    run_benchmark(parser, measure)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     for count in options.workers or WORKERS:
-        with valkey_alone() as stack:
+        with run_valkey() as stack:
             yield from _point(stack, stack.folder / "store", count, options.seconds)
 
 
 def _point(stack: LocalStack, folder: Path, count: int, seconds: float) -> Iterator[Row]:
-    url, most = stack.environment["CUTFLEET_REDIS_URL"], count * PACE
+    url, most = stack.environment["CUTFLEET_REDIS_URL"], count * RATE
     context = multiprocessing.get_context("spawn")
-    told: SimpleQueue[int] = context.SimpleQueue()
+    counts: SimpleQueue[int] = context.SimpleQueue()
     stop = context.Event()
-    players = [context.Process(target=_play, args=(url, count, first, stop, told)) for first in range(PLAYERS)]
+    simulators = [
+        context.Process(target=_simulate, args=(url, count, first, stop, counts)) for first in range(SIMULATORS)
+    ]
     dispatcher = context.Process(target=run_dispatcher, args=(url, str(folder), stop))
     with stack.ledger() as ledger:
         _submit(ledger, FolderStore(folder, int(most * (2 * RAMP_S + seconds)) + count * SLOTS))
-        for process in (dispatcher, *players):
+        for process in (dispatcher, *simulators):
             process.start()
         try:
-            while ledger.jobs()[0].done < count * BATCH:
+            while ledger.jobs.newest()[0].done < count * BATCH:
                 time.sleep(0.05)
             time.sleep(RAMP_S)
             assert stack.valkey is not None
             pids = {"Valkey": stack.valkey.pid, "dispatcher": int(dispatcher.pid or 0)}
             began, before, cpu = (
                 time.monotonic(),
-                ledger.jobs()[0].done,
+                ledger.jobs.newest()[0].done,
                 {name: cpu_s(pid) for name, pid in pids.items()},
             )
             time.sleep(seconds)
-            took, job = time.monotonic() - began, ledger.jobs()[0]
+            took, job = time.monotonic() - began, ledger.jobs.newest()[0]
             busy = {name: (cpu_s(pid) - cpu[name]) / took for name, pid in pids.items()}
-            assert job.open, "the job was over too soon"
+            assert job.open, "the job ended too soon"
         finally:
             stop.set()
-            late = [told.get() for _ in players]
-            for process in (*players, dispatcher):
+            late = [counts.get() for _ in simulators]
+            for process in (*simulators, dispatcher):
                 process.join()
     rate = (job.done - before) / took
     progress(f"{count} workers: {rate:.0f} of {most:.0f} images/s")
@@ -96,34 +100,35 @@ def _submit(ledger: Ledger, store: FolderStore) -> None:
     request = Request(
         source=SOURCE, destination=DESTINATION, recipe=Recipe(model=MODEL), lane="backfill", name="curve", keys=None
     )
-    say_alive(ledger, node="worker0", slots=SLOTS)  # else nobody would know the model
+    send_heartbeat(ledger, node="worker0", slots=SLOTS)  # submissions require a worker for the model
     submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
 
 
-def _play(url: str, count: int, first: int, stop: Any, told: SimpleQueue[int]) -> None:
-    """Every `PLAYERS`th worker from `first` on; finishes a batch when its device would, and takes as many again."""
+def _simulate(url: str, count: int, first: int, stop: Any, counts: SimpleQueue[int]) -> None:
+    """Simulate every `SIMULATORS`th worker from `first` on: finish a batch when the device would, and take as many new
+    images."""
     short = 0
     with Ledger(url, name="curve") as ledger:
         consumer = Consumer(url)
-        mine = range(first, count, PLAYERS)
+        mine = range(first, count, SIMULATORS)
         for number in mine:
-            say_alive(ledger, node=f"worker{number}", slots=SLOTS)
-        held: dict[int, list[Claim]] = {number: [] for number in mine}
+            send_heartbeat(ledger, node=f"worker{number}", slots=SLOTS)
+        in_work: dict[int, list[Claim]] = {number: [] for number in mine}
         now = time.monotonic()
-        due = [(now + number / count * BATCH / PACE, number) for number in mine]
+        due = [(now + number / count * BATCH / RATE, number) for number in mine]
         heapq.heapify(due)
         while not stop.is_set():
             at, number = due[0]
             time.sleep(max(0.0, at - time.monotonic()))
-            batch, held[number] = held[number][:BATCH], held[number][BATCH:]
+            batch, in_work[number] = in_work[number][:BATCH], in_work[number][BATCH:]
             consumer.finish(batch)
-            wanted = SLOTS - len(held[number])
-            taken = consumer.take(wanted)
-            held[number] += taken
-            short += len(held[number]) < BATCH
-            heapq.heapreplace(due, (max(at, time.monotonic() - WAKE_S) + BATCH / PACE, number))
+            free = SLOTS - len(in_work[number])
+            taken = consumer.take(free)
+            in_work[number] += taken
+            short += len(in_work[number]) < BATCH
+            heapq.heapreplace(due, (max(at, time.monotonic() - WAKE_S) + BATCH / RATE, number))
         consumer.close()
-    told.put(short)
+    counts.put(short)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""A worker whose device is a stand-in that takes a fixed time for each image, whatever is in it, and no processor
-time at all: what remains is everything that is not the model. All else is the worker as it ships.
+"""A worker with a stand-in device that takes a fixed time for each image and no processor time. Everything except the
+model is the real worker.
 
     BENCH_DEVICE_MS=11 [BENCH_DEVICE_SIDE=1024] python -m tests.bench.device_worker
 """
@@ -9,24 +9,24 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import workers.models
-import workers.models.batcher
+import workers.serve
 from tests.bench.image_path import SIDE, make_mask
 from workers.__main__ import main
 from workers.models import LoadedModel
-from workers.models.batcher import Predictor
+from workers.models.batcher import Batcher
 
 Image = NDArray[np.uint8]
 
 
-class StandIn(Predictor):
-    """Gathers and answers as the real one does; only the forward pass is a pause."""
+class StandIn(Batcher):
+    """A batcher whose forward pass only sleeps."""
 
     def __init__(self, model: LoadedModel, *, batch_limit: int) -> None:
         self.image_s = device_ms() / 1000
@@ -44,7 +44,7 @@ def device_ms() -> float:
 
 
 def device_side() -> int:
-    """Of what the model takes."""
+    """Side of the model's input in pixels."""
     return int(os.environ.get("BENCH_DEVICE_SIDE", SIDE))
 
 
@@ -66,6 +66,6 @@ def load_stand_in(*args: object, **options: object) -> LoadedModel:
 
 
 if __name__ == "__main__":
-    workers.models.load = load_stand_in  # type: ignore[assignment]  # the stand-in has the same use
-    workers.models.batcher.Predictor = StandIn  # type: ignore[misc]  # as above
+    serve: Any = workers.serve  # untyped, because two of its parts are replaced
+    serve.load, serve.Batcher = load_stand_in, StandIn
     sys.exit(main([]))

@@ -1,5 +1,5 @@
-"""A job through a whole fleet, measured while it flows: images a second, and the processor time that each process
-took for them. The start and the end of the job, when not every slot is busy, are left out.
+"""Runs a job through a whole fleet and measures images per second and the processor time of each process. Start and end
+of the job, when not every slot is busy, are left out.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import boto3
-
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.s3.client import Location
+from jobs.s3.location import Location
 from producer.demo.local_stack import LocalStack, Process
-from producer.submission import submit as submission
+from producer.submission.request import Request
+from producer.submission.submit import submit
+from tests.support.places import plain_client
 
-_LOOK_S = 0.05
+_POLL_S = 0.05
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 DEADLINE_S = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """`rate`: images a second while it flows. `whole_rate`: of the whole job, from before it is submitted until the
-    last image is done. `cpu_ms`: processor time an image, by process. `peak_mb`: resident memory of all workers
-    together, the most that was seen. `idle`: share of this machine's cores that did nothing, 0 to 1."""
+    """`rate`: images per second while every slot is busy. `whole_rate`: of the whole job, from before its submission
+    until its last image is done. `cpu_ms`: processor time per image, by process. `peak_mb`: greatest resident memory of
+    all workers together. `idle`: idle share of this machine's cores, 0 to 1."""
 
     rate: float
     whole_rate: float
@@ -56,7 +56,7 @@ class Fleet:
         self._jobs = 0
 
     def upload(self, bucket: str, count: int, *photos: bytes) -> None:
-        """`photos`: in turn."""
+        """Upload `count` images, which are `photos` in turn."""
         with self.stack.store() as store:
             store.create_bucket(bucket)
             for number in range(count):
@@ -67,9 +67,8 @@ class Fleet:
     def run(
         self, bucket: str, recipe: Recipe, workers: Sequence[Process], *, slots: int, target: str | None = None
     ) -> Flow:
-        """Cuts out everything in `bucket`. `slots`: of all workers together. `target`: a bucket that is there and
-        stays; without it, one that is made and goes again.
-        """
+        """Cut out everything in `bucket`. `slots`: of all workers together. `target`: an existing bucket that is kept;
+        None: a bucket for this run."""
         assert self.dispatcher is not None
         assert self.stack.valkey is not None
         assert self.stack.s3 is not None
@@ -84,20 +83,20 @@ class Fleet:
             to = target or f"{bucket}-results-{self._jobs}"
             if target is None:
                 store.create_bucket(to)
-            request = submission.Request(
-                source=f"s3://{bucket}/",
-                destination=f"s3://{to}/",
+            request = Request(
+                source=Location(bucket, ""),
+                destination=Location(to, ""),
                 recipe=recipe,
                 lane="backfill",
                 name="bench",
                 keys=None,
             )
             began = time.monotonic()
-            job = submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
+            job = submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
             samples = []
             deadline = time.monotonic() + DEADLINE_S
             while True:
-                job = ledger.job(job.id)
+                job = ledger.jobs.get(job.id)
                 assert not job.failed, f"images failed in job {job.id}; see {self.stack.folder}"
                 samples.append(
                     _Sample(time.monotonic(), job.done, _cpu_s(pids), _resident_mb(pids["worker"]), _idle_s())
@@ -105,40 +104,33 @@ class Fleet:
                 if job.done == job.total:
                     if target is None:
                         self._drop(job.id, to, ledger)
-                    return _flow(samples, slots, began=began)
+                    return _measure_flow(samples, slots, began=began)
                 assert time.monotonic() < deadline, f"{job.done} of {job.total} after {DEADLINE_S} s"
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
 
     def _drop(self, job: str, bucket: str, ledger: Ledger) -> None:
-        """SeaweedFS takes a bucket with all that is in it, its files too: rounds do not fill the disk. Waits for
-        the job's end first: its report would be tried again and again."""
+        """Delete a bucket with its objects, so that rounds do not fill the disk. Waits until the job is closed: its
+        report could not be written otherwise."""
         deadline = time.monotonic() + DEADLINE_S
-        while ledger.job(job).closed is None:
+        while ledger.jobs.get(job).closed is None:
             assert time.monotonic() < deadline, f"job {job} is not closed; see {self.stack.folder}"
-            time.sleep(_LOOK_S)
-        environment = self.stack.environment
-        client = boto3.client(
-            "s3",
-            endpoint_url=environment["CUTFLEET_S3_ENDPOINT"],
-            aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-            region_name=environment["AWS_DEFAULT_REGION"],
-        )
-        client.delete_bucket(Bucket=bucket)
+            time.sleep(_POLL_S)
+        with self.stack.store() as store, plain_client(store) as client:
+            client.delete_bucket(Bucket=bucket)
 
 
 @contextlib.contextmanager
-def fleet() -> Iterator[Fleet]:
+def run_fleet() -> Iterator[Fleet]:
     with tempfile.TemporaryDirectory(prefix="cutfleet-bench-") as folder:
-        made = Fleet(Path(folder))
-        with made.stack:
-            made.dispatcher = made.stack.start_dispatcher()
-            yield made
+        fleet = Fleet(Path(folder))
+        with fleet.stack:
+            fleet.dispatcher = fleet.stack.start_dispatcher()
+            yield fleet
 
 
 @contextlib.contextmanager
-def valkey_alone() -> Iterator[LocalStack]:
-    """A stack of nothing else; it ends however far it came."""
+def run_valkey() -> Iterator[LocalStack]:
+    """Run a local stack of Valkey only."""
     with tempfile.TemporaryDirectory(prefix="cutfleet-bench-") as folder:
         stack = LocalStack(Path(folder))
         try:
@@ -149,7 +141,7 @@ def valkey_alone() -> Iterator[LocalStack]:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of a process so far, its threads included."""
+    """Return user and system time of a process with all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * _TICK_S
 
@@ -163,7 +155,7 @@ def _cpu_s(pids: Mapping[str, Sequence[int]]) -> dict[str, float]:
 
 
 def _idle_s() -> float:
-    """Of all cores together, since the machine started."""
+    """Return the idle time of all cores together since the machine started."""
     return int(Path("/proc/stat").read_text().split(maxsplit=5)[4]) * _TICK_S
 
 
@@ -171,7 +163,7 @@ def _resident_mb(pids: Sequence[int]) -> float:
     return sum(resident_mb(pid) for pid in pids)
 
 
-def _flow(samples: Sequence[_Sample], slots: int, *, began: float) -> Flow:
+def _measure_flow(samples: Sequence[_Sample], slots: int, *, began: float) -> Flow:
     total = samples[-1].done
     flowing = [sample for sample in samples if slots <= sample.done <= total - slots]
     first, last = flowing[0], flowing[-1]

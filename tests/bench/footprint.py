@@ -1,4 +1,4 @@
-"""What an image takes of memory between decoding and publishing, in bytes a pixel: what `workers/process/memory.py` counts.
+"""Memory of an image between decoding and publishing in bytes per pixel, which `workers/process/memory.py` estimates.
 
     python -m tests.bench.footprint [--megapixels 12]
 
@@ -17,6 +17,8 @@ import time
 import numpy as np
 from PIL import Image
 
+from workers.imaging.pixels import Pixels
+
 CASES = [(form, "default") for form in ("jpeg", "jpeg-cmyk", "png", "png-alpha", "webp")]
 CASES += [("jpeg", "amazon-main"), ("png-alpha", "amazon-main")]
 
@@ -24,29 +26,31 @@ CASES += [("jpeg", "amazon-main"), ("png-alpha", "amazon-main")]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megapixels", type=float, default=12)
-    parser.add_argument("--case", nargs=2, metavar=("FORM", "RECIPE"), help="This one, in this process.")
+    parser.add_argument("--case", nargs=2, metavar=("FORM", "RECIPE"), help="measure only this case, in this process")
     options = parser.parse_args()
     if options.case:
-        print(f"{bytes_per_pixel(*options.case, options.megapixels):.1f}")
+        form, recipe_name = options.case
+        print(f"{bytes_per_pixel(form, recipe_name, options.megapixels):.1f}")
         return
-    print("| image | recipe | bytes a pixel |\n|---|---|---|")
+    print("| image | recipe | bytes per pixel |\n|---|---|---|")
     for case in CASES:
         command = [sys.executable, "-m", "tests.bench.footprint", "--megapixels", str(options.megapixels), "--case"]
-        told = subprocess.run([*command, *case], capture_output=True, text=True, check=True)
-        print(f"| {case[0]} | {case[1]} | {told.stdout.strip()} |", flush=True)
+        measured = subprocess.run([*command, *case], capture_output=True, text=True, check=True)
+        print(f"| {case[0]} | {case[1]} | {measured.stdout.strip()} |", flush=True)
 
 
 def bytes_per_pixel(form: str, recipe_name: str, megapixels: float) -> float:
     from jobs.recipe import load_recipe
     from workers.imaging.decode import Limits
-    from workers.imaging.pipeline import cut_out, limit_threads
+    from workers.imaging.pipeline import cut_out
+    from workers.models.device import limit_threads
     from workers.process.memory import resident_bytes
 
     limit_threads(torch_threads=1)
     recipe = load_recipe(recipe_name, model="u2netp")
     limits = Limits(max_pixels=1_000_000_000, max_bytes=1_000_000_000)
-    data = make(form, megapixels)
-    cut_out(make(form, 0.01), recipe, Disc(), limits=limits, text={})
+    data = make_image(form, megapixels)
+    cut_out(make_image(form, 0.01), recipe, Disc(), limits=limits, text={})
     peak, ended, before = 0, threading.Event(), resident_bytes()
 
     def watch() -> None:
@@ -64,16 +68,16 @@ def bytes_per_pixel(form: str, recipe_name: str, megapixels: float) -> float:
 
 
 class Disc:
-    """In place of the model."""
+    """A model that costs nothing: a disc."""
 
     input_size = (320, 320)
 
-    def predict(self, rgb: np.ndarray, *, live: bool = False) -> np.ndarray:
+    def predict(self, rgb: Pixels, *, live: bool = False) -> Pixels:
         y, x = np.ogrid[:320, :320]
-        return np.clip(130 - np.hypot(x - 160, y - 160), 0, 10).astype(np.uint8) * 25
+        return np.asarray(np.clip(130 - np.hypot(x - 160, y - 160), 0, 10).astype(np.uint8) * 25)
 
 
-def make(form: str, megapixels: float) -> bytes:
+def make_image(form: str, megapixels: float) -> bytes:
     width, height = (round(side * (megapixels / 12) ** 0.5) for side in (4000, 3000))
     noise = np.random.default_rng(1).integers(0, 255, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
@@ -81,8 +85,8 @@ def make(form: str, megapixels: float) -> bytes:
         image.putalpha(128)
     body = io.BytesIO()
     kind = form.partition("-")[0]
-    more = {"compress_level": 1} if kind == "png" else {"quality": 90}
-    (image.convert("CMYK") if form.endswith("cmyk") else image).save(body, kind, **more)
+    options = {"compress_level": 1} if kind == "png" else {"quality": 90}
+    (image.convert("CMYK") if form.endswith("cmyk") else image).save(body, kind, **options)
     return body.getvalue()
 
 

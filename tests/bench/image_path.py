@@ -1,8 +1,8 @@
-"""The image path, model excluded: each stage against its naive form, and the whole against the model card's script.
+"""The image path without the model: each stage against its naive form, and the whole against the model card's script.
 
     python -m tests.bench.image_path [--rounds N] [--json FILE]
 
-One core, CPU time of this process, both forms in turn within each round. The images are made here: 1/f texture,
+One core, CPU time of this process, both forms in turn within each round. The images are synthetic: 1/f texture,
 gradients and sensor noise, JPEG at quality 92; the mask is an ellipse with a soft edge.
 """
 
@@ -18,26 +18,26 @@ from functools import partial
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torchvision import transforms
 
 from jobs.recipe import Recipe
-from tests.bench.report import Row, row, tell
+from tests.bench.report import Row, row, run_benchmark
 from workers.imaging.decode import Limits, decode_image
 from workers.imaging.edges import clean_edges
 from workers.imaging.encode import encode_cutout_png, encode_mask_png
-from workers.imaging.pipeline import cut_out, limit_threads
+from workers.imaging.pipeline import cut_out
+from workers.imaging.pixels import Pixels
 from workers.imaging.quality import measure_mask
 from workers.imaging.resize import enlarge, shrink
+from workers.models.device import limit_threads
 
-Pixels = NDArray[np.uint8]
 Stage = Callable[[], object]
 
 SIDE = 1024
 SIZES = {"12 MP": (3000, 4000), "2 MP": (1250, 1600)}
 PILLOW_FAST = {"compress_level": 1, "compress_type": zlib.Z_RLE}
-"""The best that Pillow alone does for its speed."""
+"""Pillow's fastest settings with reasonable compression."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -78,7 +78,7 @@ CARD_INPUT = transforms.Compose(
 
 
 def card_script(data: bytes, mask: Pixels, **png: int) -> tuple[bytes, bytes]:
-    """The model card's script around the model, with its mask kept beside the cutout."""
+    """Do what the model card's script does around the model; return cutout and mask."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     CARD_INPUT(image)
     alpha = transforms.ToPILImage()(torch.from_numpy(mask).float() / 255).resize(image.size)
@@ -99,11 +99,11 @@ def zeroed(rgb: Pixels, alpha: Pixels) -> Image.Image:
 
 
 def stages(data: bytes, small: Pixels) -> Iterator[tuple[str, Stage, str, Stage | None]]:
-    """Name, ours, the naive form's name, the naive form."""
+    """Yield the stage's name, our form, the name of the naive form, and the naive form."""
     rgb = decode_image(data, limits=Limits(), animation="first").rgb
     alpha = enlarge(small, rgb.shape[:2])
     image, mask = Image.fromarray(rgb), Image.fromarray(alpha)
-    predictor = FixedMask(small)
+    model = FixedMask(small)
     yield (
         "decode",
         lambda: decode_image(data, limits=Limits(), animation="first"),
@@ -128,7 +128,7 @@ def stages(data: bytes, small: Pixels) -> Iterator[tuple[str, Stage, str, Stage 
     yield "quality figures", lambda: measure_mask(alpha), "", None
     off, estimate = Recipe(edges="off"), Recipe(edges="estimate")
     for name, recipe in (("whole, edges off", off), ("whole, edges on", estimate)):
-        ours = partial(cut_out, data, recipe, predictor, limits=Limits())
+        ours = partial(cut_out, data, recipe, model, limits=Limits())
         yield name, ours, "model card", lambda: card_script(data, small)
         yield name, ours, "model card, Pillow level 1 and RLE", lambda: card_script(data, small, **PILLOW_FAST)
 
@@ -147,16 +147,16 @@ def _compare(name: str, ours: Stage, naive_name: str, naive: Stage | None, *, ro
     costs: tuple[list[float], list[float]] = ([], [])
     ours()
     for _ in range(rounds):
-        for kept, form in zip(costs, (ours, naive), strict=True):
+        for times, form in zip(costs, (ours, naive), strict=True):
             if form is not None:
                 started = time.process_time()
                 form()
-                kept.append((time.process_time() - started) * 1000)
+                times.append((time.process_time() - started) * 1000)
     return row(name, costs[0], "CPU ms", against=naive_name, others=costs[1])
 
 
 def _file_size(name: str, data: bytes, small: Pixels) -> Row:
-    """Of the cutout, against Pillow's default with the same pixels."""
+    """Compare the size of the cutout with Pillow's default for the same pixels."""
     rgb = decode_image(data, limits=Limits(), animation="first").rgb
     alpha = enlarge(small, rgb.shape[:2])
     ours, pillow = len(encode_cutout_png(rgb, alpha, text={})), len(pillow_png(zeroed(rgb, alpha)))
@@ -166,7 +166,7 @@ def _file_size(name: str, data: bytes, small: Pixels) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    tell(parser, measure)
+    run_benchmark(parser, measure)
 
 
 if __name__ == "__main__":

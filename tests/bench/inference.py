@@ -1,9 +1,9 @@
-"""u2netp on one CPU core: the ways to compute it, what each costs, and how far its masks are from float32 in torch.
+"""u2netp on one CPU core: CPU time of each way to compute it, and the difference of its masks from float32 in torch.
 
     python -m tests.bench.inference [--rounds N] [--compile] [--int8] [--json FILE]
 
-A way is chosen only if it is faster and its masks are the same. `--compile`: `torch.compile` too, which takes a C++
-compiler and minutes. `--int8`: onnxruntime's static quantisation too, calibrated on the very image that is measured.
+A way is chosen only if it is faster and its masks are the same. `--compile`: also `torch.compile`, which needs a C++
+compiler and takes minutes. `--int8`: also onnxruntime's static quantisation, calibrated on the measured image.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from tests.bench.compare.__main__ import export_onnx
 from tests.bench.compare.recipe import load_model
-from tests.bench.report import Row, fact, row, tell
-from workers.imaging.pipeline import limit_threads
+from tests.bench.report import Row, fact, row, run_benchmark
+from workers.models.device import limit_threads
 from workers.models.registry import load
 
 PHOTO = Path(__file__).parents[2] / "producer/demo/samples/astronaut.jpg"
@@ -35,30 +36,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--int8", action="store_true")
-    tell(parser, measure)
+    run_benchmark(parser, measure)
 
 
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     limit_threads(1)
-    x = image()
+    x = load_input()
     ways = dict(_ways(compiled=options.compile))
     if options.int8:
         ways["onnxruntime, int8"] = _int8(x)
-    masks = {name: way(x).float() for name, way in ways.items()}  # and warm
+    masks = {name: way(x).float() for name, way in ways.items()}  # this also warms up
     costs: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, way in ways.items():
             started = time.process_time()
             way(x)
             costs[name].append((time.process_time() - started) * 1000)
-    for name, spent in costs.items():
+    for name, times in costs.items():
         others = [] if name == PLAIN else costs[PLAIN]
-        yield row(f"u2netp: {name}", spent, "CPU ms/image", against=PLAIN if others else "", others=others)
+        yield row(f"u2netp: {name}", times, "CPU ms/image", against=PLAIN if others else "", others=others)
     for name, mask in masks.items():
-        apart = (mask - masks[PLAIN]).abs() * 255
-        yield fact(f"u2netp: {name}: mask apart, mean", apart.mean().item(), "grey levels")
-        yield fact(f"u2netp: {name}: mask apart, most", apart.max().item(), "grey levels")
+        difference = (mask - masks[PLAIN]).abs() * 255
+        yield fact(f"u2netp: {name}: mask difference, mean", difference.mean().item(), "grey levels")
+        yield fact(f"u2netp: {name}: mask difference, greatest", difference.max().item(), "grey levels")
 
 
 def _ways(*, compiled: bool) -> Iterator[tuple[str, Way]]:
@@ -78,17 +79,17 @@ def _half(dtype: str) -> Way:
 
 
 def _int8(x: Tensor) -> Way:
-    """A scale for each channel of the weights; activations by the least and greatest that the image gives."""
+    """Quantise weights per channel, and activations by their least and greatest value in the image."""
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:
-            self.left = [{"input": view.numpy()} for view in (x, x.flip(3))]
+            self.remaining = [{"input": view.numpy()} for view in (x, x.flip(3))]
 
-        def get_next(self) -> dict[str, object] | None:
-            return self.left.pop() if self.left else None
+        def get_next(self) -> dict[str, Any] | None:
+            return self.remaining.pop() if self.remaining else None
 
     with tempfile.TemporaryDirectory() as folder:
         exported, prepared, quantised = (Path(folder, name, "u2netp.onnx") for name in ("exported", "prepared", "int8"))
@@ -104,8 +105,8 @@ def _int8(x: Tensor) -> Way:
     return lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
 
 
-def image() -> Tensor:
-    """A photograph, normalised: what numbers are like decides how far lower precision is off."""
+def load_input() -> Tensor:
+    """Return a normalised photograph: errors of lower precision depend on real values."""
     bgr = cv2.imread(str(PHOTO))
     assert bgr is not None
     rgb = cv2.cvtColor(cv2.resize(bgr, (SIDE, SIDE), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB)

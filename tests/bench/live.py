@@ -1,10 +1,10 @@
-"""How long a live image waits while a backfill runs: 200 submitted one by one, from the call to the claim.
+"""How long a live image waits while a backfill runs: 200 images submitted one by one, from submission to claim.
 
     python -m tests.bench.live [--images N] [--live N] [--json FILE]
 
-Real Valkey, SeaweedFS, dispatcher, submission and Celery worker; the device is a stand-in of 11 ms an image in batches
-of 8. The waiting time should stay below two seconds (two batches take less). Ends with an error if a live image
-failed or the backfill was over before the last of them.
+Real Valkey, SeaweedFS, dispatcher, submission and Celery worker; the device is a stand-in of 11 ms per image in batches
+of 8. The time should stay below two seconds, since two batches take less. Ends with an error if a live image fails or
+the backfill ends before the last of them.
 """
 
 from __future__ import annotations
@@ -18,47 +18,50 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jobs.job import Job
 from jobs.ledger import Ledger
+from jobs.ledger.window import Place
 from jobs.message import Lane
 from jobs.recipe import Recipe
-from jobs.s3.client import Location, Store
-from producer.submission import submit as submission
-from tests.bench.flow import fleet
+from jobs.s3.client import Store
+from jobs.s3.location import Location
+from producer.submission.request import Request
+from producer.submission.submit import submit
+from tests.bench.flow import run_fleet
 from tests.bench.image_path import make_photo
-from tests.bench.report import Row, fact, progress, row, tell
+from tests.bench.report import Row, fact, progress, row, run_benchmark
 from tests.bench.worker import DEVICE_MS, start_stand_in
 
 SIZE = (640, 480)
 SLOTS = 24
-LOOK_S = 0.005
+POLL_S = 0.005
 PAUSE_S = 0.5
-"""Between two live images: at most."""
+"""Longest pause between two live images."""
 UPLOADS = 16
-BUSY = 100
-"""Images of the backfill that are done before the first live one is submitted."""
+WARM_UP = 100
+"""Images of the backfill that are done before the first live image is submitted."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20_000, help="of the backfill")
+    parser.add_argument("--images", type=int, default=20_000, help="images of the backfill")
     parser.add_argument("--live", type=int, default=200)
-    tell(parser, measure)
+    run_benchmark(parser, measure)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    with fleet() as here, here.stack.store() as store, here.stack.ledger() as ledger:
-        _, model = start_stand_in(here, DEVICE_MS, slots=str(SLOTS))
+    with run_fleet() as fleet, fleet.stack.store() as store, fleet.stack.ledger() as ledger:
+        _, model = start_stand_in(fleet, DEVICE_MS, slots=str(SLOTS))
         for bucket in ("shop", "shop-cutouts"):
             store.create_bucket(bucket)
         _upload(store, "old", options.images)
         _upload(store, "new", options.live)
-        progress(f"{options.images + options.live:,} images of {SIZE[0]} x {SIZE[1]} are there")
+        progress(f"{options.images + options.live:,} images of {SIZE[0]} x {SIZE[1]} are uploaded")
         backfill = _submit("old", "backfill", model, store, ledger)
-        while ledger.job(backfill.id).done < BUSY:
-            time.sleep(LOOK_S)
-        began, before = time.monotonic(), ledger.job(backfill.id).done
-        waits = [_wait_of(f"{number:05d}.jpg", model, store, ledger) for number in range(options.live)]
-        seconds, after = time.monotonic() - began, ledger.job(backfill.id)
-        assert after.open, "the backfill was over too soon: give it more images"
+        while ledger.jobs.get(backfill.id).done < WARM_UP:
+            time.sleep(POLL_S)
+        began, before = time.monotonic(), ledger.jobs.get(backfill.id).done
+        waits = [_measure_wait(f"{number:05d}.jpg", model, store, ledger) for number in range(options.live)]
+        seconds, after = time.monotonic() - began, ledger.jobs.get(backfill.id)
+        assert after.open, "the backfill ended too soon: use --images with more"
         _finish(ledger, backfill, options.live)
     claims, ends = zip(*waits, strict=True)
     yield fact("backfill, images", options.images, "")
@@ -73,41 +76,41 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
 def _upload(store: Store, folder: str, count: int) -> None:
     photo = make_photo(*SIZE)
     with ThreadPoolExecutor(UPLOADS) as pool:
-        places = (Location("shop", f"{folder}/{number:05d}.jpg") for number in range(count))
-        for _ in pool.map(lambda place: store.put(place, photo, content_type="image/jpeg"), places):
+        locations = (Location("shop", f"{folder}/{number:05d}.jpg") for number in range(count))
+        for _ in pool.map(lambda location: store.put(location, photo, content_type="image/jpeg"), locations):
             pass
 
 
 def _submit(folder: str, lane: Lane, model: str, store: Store, ledger: Ledger, *, key: str = "") -> Job:
-    request = submission.Request(
-        source=f"s3://shop/{folder}/",
-        destination=f"s3://shop-cutouts/{folder}/",
+    request = Request(
+        source=Location("shop", f"{folder}/"),
+        destination=Location("shop-cutouts", f"{folder}/"),
         recipe=Recipe(model=model, edges="off"),
         lane=lane,
         name="bench",
         keys=(f"{folder}/{key}",) if key else None,
     )
-    return submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
+    return submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
 
 
-def _wait_of(key: str, model: str, store: Store, ledger: Ledger) -> tuple[float, float]:
-    """Seconds from the call until the image is claimed, and until it is done."""
-    time.sleep(random.uniform(0, PAUSE_S))  # at any point of the device's batches
+def _measure_wait(key: str, model: str, store: Store, ledger: Ledger) -> tuple[float, float]:
+    """Return the seconds from submission until the image is claimed, and until it is done."""
+    time.sleep(random.uniform(0, PAUSE_S))  # arrive at any point of a device batch
     began = time.monotonic()
     job = _submit("new", "live", model, store, ledger, key=key)
-    while ledger.place(f"{job.id}:0") == "waiting":
-        time.sleep(LOOK_S)
+    while ledger.window.place(f"{job.id}:0") is Place.WAITING:
+        time.sleep(POLL_S)
     claimed = time.monotonic() - began
-    while not (job := ledger.job(job.id)).final:
-        time.sleep(LOOK_S)
+    while not (job := ledger.jobs.get(job.id)).final:
+        time.sleep(POLL_S)
     assert job.done == 1, job
     return claimed, time.monotonic() - began
 
 
 def _finish(ledger: Ledger, backfill: Job, live: int) -> None:
-    jobs = [job for job in ledger.jobs(limit=live + 1) if job.lane == "live"]
+    jobs = [job for job in ledger.jobs.newest(limit=live + 1) if job.lane == "live"]
     assert sum(job.done for job in jobs) == live
-    ledger.cancel(backfill.id)
+    ledger.jobs.cancel(backfill.id)
 
 
 if __name__ == "__main__":

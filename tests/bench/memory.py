@@ -1,10 +1,10 @@
-"""Memory of a worker under a flood of 12-megapixel images, with a device that costs nothing: the most it takes, and
+"""Memory of a worker under constant load of 12-megapixel images, with a device that costs nothing: its peak, and
 whether it grows.
 
     python -m tests.bench.memory [--minutes 1] [--slots N] [--limit-mb N] [--mixed] [--json FILE]
 
-`--mixed`: JPEG, WebP and PNG with alpha in turn, with a marketplace's rendition. A worker above its limit would leave,
-and the benchmark end with an error.
+`--mixed`: JPEG, WebP and PNG with alpha in turn, with a marketplace's rendition. A worker above its limit exits, and
+the benchmark ends with an error.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator
 
 from jobs.recipe import Recipe, load_recipe
-from tests.bench.flow import fleet
-from tests.bench.footprint import make
+from tests.bench.flow import run_fleet
+from tests.bench.footprint import make_image
 from tests.bench.image_path import SIZES, make_photo
-from tests.bench.report import Row, fact, progress, row, tell
+from tests.bench.report import Row, fact, progress, row, run_benchmark
 from tests.bench.worker import SLOTS, start_stand_in
 
 IMAGES = 60
@@ -29,21 +29,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1, help="30 shows that it stays flat")
     parser.add_argument("--slots", type=int, default=SLOTS)
-    parser.add_argument("--limit-mb", type=int, default=0, help="the worker's; 0: its own choice")
+    parser.add_argument("--limit-mb", type=int, default=0, help="memory limit of the worker; 0: its default")
     parser.add_argument("--mixed", action="store_true")
-    tell(parser, measure)
+    run_benchmark(parser, measure)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     peaks: list[float] = []
-    with fleet() as here:
-        worker, model = start_stand_in(here, 0, slots=str(options.slots), memory_mb=str(options.limit_mb))
-        photos = [make(form, 12) for form in MIX] if options.mixed else [make_photo(*SIZES["12 MP"])]
-        here.upload("flood", max(IMAGES, 3 * options.slots), *photos)
+    with run_fleet() as fleet:
+        worker, model = start_stand_in(fleet, 0, slots=str(options.slots), memory_mb=str(options.limit_mb))
+        photos = [make_image(form, 12) for form in MIX] if options.mixed else [make_photo(*SIZES["12 MP"])]
+        fleet.upload("flood", max(IMAGES, 3 * options.slots), *photos)
         recipe = load_recipe("amazon-main", model=model) if options.mixed else Recipe(model=model, edges="off")
         began = time.monotonic()
         while time.monotonic() < began + 60 * options.minutes or len(peaks) < 4:
-            peaks.append(here.run("flood", recipe, [worker], slots=options.slots).peak_mb)
+            peaks.append(fleet.run("flood", recipe, [worker], slots=options.slots).peak_mb)
             progress(f"{(time.monotonic() - began) / 60:.1f} min: {peaks[-1]:,.0f} MB")
     half = len(peaks) // 2
     yield fact(f"12MP flood, {options.slots} slots: peak memory", max(peaks), "MB")

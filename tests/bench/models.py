@@ -1,8 +1,8 @@
-"""CPU seconds an image, peak memory and FLOPs of the models in float32:
+"""CPU seconds per image, peak memory and FLOPs of the models in float32:
 
     python -m tests.bench.models [--model birefnet-lite ...] [--size 1024] [--compile]
 
-The weights are random: time does not depend on them. Each model runs in its own process: the peak is its own.
+The weights are random: time does not depend on them. Each model runs in its own process, which gives its own peak.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from math import prod
 from typing import Any
 
 import torch
-import torchvision.ops  # noqa: F401  (torch.ops.torchvision is there from then on)
+import torchvision.ops  # noqa: F401  (registers torch.ops.torchvision)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=PRESETS, help=f"default: {', '.join(DEFAULT_MODELS)}")
     parser.add_argument("--size", type=int, help="side of the input in pixels; default: the preset's")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     models = arguments.model or list(DEFAULT_MODELS)
-    if arguments.alone:
+    if arguments.in_process:
         print(measure(PRESETS[models[0]], arguments.size, compiled=arguments.compile))
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, best of {ROUNDS}")
@@ -47,7 +47,9 @@ def main() -> None:
     for name in models:
         options = ["--size", str(arguments.size)] if arguments.size else []
         options += ["--compile"] if arguments.compile else []
-        subprocess.run([sys.executable, "-m", "tests.bench.models", "--alone", "--model", name, *options], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "tests.bench.models", "--in-process", "--model", name, *options], check=True
+        )
 
 
 def measure(preset: Preset, side: int | None, *, compiled: bool) -> str:
@@ -67,7 +69,7 @@ def measure(preset: Preset, side: int | None, *, compiled: bool) -> str:
 
 
 def run(network: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[float, float]:
-    """Wall and CPU seconds of one forward pass."""
+    """Return wall and CPU seconds of one forward pass."""
     wall, cpu = time.perf_counter(), time.process_time()
     network(x)
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -81,7 +83,7 @@ def build(preset: Preset) -> nn.Module:
 
 
 def count_flop(preset: Preset, size: tuple[int, int]) -> int:
-    """Multiplications and additions of one image, counted without computing; deformable convolutions included."""
+    """Count multiplications and additions of one image without computing it, including deformable convolutions."""
     with torch.device("meta"):
         network, x = build(preset).eval(), torch.empty(1, 3, *size)
     deformable = {torch.ops.torchvision.deform_conv2d: _deformable_flop}
@@ -92,7 +94,7 @@ def count_flop(preset: Preset, size: tuple[int, int]) -> int:
 
 def _deformable_flop(
     x_shape: Any, weight_shape: Any, *arguments: Any, out_shape: Any = None, **options: Any
-) -> int:  # as torch's own formulas take them
+) -> int:  # the signature of torch's formulas
     return int(2 * prod(out_shape) * prod(weight_shape[1:]))
 
 

@@ -1,8 +1,9 @@
-"""What the quality figures say of masks whose truth is known, beside their IoU; and whom the default thresholds flag.
+"""Quality figures of masks with a known ground truth and their IoU, and which of them the default thresholds flag.
 
     python -m tests.bench.quality PHOTOS [--model NAME] [--rows]
 
-PHOTOS holds manifest.csv with columns image and mask, and the files that it names. `--rows` prints a line an image.
+PHOTOS contains manifest.csv with the columns image and mask, and the files that it names. `--rows` prints a line per
+image.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from jobs.recipe import Recipe
 from workers.imaging.decode import Limits
 from workers.imaging.pipeline import cut_out
 from workers.models import load
-from workers.models.batcher import Predictor
+from workers.models.batcher import Batcher
 
 GOOD = 0.8
-"""IoU at 0.5 from which on a mask is called good."""
+"""A mask is good from this IoU at 0.5 on."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Measured:
     name: str
     iou: float
     figures: Mapping[str, float]
@@ -40,37 +41,37 @@ class Line:
         return self.name.split("_")[0]
 
 
-def measure(photos: Path, model: str) -> Iterator[Line]:
-    with Predictor(load(model), batch_limit=1) as predictor, (photos / "manifest.csv").open() as rows:
+def measure(photos: Path, model: str) -> Iterator[Measured]:
+    with Batcher(load(model), batch_limit=1) as batcher, (photos / "manifest.csv").open() as rows:
         for row in csv.DictReader(rows):
-            outputs = cut_out((photos / row["image"]).read_bytes(), Recipe(edges="off"), predictor, limits=Limits())
+            outputs = cut_out((photos / row["image"]).read_bytes(), Recipe(edges="off"), batcher, limits=Limits())
             mask = np.asarray(Image.open(io.BytesIO(outputs.mask))) >= 128
             truth = np.asarray(Image.open(photos / row["mask"]).convert("L")) >= 128
             iou = (mask & truth).sum() / max(1, (mask | truth).sum())
-            yield Line(row["image"], float(iou), outputs.quality, outputs.review)
+            yield Measured(row["image"], float(iou), outputs.quality, outputs.review)
 
 
-def table(lines: Sequence[Line]) -> str:
+def table(masks: Sequence[Measured]) -> str:
     rows = [
         "| photographs | mean IoU | subject | uncertain, median | edge width, median | flagged | why |",
         "|---|---|---|---|---|---|---|",
     ]
-    good = [line for line in lines if line.iou >= GOOD]
-    bad = [line for line in lines if line.iou < GOOD]
-    groups = {name: [line for line in lines if line.group == name] for name in sorted({line.group for line in lines})}
-    for name, group in {**groups, "all": lines, f"IoU >= {GOOD}": good, f"IoU < {GOOD}": bad}.items():
-        reasons = [reason for line in group for reason in line.review]
+    good = [mask for mask in masks if mask.iou >= GOOD]
+    bad = [mask for mask in masks if mask.iou < GOOD]
+    groups = {name: [mask for mask in masks if mask.group == name] for name in sorted({mask.group for mask in masks})}
+    for name, group in {**groups, "all": masks, f"IoU >= {GOOD}": good, f"IoU < {GOOD}": bad}.items():
+        reasons = [reason for mask in group for reason in mask.review]
         why = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
         rows.append(
-            f"| {name}: {len(group)} | {statistics.mean(line.iou for line in group):.3f} "
+            f"| {name}: {len(group)} | {statistics.mean(mask.iou for mask in group):.3f} "
             f"| {_median(group, 'subject_share'):.0%} | {_median(group, 'uncertain_share'):.0%} "
-            f"| {_median(group, 'edge_width_px'):.1f} px | {sum(bool(line.review) for line in group)} | {why} |"
+            f"| {_median(group, 'edge_width_px'):.1f} px | {sum(bool(mask.review) for mask in group)} | {why} |"
         )
     return "\n".join(rows)
 
 
-def _median(lines: Sequence[Line], figure: str) -> float:
-    return statistics.median(line.figures[figure] for line in lines)
+def _median(masks: Sequence[Measured], figure: str) -> float:
+    return statistics.median(mask.figures[figure] for mask in masks)
 
 
 def main() -> None:
@@ -79,12 +80,12 @@ def main() -> None:
     parser.add_argument("--model", default="u2netp")
     parser.add_argument("--rows", action="store_true")
     options = parser.parse_args()
-    lines = sorted(measure(options.photos, options.model), key=lambda line: line.iou)
+    masks = sorted(measure(options.photos, options.model), key=lambda mask: mask.iou)
     if options.rows:
-        for line in lines:
-            figures = " ".join(f"{name}={value:g}" for name, value in line.figures.items())
-            print(f"{line.iou:.3f} {line.name} {figures} {','.join(line.review)}")
-    print(table(lines))
+        for mask in masks:
+            figures = " ".join(f"{name}={value:g}" for name, value in mask.figures.items())
+            print(f"{mask.iou:.3f} {mask.name} {figures} {','.join(mask.review)}")
+    print(table(masks))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,31 @@
-"""What the queue costs an image: feeding, claiming and committing against plain `task.delay` and Celery's own result.
+"""Rate of the queue: feeding, and claiming and committing, against plain `task.delay`.
 
     python -m tests.bench.queue [--images N] [--json FILE]
 
-Real Valkey, real ledger and messages; a bare consumer stands in for Celery's worker, and work takes no time.
+Real Valkey, ledger and messages; a loop in place of Celery's worker, and work that takes no time.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 import uuid
 from collections.abc import Callable, Iterator
 
 import redis
 
-from jobs.broker import TASK_NAME, lane_queue, make_app, render, task_of, worker_queues
+from jobs.broker import make_app
+from jobs.envelope import TASK_NAME, message_row, parse_message
 from jobs.job import ImageState, Job, ManifestPart
-from jobs.ledger import FEED_ROWS, Ledger
-from jobs.message import ImageTask
+from jobs.ledger import Ledger
+from jobs.ledger.dispatch import FEED_ROWS
+from jobs.ledger.window import ClaimOutcome
+from jobs.message import ImageTask, queue_name, worker_queues
+from jobs.s3.location import Location
 from producer.demo.local_stack import LocalStack
-from tests.bench.flow import valkey_alone
-from tests.bench.report import Row, row, tell
+from tests.bench.flow import run_valkey
+from tests.bench.report import Row, row, run_benchmark
 
 ROUNDS = 3
 MODEL = "bench"
@@ -28,24 +33,24 @@ MODEL = "bench"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000, help="in each round")
-    tell(parser, measure)
+    parser.add_argument("--images", type=int, default=5000, help="images in each round")
+    run_benchmark(parser, measure)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    with valkey_alone() as stack:
+    with run_valkey() as stack:
         rates = _measure(stack, options.images)
-    plain = rates.pop("delay")
+    celery = rates.pop("delay")
     for name, values in rates.items():
-        yield row(name, values, "images/s", against="Celery's `delay`", others=plain, better="more")
+        yield row(name, values, "images/s", against="Celery's `delay`", others=celery, better="more")
 
 
 def _measure(stack: LocalStack, count: int) -> dict[str, list[float]]:
-    """Alternating, so that a slow minute of the machine hits every step."""
+    """Return the rates of each step. Steps alternate, so that a slow minute of the machine affects all of them."""
     url = stack.environment["CUTFLEET_REDIS_URL"]
     rates: dict[str, list[float]] = {}
 
-    def timed(name: str, step: Callable[[], None]) -> None:
+    def time_step(name: str, step: Callable[[], None]) -> None:
         started = time.perf_counter()
         step()
         rates.setdefault(name, []).append(count / (time.perf_counter() - started))
@@ -54,11 +59,11 @@ def _measure(stack: LocalStack, count: int) -> dict[str, list[float]]:
         client = redis.Redis.from_url(url)
         for turn in range(ROUNDS):
             job = _job(turn)
-            timed("delay", lambda: _delay(url, count))
+            time_step("delay", lambda: _delay(url, count))
             client.delete(*worker_queues(MODEL))
-            timed("feed (ledger and queue)", lambda job=job: _feed(ledger, job, count))
-            timed("claim and commit", lambda: _consume(ledger, client, count))
-            assert ledger.job(job.id).done == count
+            time_step("feed (ledger and queue)", functools.partial(_feed, ledger, job, count))
+            time_step("claim and commit", lambda: _consume(ledger, client, count))
+            assert ledger.jobs.get(job.id).done == count
         client.close()
     return rates
 
@@ -67,9 +72,9 @@ def _job(turn: int) -> Job:
     return Job(
         id=f"bench-{turn}",
         name="bench",
-        source="s3://in/",
-        destination="s3://out/",
-        recipe="{}",
+        source=Location("in", ""),
+        destination=Location("out", ""),
+        recipe_json="{}",
         model=MODEL,
         lane="backfill",
         conditional=True,
@@ -81,12 +86,12 @@ def _delay(url: str, count: int) -> None:
     app = make_app(url)
     from kombu.entity import Queue
 
-    queue = Queue(lane_queue("backfill", MODEL))
+    queue = Queue(queue_name("backfill", MODEL))  # type: ignore[no-untyped-call]  # kombu has few types
     app.conf.task_queues = [queue]
 
-    @app.task(name=TASK_NAME, ignore_result=True)
+    @app.task(name=TASK_NAME, ignore_result=True)  # type: ignore[untyped-decorator]  # Celery has no types
     def image(task: dict[str, object]) -> None:
-        """Only published here."""
+        """Published only."""
 
     for index in range(count):
         task = ImageTask("bench", index, f"photos/{index:08d}.jpg", "0" * 32, 500_000, "backfill")
@@ -95,31 +100,30 @@ def _delay(url: str, count: int) -> None:
 
 
 def _feed(ledger: Ledger, job: Job, count: int) -> None:
-    epoch = ledger.lead("bench", ttl_s=600)
+    epoch = ledger.dispatch.lead("bench", ttl_s=600)
     assert epoch is not None
-    ledger.create_job(job)
-    ledger.add_part(job.id, ledger.take_listing(job.id), ManifestPart(0, "a", "z", count))
-    ledger.finish_listing(job.id)
-    queue = lane_queue(job.lane, job.model)
+    ledger.jobs.create(job)
+    ledger.jobs.add_part(job.id, ledger.jobs.take_listing(job.id), ManifestPart(0, "a", "z", count))
+    ledger.jobs.finish_listing(job.id)
     for cursor in range(0, count, FEED_ROWS):
         tasks = [
             ImageTask(job.id, index, f"photos/{index:08d}.jpg", "0" * 32, 500_000, job.lane)
             for index in range(cursor, min(count, cursor + FEED_ROWS))
         ]
-        rows = [(queue, render(task, source_uri=f"s3://in/{task.key}")) for task in tasks]
-        assert ledger.feed(epoch, job.id, cursor, rows, lease_s=600)
+        rows = [message_row(task, job) for task in tasks]
+        assert ledger.dispatch.feed(epoch, job.id, cursor, rows, lease_s=600)
 
 
 def _consume(ledger: Ledger, client: redis.Redis, count: int) -> None:
-    queue = lane_queue("backfill", MODEL)
+    queue = queue_name("backfill", MODEL)
     for _ in range(count):
         message = client.rpop(queue)
         assert isinstance(message, bytes)
-        task = task_of(message.decode())
+        task = parse_message(message.decode())
         output = f"s3://out/cutouts/{task.key}.png"
-        claim = ledger.claim(task.id, token=uuid.uuid4().hex, output=output, lease_s=60)
-        assert claim.verdict == "go"
-        ledger.finish(claim, ImageState.DONE)
+        claim = ledger.window.claim(task.id, token=uuid.uuid4().hex, output=output, lease_s=60)
+        assert claim.outcome is ClaimOutcome.GO
+        ledger.window.finish(claim, ImageState.DONE)
 
 
 if __name__ == "__main__":

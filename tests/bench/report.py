@@ -1,5 +1,5 @@
-"""What a benchmark tells: rows with a median, its spread, and how many times better than something measured beside it
-in the same run. Only the ratios mean something on another machine, or on this one tomorrow.
+"""Results of benchmarks: rows with a median, its quartiles, and the ratio to something measured in the same run. Only
+ratios can be compared between machines and days.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 TERMINATED = 143
-"""As a shell says that SIGTERM ended a program."""
+"""A shell's exit code for SIGTERM."""
 _LIBRARIES = ("torch", "numpy", "pillow", "opencv-python-headless", "simplejpeg", "isal", "celery", "boto3", "redis")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """`value`: the median in `unit`, `low` and `high` its quartiles. `other`: the median of what is named in `against`.
-    `better`: which way is good.
-    """
+    """`value`: median in `unit`, with the quartiles `low` and `high`. `other`: median of what `against` names.
+    `better`: whether less or more is better."""
 
     name: str
     value: float
@@ -39,7 +38,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better than the other."""
+        """How many times better than the other; None without another."""
         if self.other is None:
             return None
         return self.other / self.value if self.better == "less" else self.value / self.other
@@ -60,7 +59,7 @@ def row(
 
 
 def fact(name: str, value: float, unit: str) -> Row:
-    """One figure, of which there is no spread."""
+    """Return a row of a single value."""
     return Row(name=name, value=value, unit=unit, low=value, high=value)
 
 
@@ -97,9 +96,9 @@ def machine_facts() -> dict[str, str | int]:
     }
 
 
-def tell(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], Iterable[Row]]) -> None:
-    """The end of every benchmark's `main`: prints the table; `--json FILE` keeps the rows. SIGTERM ends it as an error
-    would: what it started ends with it."""
+def run_benchmark(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], Iterable[Row]]) -> None:
+    """Run a benchmark's command line: print the table; `--json FILE` also writes the rows. SIGTERM raises `SystemExit`,
+    so that the benchmark stops what it started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()

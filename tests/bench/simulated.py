@@ -1,5 +1,5 @@
-"""Stand-ins for what a simulation of the queue leaves out: a store whose source is generated keys and whose records lie
-in a folder, and consumers whose work takes no time. Ledger, messages and dispatcher are the product's own."""
+"""Stand-ins for a simulation of the queue: a store with generated keys and records in a folder, and consumers whose
+work takes no time. Ledger, messages and dispatcher are real."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from typing import Any
 
 import redis
 
-from jobs.broker import task_of, worker_queues
+from jobs.envelope import parse_message
 from jobs.job import ImageState
-from jobs.ledger import Claim, Ledger
-from jobs.s3.client import PAGE_KEYS, Location, Role, S3Object, Store, image_names
+from jobs.ledger import Ledger
+from jobs.ledger.connection import read_scripts
+from jobs.ledger.window import Claim, ClaimOutcome, Recorded, Window
+from jobs.message import worker_queues
+from jobs.s3.client import PAGE_KEYS, S3Object, Store
+from jobs.s3.errors import Role
+from jobs.s3.location import Location
+from jobs.s3.names import image_paths
 
 MODEL = "bench"
-SOURCE, DESTINATION = "s3://in/photos/", "s3://out/"
+SOURCE, DESTINATION = Location("in", "photos/"), Location("out", "")
 
 
 class FolderStore(Store):
-    """`count` keys as one would list them; everything that is put stays in `folder`."""
+    """Lists `count` generated keys; keeps objects in `folder`."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.name = "a folder"
@@ -30,8 +36,11 @@ class FolderStore(Store):
         self._count = count
 
     @property
-    def is_one(self) -> bool:
+    def has_one_account(self) -> bool:
         return True
+
+    def check_allowed(self, location: Location, role: Role) -> None:
+        """Everything is allowed."""
 
     def head(self, location: Location, *, role: Role) -> S3Object | None:
         path = self._folder / location.key
@@ -40,10 +49,10 @@ class FolderStore(Store):
     def list_pages(
         self, prefix: Location, *, role: Role, delimiter: str = "", after: str = ""
     ) -> Iterator[tuple[list[S3Object], list[str]]]:
-        """A thousand keys a folder, a page; nothing in other buckets."""
-        if prefix.bucket != Location.parse(SOURCE).bucket:
+        """Yield a page for each folder of a thousand keys; none for other buckets."""
+        if prefix.bucket != SOURCE.bucket:
             return
-        below = prefix.key.removeprefix(Location.parse(SOURCE).key)
+        below = prefix.key.removeprefix(SOURCE.key)
         folders = [int(below.rstrip("/"))] if below else range(-(-self._count // PAGE_KEYS))
         if delimiter:
             names = [f"{prefix.key}{folder:06d}/" for folder in folders]
@@ -51,7 +60,7 @@ class FolderStore(Store):
             return
         for folder in folders:
             indexes = range(folder * PAGE_KEYS, min(self._count, (folder + 1) * PAGE_KEYS))
-            keys = (f"{Location.parse(SOURCE).key}{folder:06d}/{index:08d}.jpg" for index in indexes)
+            keys = (f"{SOURCE.key}{folder:06d}/{index:08d}.jpg" for index in indexes)
             yield [S3Object(key, key[-12:-4].zfill(32), 500_000) for key in keys], []
 
     def put(self, location: Location, body: bytes, **_: Any) -> str:
@@ -63,7 +72,7 @@ class FolderStore(Store):
     def get(self, location: Location, *, role: Role, etag: str = "", max_bytes: int) -> tuple[bytes, str]:
         return (self._folder / location.key).read_bytes(), "etag"
 
-    def honours_conditions(self, location: Location, body: bytes) -> bool:
+    def supports_conditional_writes(self, location: Location, body: bytes) -> bool:
         self.put(location, body)
         return True
 
@@ -71,69 +80,71 @@ class FolderStore(Store):
         pass
 
 
-class _Together(Ledger):
-    """Gathers moves; `send` has them done in one round trip, as those of a worker's threads overlap."""
+class PipelinedConnection:
+    """In place of the ledger's `Connection`: collects the scripts of claims and commits, and `send` runs them in one
+    round trip, as concurrent threads of a worker do. Until then each claim succeeds."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url, name="the simulation")
-        self._gathered: list[tuple[str | int | float, ...]] = []
-        self.ping()
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._scripts = {name: client.register_script(text) for name, text in read_scripts().items()}
         for script in self._scripts.values():
-            self._redis.script_load(script.script)
+            client.script_load(script.script)
+        self._calls: list[tuple[str, ...]] = []
 
-    def _move(self, move: str, *args: str | int | float) -> Any:
-        self._gathered.append((move, *args))
-        return ["gathered"]
+    def run(self, script: str, *args: str | int | float | bytes) -> Any:
+        self._calls.append((script, *map(str, args)))
+        return [ClaimOutcome.GO] if script == "claim" else Recorded.OK
 
     def send(self) -> list[Any]:
-        with self._redis.pipeline(transaction=False) as pipe:
-            for args in self._gathered:
-                pipe.evalsha(self._scripts[str(args[0])].sha, 0, *args)
-            self._gathered.clear()
+        """Return the answers in the order of the calls."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for call in self._calls:
+                pipe.evalsha(self._scripts[call[0]].sha, 0, *call)
+            self._calls.clear()
             return list(pipe.execute())
 
 
 class Consumer:
-    """Takes messages as kombu does, claims and commits. A share of the messages is delivered twice."""
+    """Takes messages as kombu does, claims and commits. `duplicates`: share of messages that are delivered twice.
+    `outcomes`: number of claims by outcome, and of commits by `finish` and answer. `injected`: second deliveries."""
 
     def __init__(self, url: str, *, duplicates: float = 0.0, seed: int = 0) -> None:
-        self.verdicts: collections.Counter[str] = collections.Counter()
+        self.outcomes: collections.Counter[str] = collections.Counter()
         self.injected = 0
-        self._ledger = _Together(url)
-        self._redis: redis.Redis = redis.Redis.from_url(url, decode_responses=True)
+        self._client = redis.Redis.from_url(url, decode_responses=True)
+        self._connection = PipelinedConnection(self._client)
+        self._window = Window(self._connection)  # type: ignore[arg-type]  # all that claiming and committing needs
         self._duplicates = duplicates
         self._random = random.Random(seed)
 
     def take(self, count: int) -> list[Claim]:
-        """Up to `count` images that are ours now."""
+        """Claim up to `count` images; return the successful claims."""
         claims = []
         for text in (text for queue in worker_queues(MODEL) for text in self._pop(queue, count)):
-            task, token = task_of(text), uuid.uuid4().hex
-            output = str(image_names(SOURCE, DESTINATION, task.key).cutout)
-            self._ledger.claim(task.id, token=token, output=output, lease_s=60)
-            claims.append(Claim("go", task.id, token))
-        answers = self._ledger.send()
-        self.verdicts.update(answer[0] for answer in answers)
-        return [claim for claim, answer in zip(claims, answers, strict=True) if answer[0] == "go"]
+            task, token = parse_message(text), uuid.uuid4().hex
+            output = str(image_paths(SOURCE, DESTINATION, task.key).cutout)
+            claims.append(self._window.claim(task.id, token=token, output=output, lease_s=60))
+        outcomes = [ClaimOutcome(answer[0]) for answer in self._connection.send()]
+        self.outcomes.update(outcomes)
+        return [claim for claim, outcome in zip(claims, outcomes, strict=True) if outcome is ClaimOutcome.GO]
 
     def finish(self, claims: list[Claim]) -> None:
         for claim in claims:
-            self._ledger.finish(claim, ImageState.DONE)
-        self.verdicts.update(f"finish {answer}" for answer in self._ledger.send())
+            self._window.finish(claim, ImageState.DONE)
+        self.outcomes.update(f"finish {answer}" for answer in self._connection.send())
 
     def close(self) -> None:
-        self._ledger.close()
-        self._redis.close()
+        self._client.close()
 
     def _pop(self, queue: str, count: int) -> list[str]:
-        """The second delivery of a message comes at once or after its image is done, by chance."""
-        messages: list[str] = self._redis.rpop(queue, count) or []  # type: ignore[assignment]  # the answer types cover asyncio too
-        twice = [text for text in messages if self._random.random() < self._duplicates]
-        if twice:
-            self.injected += len(twice)
-            self._redis.lpush(queue, *twice)
+        """Take messages. The second delivery of one comes at once or after its image is done."""
+        messages: list[str] = self._client.rpop(queue, count) or []  # type: ignore[assignment]  # the types cover asyncio too
+        second = [text for text in messages if self._random.random() < self._duplicates]
+        if second:
+            self.injected += len(second)
+            self._client.lpush(queue, *second)
         return messages
 
 
-def say_alive(ledger: Ledger, *, node: str, slots: int, more: Mapping[str, str | int] | None = None) -> None:
-    ledger.heartbeat(node, {"model": MODEL, "slots": slots, **(more or {})}, ttl_s=3600)
+def send_heartbeat(ledger: Ledger, *, node: str, slots: int, more: Mapping[str, str | int] | None = None) -> None:
+    ledger.fleet.heartbeat(node, {"model": MODEL, "slots": slots, **(more or {})}, ttl_s=3600)

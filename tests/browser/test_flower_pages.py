@@ -1,19 +1,31 @@
-"""Flower in a browser: images are found by key, job and lane; it is read-only, and keeps no more than it may."""
+"""Flower in a browser: images are found by key, job and lane; it is read-only and limits its memory."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
 
-from tests.faults.fleet import UNHURRIED_S, Fleet, submit_here
-from tests.support.factories import Places, put_images, wait_until
-from tests.support.flower import Flower, Pages, opened
+from tests.faults.fleet import Fleet
+from tests.faults.fork_server import ForkServer
+from tests.faults.processes import LONG_LEASE_S
+from tests.support.flower import Flower, Pages, open_pages
+from tests.support.images import put_images
+from tests.support.waiting import wait_until
 
 IMAGES, LIVE, KEPT = 150, 12, 100
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    fork_server = ForkServer(tmp_path)
+    with Fleet(tmp_path / "fleet", fork_server) as fleet:
+        yield fleet
+    fork_server.stop()
 
 
 @pytest.fixture
@@ -24,22 +36,23 @@ def flower(fleet: Fleet) -> Iterator[Flower]:
     flower.process.stop(timeout_s=10)
 
 
-def test_what_a_person_sees_in_flower(fleet: Fleet, places: Places, flower: Flower, browser: Browser) -> None:
+def test_flower_finds_images_and_shows_the_worker(fleet: Fleet, flower: Flower, browser: Browser) -> None:
+    places = fleet.create_places()
     names = put_images(fleet.store, places, IMAGES + LIVE)
     node = f"cpu{os.getpid()}"  # another run of these tests may be on this machine
-    fleet.workers.start(node=node, slots="8", batch_limit="4", test_device_ms="20", lease_s=UNHURRIED_S)
-    wait_until(lambda: bool(flower.workers()), what="Flower knows the worker")
-    with fleet.dispatcher(), opened(flower, browser) as pages:
+    fleet.workers.start(node=node, slots="8", batch_limit="4", test_device_ms="20", lease_s=LONG_LEASE_S)
+    wait_until(lambda: bool(flower.workers()), what="Flower has inspected the worker")
+    with fleet.dispatcher(), open_pages(flower, browser) as pages:
         keys = [places.key(name).key for name in names]
-        shelf = submit_here(fleet, places, *keys[:IMAGES], lane="backfill")
-        wait_until(lambda: fleet.ledger.job(shelf).closed is not None, what="the backfill is done")
-        live = submit_here(fleet, places, *keys[IMAGES:], lane="live")
-        wait_until(lambda: len(flower.tasks("state:SUCCESS lane='live'")) == LIVE, what="Flower saw the last")
-        (worker,) = seen_in_the_end(pages, fleet)
+        backfill = fleet.submit_in_process(places, *keys[:IMAGES], lane="backfill")
+        wait_until(lambda: fleet.ledger.jobs.get(backfill).closed is not None, what="the backfill is done")
+        live = fleet.submit_in_process(places, *keys[IMAGES:], lane="live")
+        wait_until(lambda: len(flower.tasks("state:SUCCESS lane='live'")) == LIVE, what="Flower has the last event")
+        (worker,) = wait_for_all_messages(pages, fleet)
         last = str(places.key(names[-1]))
         by_key, by_job, by_lane, gone = (
             pages.search(text)
-            for text in (f'args:"{last}"', f"args:job='{live}'", "args:lane='live'", f"args:{shelf}:0")
+            for text in (f'args:"{last}"', f"args:job='{live}'", "args:lane='live'", f"args:{backfill}:0")
         )
         page = pages.worker(worker["Worker"])
         kept = len(flower.tasks("cutfleet.image"))
@@ -56,33 +69,33 @@ def test_what_a_person_sees_in_flower(fleet: Fleet, places: Places, flower: Flow
     assert len(by_job) == len(by_lane) == LIVE
     assert all(f"{live}:" in row["uuid"] for row in (*by_job, *by_lane))
     assert gone == []
-    assert kept == KEPT, "what is older is forgotten, and so is its memory"
+    assert kept == KEPT, "Flower forgets older tasks"
     assert not re.search(r"Shut down|Restart pool|Add consumer", page, re.I), "read-only"
     with browser.new_context() as stranger:
         answer = stranger.request.get(f"{flower.url}/tasks")
         assert answer.status == 401
 
 
-def seen_in_the_end(pages: Pages, fleet: Fleet) -> list[dict[str, str]]:
-    """The rows of Flower's page of workers: one that is online, which took every message."""
+def wait_for_all_messages(pages: Pages, fleet: Fleet) -> list[dict[str, str]]:
+    """Return the rows of Flower's workers page once it shows one online worker that processed every message."""
     rows: list[dict[str, str]] = []
 
-    def saw_all() -> bool:
+    def has_all() -> bool:
         rows[:] = pages.workers()
-        return [(row["Status"], int(row["Processed"])) for row in rows] == [("Online", answered(fleet))]
+        return [(row["Status"], int(row["Processed"])) for row in rows] == [("Online", processed(fleet))]
 
-    wait_until(saw_all, what="Flower saw all")
+    wait_until(has_all, what="Flower has all events")
     return rows
 
 
-def answered(fleet: Fleet) -> int:
-    """Messages that the worker took: all images, and under load one of them a second time."""
-    found = len(re.findall(r"^(?:claimed|refused) ", fleet.workers.text(), re.MULTILINE))
-    assert found >= IMAGES + LIVE
-    return found
+def processed(fleet: Fleet) -> int:
+    """Return the number of messages that the worker took: one for each image, and under load some duplicates."""
+    count = len(re.findall(r"^(?:claimed|refused) ", fleet.workers.log_text(), re.MULTILINE))
+    assert count >= IMAGES + LIVE
+    return count
 
 
 def logged_s(fleet: Fleet, job: str, index: int) -> float:
-    """How long the worker says that it had the image."""
-    (found,) = re.findall(rf"action=image job={job} image={index} .*?seconds=([\d.]+)", fleet.workers.text())
-    return float(found)
+    """Return the seconds that the worker logged for an image."""
+    (seconds,) = re.findall(rf"action=image job={job} image={index} .*?seconds=([\d.]+)", fleet.workers.log_text())
+    return float(seconds)

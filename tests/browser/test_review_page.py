@@ -1,4 +1,4 @@
-"""The review page in Chromium, from a file, with no network: what a person sees and does there."""
+"""The review page in Chromium, from a file and without a network."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, BrowserContext, Page
 
-from jobs.job import Failure, Job
+from jobs.job import Job
 from jobs.preview import Preview
 from jobs.recipe import Recipe
+from jobs.results import Failure
+from jobs.s3.location import Location
 from producer.review.page import Row, write_page
-from tests.support.factories import wait_until
+from tests.support.waiting import wait_until
 
 NASTY = ["<img src=x onerror=document.title='hit'>.jpg", "</script><b>\"'&.jpg", "日本語 ключ\u2028.jpg"]
 FIGURES = {"subject_share": 0.3, "uncertain_share": 0.1, "pieces": 1.0, "holes": 0.0, "edge_width_px": 3.0} | {
@@ -28,18 +30,18 @@ Open = Callable[..., Page]
 
 
 def job(**changes: Any) -> Job:
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "id": "20261124-120000-abcdef",
         "name": "autumn <b>",
-        "source": "s3://shop/photos/",
-        "destination": "s3://cut outs/to/",
-        "recipe": Recipe().to_json(),
+        "source": Location("shop", "photos/"),
+        "destination": Location("cut outs", "to/"),
+        "recipe_json": Recipe().to_json(),
         "model": "u2netp",
         "lane": "backfill",
         "conditional": True,
         "created": 0.0,
     }
-    return Job(**told | changes)
+    return Job(**fields | changes)
 
 
 def webp(colour: tuple[int, ...], *, size: tuple[int, int] = (64, 48)) -> str:
@@ -52,10 +54,11 @@ RED, CLEAR, GREEN = webp((255, 0, 0)), webp((0, 0, 255, 0)), webp((0, 255, 0))
 IMAGES = {"thumb": RED, "before": RED, "after": CLEAR, "edge_before": GREEN, "edge_after": CLEAR}
 
 
-def row(key: str, *review: str, failure: str = "", **told: Any) -> Row:
+def row(key: str, *review: str, failure: str = "", **changes: Any) -> Row:
     failed = Failure(key, failure, "It is no image.", 1, 0.0, "cpu") if failure else None
-    shown = {"etag": "e1", "width": 640, "height": 480, "edge": (100, 50, 64, 48), "figures": FIGURES, "images": IMAGES}
-    return Row(key, failed, Preview(**({} if failed else shown) | {"review": review} | told))
+    made = {"etag": "e1", "width": 640, "height": 480, "edge": (100, 50, 64, 48), "figures": FIGURES, "images": IMAGES}
+    fields: dict[str, Any] = ({} if failed else made) | {"review": review} | changes
+    return Row(key, failed, Preview(**fields))
 
 
 def rows_of(count: int) -> list[Row]:
@@ -64,28 +67,30 @@ def rows_of(count: int) -> list[Row]:
 
 @pytest.fixture
 def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
-    """Opens a page of these rows; fails at the end if it said anything, or asked for anything but itself."""
-    contexts, told, asked = [], [], []
+    """Opens a page of these rows. Fails at the end if the page logged anything or requested anything but itself."""
+    contexts: list[BrowserContext] = []
+    logged: list[str] = []
+    requested: list[str] = []
 
     def opened(rows: list[Row], *, width: int = 1280, height: int = 800, **changes: Any) -> Page:
         path = tmp_path / "review.html"
-        write_page(job(**changes), rows, path, of=len(rows))
+        write_page(job(**changes), rows, path, available=len(rows))
         context = browser.new_context(viewport={"width": width, "height": height}, offline=True)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.on("dialog", lambda dialog: told.append(dialog.message))
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: logged.append(message.text))
+        page.on("pageerror", lambda error: logged.append(str(error)))
+        page.on("dialog", lambda dialog: logged.append(dialog.message))
+        page.on("request", lambda request: requested.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_function("!document.getElementById('stage').dataset.waits")  # its images are there
+        page.wait_for_function("!document.getElementById('stage').dataset.waits")  # its images are read
         return page
 
     yield opened
     for context in contexts:
         context.close()
-    assert not told
-    outside = {url for url in asked if not url.startswith(("data:", "blob:"))}
+    assert not logged
+    outside = {url for url in requested if not url.startswith(("data:", "blob:"))}
     assert outside == {(tmp_path / "review.html").as_uri()}
 
 
@@ -94,7 +99,7 @@ def keys_shown(page: Page) -> list[str]:
 
 
 def pixel(page: Page, selector: str, x: float, y: float) -> tuple[int, ...]:
-    """Colour on the screen at a share of the element's width and height."""
+    """Return the colour on the screen at a share of the element's width and height."""
     box = page.locator(selector).bounding_box()
     assert box is not None
     clip = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"], "width": 1, "height": 1}
@@ -102,7 +107,7 @@ def pixel(page: Page, selector: str, x: float, y: float) -> tuple[int, ...]:
         return tuple(int(value) for value in np.asarray(shot.convert("RGB"))[0, 0])
 
 
-def test_keys_are_text_whatever_they_are(open_page: Open) -> None:
+def test_keys_are_never_parsed_as_markup(open_page: Open) -> None:
     page = open_page([row(key, "empty", notes=(key,), complaints=(key,)) for key in NASTY], name=NASTY[0])
 
     for key in NASTY:
@@ -111,11 +116,11 @@ def test_keys_are_text_whatever_they_are(open_page: Open) -> None:
         assert page.text_content("#key") == key
         assert page.text_content("#places dd >> nth=0") == f"s3://shop/{key}"
     assert page.text_content("#name") == NASTY[0]
-    assert page.locator("b").all_text_contents() == ["0", "0", "empty"], "no markup came of a key"
+    assert page.locator("b").all_text_contents() == ["0", "0", "empty"], "no key became markup"
     assert page.title() == f"Review of {NASTY[0]}"
 
 
-def test_the_worst_is_first(open_page: Open) -> None:
+def test_the_worst_image_is_first(open_page: Open) -> None:
     surer = FIGURES | {"uncertain_share": 0.01}
     rows = [
         row("fine"),
@@ -147,14 +152,14 @@ def test_the_slider_shows_before_on_the_left_and_after_on_the_right(open_page: O
 
     assert halves == ((255, 0, 0), (0, 0, 0))
     assert pixel(page, "#whole", 0.8, 0.2) == (255, 0, 0)
-    assert pixel(page, "#edge", 0.8, 0.2) == (0, 255, 0), "the worst edge goes with it"
+    assert pixel(page, "#edge", 0.8, 0.2) == (0, 255, 0), "the slider also moves over the worst edge"
     page.keyboard.press("Space")
     assert pixel(page, "#whole", 0.1, 0.2) == (0, 0, 0)
     page.keyboard.press("Space")
     assert pixel(page, "#whole", 0.9, 0.2) == (255, 0, 0)
 
 
-def test_a_cutout_is_seen_on_four_backgrounds(open_page: Open) -> None:
+def test_a_cutout_is_shown_on_four_backgrounds(open_page: Open) -> None:
     page = open_page([row("a.jpg", "uncertain")])
     seen = []
 
@@ -182,7 +187,7 @@ def test_the_worst_edge_is_shown_at_100_percent_and_larger(open_page: Open) -> N
         assert page.text_content("#zoom") == f"{100 * level} %"
 
 
-def test_what_failed_says_why_and_shows_what_there_is(open_page: Open) -> None:
+def test_a_failed_image_shows_its_error_and_notes(open_page: Open) -> None:
     notes = ("source: The file is a web page. [not_an_image]",)
     page = open_page([row("a.jpg", failure="not_an_image", notes=notes), row("b.jpg")])
 
@@ -193,7 +198,7 @@ def test_what_failed_says_why_and_shows_what_there_is(open_page: Open) -> None:
     assert page.is_visible("#whole") and page.is_visible("#edge")
 
 
-def test_decisions_by_key_are_saved_as_lines_that_submit_takes(open_page: Open) -> None:
+def test_decisions_are_saved_as_a_manifest_for_submit(open_page: Open) -> None:
     page = open_page(rows_of(4))
 
     for key in ("r", "a", "r", "r", "u"):
@@ -216,7 +221,7 @@ def test_decisions_by_key_are_saved_as_lines_that_submit_takes(open_page: Open) 
     assert page.text_content("#progress") == "3 of 4 decided"
 
 
-def test_decisions_are_there_when_the_page_is_opened_again(open_page: Open) -> None:
+def test_decisions_remain_when_the_page_is_reloaded(open_page: Open) -> None:
     page = open_page(rows_of(3))
     page.click("#reject")
     page.click("#approve")
@@ -230,7 +235,7 @@ def test_decisions_are_there_when_the_page_is_opened_again(open_page: Open) -> N
     assert keys_shown(page) == ["photos/00002.jpg"]
 
 
-def test_reasons_and_keys_narrow_what_is_shown(open_page: Open) -> None:
+def test_images_are_filtered_by_reason_and_key(open_page: Open) -> None:
     page = open_page([row("shoes/1.jpg", "empty"), row("shoes/2.jpg", "cut_off"), row("hats/1.jpg", "cut_off")])
 
     page.click('[data-reason="cut_off"]')
@@ -244,7 +249,7 @@ def test_reasons_and_keys_narrow_what_is_shown(open_page: Open) -> None:
     assert page.is_visible("#nothing") and not page.is_visible("#stage")
 
 
-def test_of_thousands_only_what_is_in_sight_is_drawn(open_page: Open) -> None:
+def test_only_visible_tiles_of_thousands_are_drawn(open_page: Open) -> None:
     page = open_page(rows_of(2000))
     page.wait_for_selector(".tile img")
 
@@ -254,11 +259,11 @@ def test_of_thousands_only_what_is_in_sight_is_drawn(open_page: Open) -> None:
 
     assert drawn < 100
     assert page.locator(".tile").count() == 2000
-    wait_until(lambda: page.locator(".tile img").count() < 100, what="what left the screen is let go")
+    wait_until(lambda: page.locator(".tile img").count() < 100, what="tiles outside the screen are removed")
 
 
 @pytest.mark.parametrize("width", [360, 390, 768, 1024, 1280, 1920])
-def test_nothing_is_wider_than_the_screen_or_covers_something_else(open_page: Open, width: int) -> None:
+def test_no_element_is_wider_than_the_screen_or_covers_another(open_page: Open, width: int) -> None:
     page = open_page([row("a" * 200 + ".jpg", "empty", "pieces", "rules"), *rows_of(8)], width=width)
     page.wait_for_selector(".tile img")
 
@@ -267,7 +272,7 @@ def test_nothing_is_wider_than_the_screen_or_covers_something_else(open_page: Op
         page.locator(one).click(trial=True)
 
 
-def test_images_come_from_the_block_that_is_theirs(open_page: Open) -> None:
+def test_each_row_shows_its_own_images(open_page: Open) -> None:
     blue = IMAGES | {"before": webp((0, 0, 255))}
     page = open_page([row("fine.jpg"), row("worst.jpg", "empty", images=blue)])
 

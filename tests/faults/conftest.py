@@ -1,23 +1,23 @@
-"""A fleet of its own for each file of faults, and what a run without faults gives.
+"""A fleet for each file of fault tests, and the masks of a run without faults.
 
-what dies, or lies                                                        where it is seen
-worker: killed at random and at each boundary, frozen, woken late         test_worker_killed.py
-worker: told to go, under load, in a rolling restart, with downloads      test_worker_killed.py, test_restart.py,
-  that hang, while it starts                                                test_store.py, functional/test_starting.py
-the same without a ledger; stock kombu                                    test_control.py
-image: crashes, hangs, exhausts memory, keeps the lock; broken files    test_poison.py, functional/test_hard_files.py
-device: fails, hangs, crashes; out of memory                              test_device_lost.py, unit/test_predictor.py
-Valkey: started again, away, silent, half-open, slow; over TLS            test_valkey.py, test_rights.py
-Valkey: full; lost, or its last seconds; its primary                      test_redis_full.py, test_audit.py,
-                                                                              test_sentinel.py
-messages: twice, lost, held too long, of a later version, forged          test_messages.py, test_visibility.py,
-                                                                            test_upgrade.py, test_bounds.py
+fault                                                                     tests
+worker: killed at random and at each step, frozen, resumed late           test_worker_killed.py
+worker: stopped under load, in a rolling restart, with hanging            test_worker_killed.py, test_restart.py,
+  downloads, while it starts                                                test_store.py, functional/test_starting.py
+the same without a ledger; unpatched kombu                                test_control.py
+image: crashes, hangs, exhausts memory, keeps the lock; broken files      test_poison.py, functional/test_hard_files.py
+device: fails, hangs, crashes; out of memory                              test_device_lost.py, models/test_batcher.py
+Valkey: restarted, away, silent, half-open, slow; over TLS                test_valkey.py, test_rights.py
+Valkey: full; its data lost, all or the last seconds; its primary         test_redis_full.py, test_audit.py,
+                                                                            test_sentinel.py
+messages: twice, lost, unacknowledged too long, of a later version,       test_messages.py, test_visibility.py,
+  forged                                                                    test_upgrade.py, test_forged_messages.py
 S3: busy, reset, silent, away, an answer lost, one prefix, a bucket       test_store.py
 source: replaced while it waits or is worked on                           test_messages.py
-producer and dispatcher: killed at each boundary, two at once, woken      test_dispatcher.py
-nobody works for an hour; done faster than listed; two jobs, one place    test_messages.py, test_two_jobs.py
+producer and dispatcher: killed at each step, two at once, resumed late   test_dispatcher.py
+no worker for an hour; done faster than listed; two jobs, one destination test_messages.py, test_two_jobs.py
 clocks                                                                    test_clock.py
-a person: cancels, pauses, tries again                                    test_moves.py
+a person: cancels, pauses, tunes, retries                                 test_operator_actions.py
 Flower: frozen                                                            test_flower.py
 """
 
@@ -27,56 +27,58 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.fleet import IMAGES, Fleet, Reference, Submit, Zygote, make_places, submit_to
-from tests.faults.terms import MODEL
-from tests.faults.truth import masks, prove
-from tests.support.factories import Places, put_images
+from tests.faults.fleet import IMAGES, Fleet, Reference, Submit
+from tests.faults.fork_server import ForkServer
+from tests.faults.invariants import assert_exact, read_masks
+from tests.faults.stand_in_settings import MODEL
+from tests.support.images import put_images
+from tests.support.places import Places
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield zygote
-    zygote.stop()
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    fork_server = ForkServer(tmp_path_factory.mktemp("fork-server"))
+    yield fork_server
+    fork_server.stop()
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Iterator[Fleet]:
-    with Fleet(tmp_path_factory.mktemp("fleet"), zygote) as fleet:
+def fleet(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Iterator[Fleet]:
+    with Fleet(tmp_path_factory.mktemp("fleet"), fork_server) as fleet:
         yield fleet
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_running(fleet: Fleet) -> Iterator[None]:
+def _kill_processes(fleet: Fleet) -> Iterator[None]:
+    """Kill what a failed test has left."""
     yield
-    fleet.forget()
+    fleet.kill_all()
 
 
 @pytest.fixture
 def places(fleet: Fleet) -> Places:
-    return make_places(fleet)
+    return fleet.create_places()
 
 
 @pytest.fixture
-def asleep(fleet: Fleet) -> None:
-    """The model is known, though none of its workers is awake."""
-    fleet.ledger.heartbeat("asleep", {"model": MODEL, "slots": 4}, ttl_s=600)
+def fake_worker(fleet: Fleet) -> None:
+    """The heartbeat of a worker that does not exist: submissions accept the model."""
+    fleet.ledger.fleet.heartbeat("fake", {"model": MODEL, "slots": 4}, ttl_s=600)
 
 
 @pytest.fixture
 def submit(fleet: Fleet, places: Places) -> Submit:
-    """Submits everything under the source; returns the job's id."""
-    return lambda *more: submit_to(fleet, places, *more)
+    return lambda *options: fleet.submit(places, *options)
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Reference:
-    """Masks of the first `IMAGES` images, from a run without faults."""
-    with Fleet(tmp_path_factory.mktemp("reference"), zygote) as fleet:
-        places = make_places(fleet)
+def reference(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Reference:
+    """Masks of the first `IMAGES` sample images, from a run without faults."""
+    with Fleet(tmp_path_factory.mktemp("reference"), fork_server) as fleet:
+        places = fleet.create_places()
         names = put_images(fleet.store, places, IMAGES)
         with fleet.dispatcher():
             fleet.workers.start()
-            prove(fleet, submit_to(fleet, places), places, names=names, reference={})
-            assert fleet.workers.dismiss() == [0]
-        return masks(fleet, places, names)
+            assert_exact(fleet, fleet.submit(places), places, names=names, reference={})
+            assert fleet.workers.terminate() == [0]
+        return read_masks(fleet, places, names)

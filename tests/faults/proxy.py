@@ -1,6 +1,6 @@
-"""Proxies between the system and its servers, for faults of the network: `Wire` knows bytes, `S3Proxy` knows requests.
+"""Proxies between the system and its servers that cause network faults: `Wire` forwards bytes, `S3Proxy` requests.
 
-Both listen on 127.0.0.1. What the client signed, the Host header among it, reaches the store as it was sent.
+Both listen on 127.0.0.1. The store receives what the client signed unchanged, including the Host header.
 """
 
 from __future__ import annotations
@@ -28,18 +28,16 @@ from botocore.credentials import Credentials
 from producer.demo.local_stack import ACCESS_KEY, SECRET_KEY, free_port
 
 RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER of no time: closing sends a reset."""
+"""SO_LINGER of zero: closing the socket sends a reset."""
 
 
 class Wire:
-    """Passes bytes on to `port` of this machine. Its faults begin and end while connections are open.
-
-    With `tls` it is what clients see of a server that speaks TLS.
-    """
+    """Forwards bytes to `port` of this machine. Faults begin and end while connections are open. With `tls`, clients
+    connect with TLS."""
 
     def __init__(self, port: int, *, tls: ssl.SSLContext | None = None) -> None:
         self.delay_s = 0.0
-        """Of every chunk, either way."""
+        """Delay of every chunk in both directions."""
         self.port = free_port()
         self._to = port
         self._tls = tls
@@ -62,24 +60,25 @@ class Wire:
         self._loop.close()
 
     def cut(self) -> int:
-        """Resets every open connection; returns how many."""
-        return self._do(self._cut())
+        """Reset every open connection; return how many."""
+        return int(self._do(self._cut()))
 
     def refuse(self) -> None:
-        """Nobody listens any more, and what was open is reset."""
+        """Stop listening, and reset every open connection."""
         self._do(self._refuse())
 
     def allow(self) -> None:
+        """Listen again."""
         self._do(self._listen())
 
     def swallow(self) -> None:
-        """Half-open, as when a cable is pulled: nothing is passed on, and neither side hears of an end. What is open
-        stays so for good; what is opened before `heal` does too."""
+        """Make connections half-open, as when a cable is pulled: no byte is forwarded, and neither side sees an end.
+        Connections that are open now, or opened before `heal`, stay half-open."""
         self._silent = True
         self._do(self._leave_half_open())
 
     def heal(self) -> None:
-        """New connections work."""
+        """Forward the bytes of connections that are opened from now on."""
         self._silent = False
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -116,14 +115,14 @@ class Wire:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            onward_reader, onward = await asyncio.open_connection("127.0.0.1", self._to)
+            server_reader, server = await asyncio.open_connection("127.0.0.1", self._to)
         except OSError:
             _reset(writer)
             return
-        pair = {writer, onward}
+        pair = {writer, server}
         (self._dead.extend if self._silent else self._open.update)(pair)
         with contextlib.suppress(OSError, asyncio.CancelledError, ssl.SSLError):
-            await asyncio.gather(self._pump(reader, onward), self._pump(onward_reader, writer))
+            await asyncio.gather(self._pump(reader, server), self._pump(server_reader, writer))
         if pair <= self._open:
             self._open -= pair
             for one in pair:
@@ -141,12 +140,12 @@ class Wire:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(AttributeError):  # a TLS transport that is closed has forgotten its socket
-        _linger_not(writer)
+    with contextlib.suppress(AttributeError):  # a closed TLS transport has no socket
+        _disable_linger(writer)
     writer.transport.abort()
 
 
-def _linger_not(writer: asyncio.StreamWriter) -> None:
+def _disable_linger(writer: asyncio.StreamWriter) -> None:
     found = writer.get_extra_info("socket")
     if found is not None:
         with contextlib.suppress(OSError):
@@ -155,11 +154,12 @@ def _linger_not(writer: asyncio.StreamWriter) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What goes wrong with a request whose path starts with one of `paths` (as sent: /BUCKET/KEY) and whose method is
-    among `methods`: `share` of them, `times` at most.
+    """A fault of requests whose path starts with one of `paths` (as sent: /BUCKET/KEY) and whose method is one of
+    `methods`. `share`: of these requests. `times`: at most.
 
-    answer: `status` and `code` in the store's place. hang: no answer until the fault is over. reset: the connection, in
-    place of an answer. half: the answer, reset in the middle of its body. lose: the store does it, the answer is reset.
+    answer: the proxy answers `status` and `code`. hang: no answer until the fault ends. reset: the connection is reset
+    before the store gets the request. half: the connection is reset in the middle of the answer's body. lose: the store
+    handles the request, then the connection is reset. forget: the store gets the request without the headers `forgets`.
     """
 
     kind: Literal["answer", "hang", "reset", "half", "lose", "forget"]
@@ -173,7 +173,7 @@ class Fault:
 
 
 def _without(names: tuple[str, ...], method: str, path: str, headers: Any, body: bytes) -> dict[str, str]:
-    """The request's headers but these, signed anew: a signature holds all of them."""
+    """Return the request's headers except `names`, signed again: the signature covers every header."""
     kept = {name: value for name, value in headers.items() if name.lower() not in (*names, "authorization")}
     request = AWSRequest(method, f"http://{headers['Host']}{path}", headers=kept, data=body)
     S3SigV4Auth(Credentials(ACCESS_KEY, SECRET_KEY), "s3", "us-east-1").add_auth(request)
@@ -181,11 +181,11 @@ def _without(names: tuple[str, ...], method: str, path: str, headers: Any, body:
 
 
 class S3Proxy:
-    """In front of the S3 server at `port`. `caused` counts what it did, by kind, or by code for answers; `asked` the
-    requests, by method and bucket, listings as LIST."""
+    """A proxy of the S3 server at `port`. `caused`: number of faults by kind, or by code for answers. `asked`: number
+    of requests by method and bucket; a listing counts as LIST."""
 
     def __init__(self, port: int, *, seed: int = 0) -> None:
-        self.to = port
+        self.port = port
         self.caused: Counter[str] = Counter()
         self.asked: Counter[tuple[str, str]] = Counter()
         self._fault: Fault | None = None
@@ -221,7 +221,7 @@ class S3Proxy:
             self._over.set()
 
     def choose(self, method: str, path: str) -> Fault | None:
-        """What this request meets."""
+        """Count a request; return the fault that it gets."""
         with self._lock:
             self.asked["LIST" if "list-type=" in path else method, re.split("[/?]", path)[1]] += 1
             fault = self._fault
@@ -246,7 +246,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is gone, or a server that is: what these tests are about."""
+        """Ignore a client or a server that has disconnected: these tests cause it."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -266,23 +266,22 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "reset":
             self._reset()
         else:
-            self._pass_on(body, kind, fault.forgets if fault else ())
+            self._forward(body, kind, fault.forgets if fault else ())
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
 
-    def log_message(self, *_: object) -> None:
-        """Nobody reads it."""
+    def log_message(self, *_: object) -> None: ...
 
-    def _pass_on(self, body: bytes, kind: str, forgets: tuple[str, ...] = ()) -> None:
-        onward = http.client.HTTPConnection("127.0.0.1", self.server.proxy.to)
-        with contextlib.closing(onward):
-            onward.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+    def _forward(self, body: bytes, kind: str, forgets: tuple[str, ...] = ()) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.proxy.port)
+        with contextlib.closing(connection):
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             headers = _without(forgets, self.command, self.path, self.headers, body) if forgets else self.headers
             for name, value in headers.items():
                 if name.lower() != "expect":
-                    onward.putheader(name, value)
-            onward.endheaders(body)
-            answer = onward.getresponse()
+                    connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
             data = answer.read()
         if kind == "lose":
             self._reset()
@@ -300,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _answer(self, fault: Fault) -> None:
-        text = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>a fault of the test</Message></Error>"
+        text = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>caused by the test</Message></Error>"
         data = b"" if self.command == "HEAD" else text.encode()
         self.send_response_only(fault.status)
         self.send_header("Content-Type", "application/xml")

@@ -1,4 +1,4 @@
-"""`cutfleet audit`: whatever was lost or changed behind our back is named, and put right from what S3 holds."""
+"""`cutfleet audit`: finds what was lost or changed outside of Cutfleet, and repairs it from what S3 holds."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import redis
 from click.testing import CliRunner, Result
 
-from jobs.s3.client import Location
-from producer.audit.rebuild import Books
+from jobs.s3.location import Location
+from producer.audit.audited_job import AuditedJob
+from producer.audit.rebuild import rebuild
 from producer.cli.main import main
-from tests.faults.fleet import IMAGES, UNHURRIED_S, Fleet, Reference, Submit, is_stopped
-from tests.faults.terms import MODEL
-from tests.faults.truth import prove
-from tests.support.factories import Places, put_images, sample_image, wait_until
+from tests.faults.fleet import IMAGES, Fleet, Reference, Submit
+from tests.faults.invariants import assert_exact
+from tests.faults.proc import is_stopped
+from tests.faults.processes import LONG_LEASE_S
+from tests.faults.stand_in_settings import MODEL
+from tests.support.images import put_images, sample_image
+from tests.support.places import Places, delete_object
+from tests.support.waiting import wait_until
 
 SETTINGS = {"test_device_ms": "200"}
 
@@ -28,8 +33,8 @@ def folder(places: Places, job: str) -> str:
     return f"{places.to}_cutfleet/{job}/"
 
 
-def call(fleet: Fleet, *args: str) -> Result:
-    """The command in this process: a fresh one takes seconds to import."""
+def run_in_process(fleet: Fleet, *args: str) -> Result:
+    """Run the `cutfleet` command here: a new process takes seconds to import it."""
     env = fleet.stack.environment
     ran = CliRunner().invoke(main, args, env=env)
     if ran.exception is not None and not isinstance(ran.exception, SystemExit):
@@ -39,44 +44,40 @@ def call(fleet: Fleet, *args: str) -> Result:
 
 @pytest.fixture
 def submit(fleet: Fleet, places: Places) -> Submit:
-    def submit(*more: str) -> str:
-        ran = call(fleet, "submit", places.source, "--to", places.to, "--model", MODEL, *more)
+    def submit(*options: str) -> str:
+        ran = run_in_process(fleet, "submit", places.source, "--to", places.to, "--model", MODEL, *options)
         assert ran.exit_code == 0, ran.stderr
         return ran.stdout.strip()
 
     return submit
 
 
-def audit(fleet: Fleet, what: str, *more: str, code: int) -> dict[str, list[str]]:
-    """The keys, or words, of what disagrees, by code."""
-    ran = call(fleet, "audit", what, "--json", *more)
-    named: dict[str, list[str]] = {}
+def audit(fleet: Fleet, target: str, *options: str, code: int) -> dict[str, list[str]]:
+    """Return the key of each disagreement, or its text if it has none, by code. `code`: the expected exit code."""
+    ran = run_in_process(fleet, "audit", target, "--json", *options)
+    found: dict[str, list[str]] = {}
     for row in map(json.loads, ran.stdout.splitlines()):
-        named.setdefault(row["code"], []).append(row["key"] or row["what"])
-    assert ran.exit_code == code, (named, ran.stderr)
-    return named
+        found.setdefault(row["code"], []).append(row["key"] or row["what"])
+    assert ran.exit_code == code, (found, ran.stderr)
+    return found
 
 
-def assert_healthy(fleet: Fleet, what: str, *more: str) -> None:
-    ran = call(fleet, "audit", what, *more)
+def assert_healthy(fleet: Fleet, target: str, *options: str) -> None:
+    ran = run_in_process(fleet, "audit", target, *options)
     assert (ran.exit_code, ran.stdout) == (0, ""), (ran.stdout, ran.stderr)
 
 
-def client_of(fleet: Fleet) -> redis.Redis:
+def connect(fleet: Fleet) -> redis.Redis:
     return redis.Redis(port=fleet.stack.redis_port, decode_responses=True)
 
 
 def flush(fleet: Fleet) -> None:
-    with client_of(fleet) as client:
+    with connect(fleet) as client:
         client.flushall()
 
 
-def delete(fleet: Fleet, place: Location) -> None:
-    fleet.store._s3.delete_object(Bucket=place.bucket, Key=place.key)
-
-
 def finish(fleet: Fleet, job: str, places: Places, names: list[str], reference: Reference) -> dict[str, int]:
-    return prove(fleet, job, places, names=names, reference=reference).counts
+    return assert_exact(fleet, job, places, names=names, reference=reference).counts
 
 
 @pytest.mark.parametrize("lane", ["backfill", "live"])
@@ -87,112 +88,112 @@ def test_a_job_that_redis_lost_is_rebuilt_from_s3_and_ends_exact(
     fleet.workers.start(**SETTINGS)
     with fleet.dispatcher():
         job = submit("--lane", lane)
-        wait_until(lambda: fleet.ledger.job(job).done > 6)
+        wait_until(lambda: fleet.ledger.jobs.get(job).done > 6)
         flush(fleet)
         wait_until(fleet.workers.are_idle)
-        made = fleet.workers.published(places)
+        made = fleet.workers.publish_counts(places)
 
         assert "job_lost" in audit(fleet, folder(places, job), code=1)
         assert "job_lost" in audit(fleet, folder(places, job), "--repair", code=0)
         assert finish(fleet, job, places, names, reference)["done"] == len(names)
 
-        assert {place: count for place, count in fleet.workers.published(places).items() if count > 1} == {}
+        assert set(fleet.workers.publish_counts(places).values()) == {1}
         assert 6 < len(made) < len(names)
         assert_healthy(fleet, job, "--repair")
-    fleet.workers.dismiss()
+    fleet.workers.terminate()
 
 
-def test_a_repair_that_was_killed_is_taken_up_by_the_next(
+def test_a_repair_that_was_killed_is_completed_by_the_next(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     names = put_images(fleet.store, places, 6)
     fleet.workers.start()
     job = submit()
     flush(fleet)
-    books = Books(Location.parse(folder(places, job)), ledger=fleet.ledger, store=fleet.store)
-    books.rebuild()  # and no more: nothing of what is done is recorded yet, and it is paused
+    rebuild(AuditedJob(Location.parse(folder(places, job)), ledger=fleet.ledger, store=fleet.store))
+    # killed here: the job is paused, and finished images are not recorded yet
 
     with fleet.dispatcher():
-        assert audit(fleet, job, code=1) == {"job_lost": ["Redis does not know the job, or not all of it."]}
-        assert fleet.ledger.job(job).paused is not None, "a look changes nothing"
+        assert audit(fleet, job, code=1) == {"job_lost": ["The job, or a part of it, is not in Redis."]}
+        assert fleet.ledger.jobs.get(job).paused is not None, "an audit without --repair changes nothing"
         audit(fleet, job, "--repair", code=0)
 
         assert finish(fleet, job, places, names, reference)["done"] == 6
-    fleet.workers.dismiss()
+    fleet.workers.terminate()
 
 
-def test_a_job_whose_end_redis_forgot_ends_exact(
+def test_a_job_whose_last_changes_redis_lost_ends_exact(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    """The append-only file loses its tail, as a crash of the machine cuts it."""
+    """A crash of the machine truncates the append-only file."""
     names = put_images(fleet.store, places, IMAGES)
     file = next((fleet.stack.folder / "valkey" / "appendonlydir").glob("*.incr.aof"))
     before = file.stat().st_size
     fleet.workers.start(**SETTINGS)
     with fleet.dispatcher():
         job = submit()
-        wait_until(lambda: fleet.ledger.job(job).done > 6)
-        restart_without_the_last(fleet, file, lambda size: before + (size - before) // 3)
+        wait_until(lambda: fleet.ledger.jobs.get(job).done > 6)
+        restart_with_truncated_file(fleet, file, lambda size: before + (size - before) // 3)
 
         audit(fleet, folder(places, job), "--repair", code=0)
 
         assert finish(fleet, job, places, names, reference)["done"] == IMAGES
         assert_healthy(fleet, job)
-    fleet.workers.dismiss()
+    fleet.workers.terminate()
 
 
-def restart_without_the_last(fleet: Fleet, file: Path, size: object) -> None:
+def restart_with_truncated_file(fleet: Fleet, file: Path, new_size: Callable[[int], int]) -> None:
     valkey = fleet.stack.valkey
     assert valkey is not None
     valkey.kill()
-    os.truncate(file, size(file.stat().st_size))  # type: ignore[operator]
+    os.truncate(file, new_size(file.stat().st_size))
     fleet.stack.start_valkey()
 
 
-def test_nothing_is_said_of_jobs_that_are_well(fleet: Fleet, places: Places, submit: Submit) -> None:
+def test_audit_finds_nothing_wrong_with_healthy_jobs(fleet: Fleet, places: Places, submit: Submit) -> None:
     put_images(fleet.store, places, IMAGES)
     worker = fleet.workers.start(**SETTINGS)
     with fleet.dispatcher():
         job = submit()
         live = submit("--lane", "live")
-        wait_until(lambda: fleet.ledger.job(job).final > 0)
+        wait_until(lambda: fleet.ledger.jobs.get(job).final > 0)
 
         for running in (job, live):
             assert_healthy(fleet, running, "--repair", "--deep")
-        wait_until(lambda: None not in [fleet.ledger.job(name).closed for name in (job, live)])
+        wait_until(lambda: None not in [fleet.ledger.jobs.get(name).closed for name in (job, live)])
         for closed in (job, live):
             assert_healthy(fleet, closed, "--repair", "--deep")
         flush(fleet)
 
-        assert_healthy(fleet, folder(places, job), "--repair")  # closed and forgotten, as after some days
-        assert fleet.ledger.find_job(job) is None
+        assert_healthy(fleet, folder(places, job), "--repair")  # closed and forgotten, as after CUTFLEET_KEEP_DAYS
+        assert fleet.ledger.jobs.find(job) is None
     assert fleet.workers.alive() == [worker]
-    fleet.workers.dismiss()
+    fleet.workers.terminate()
 
 
-def test_nothing_is_said_of_an_image_that_ends_between_two_looks(
+def test_audit_finds_nothing_wrong_with_an_image_that_becomes_final_meanwhile(
     fleet: Fleet, places: Places, submit: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_images(fleet.store, places, 1)
-    worker = fleet.workers.start(test_freezepoints=f"before_commit={tmp_path / 'frozen'}", lease_s=UNHURRIED_S)
-    look = Books.in_window
+    worker = fleet.workers.start(test_freezepoints=f"before_commit={tmp_path / 'frozen'}", lease_s=LONG_LEASE_S)
+    find_in_window = AuditedJob.find_in_window
 
-    def look_late(books: Books, images: Sequence[str]) -> set[str]:
+    def find_later(audited: AuditedJob, images: Sequence[str]) -> set[str]:
         os.kill(worker, signal.SIGCONT)
-        wait_until(lambda: fleet.ledger.job(job).done == 1, what="it is done")
-        return look(books, images)
+        wait_until(lambda: fleet.ledger.jobs.get(job).done == 1, what="the image is done")
+        return find_in_window(audited, images)
 
-    with fleet.dispatcher(lease_s=UNHURRIED_S):
+    with fleet.dispatcher(lease_s=LONG_LEASE_S):
         job = submit()
-        wait_until(lambda: is_stopped(worker), what="its results are there")
-        monkeypatch.setattr(Books, "in_window", look_late)
+        wait_until(lambda: is_stopped(worker), what="the outputs are written")
+        monkeypatch.setattr(AuditedJob, "find_in_window", find_later)
 
         assert_healthy(fleet, job)
-    assert fleet.workers.dismiss() == [0]
+    assert fleet.workers.terminate() == [0]
 
 
 @pytest.mark.parametrize("forgotten", [False, True], ids=["known", "forgotten"])
-def test_what_was_deleted_or_changed_is_made_again_and_what_failed_stays_so(
+def test_deleted_or_changed_outputs_are_made_again_and_failures_stay(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, forgotten: bool
 ) -> None:
     names = put_images(fleet.store, places, 8)
@@ -201,8 +202,8 @@ def test_what_was_deleted_or_changed_is_made_again_and_what_failed_stays_so(
     with fleet.dispatcher():
         job = submit()
         assert finish(fleet, job, places, names, reference)["failed"] == 1
-        delete(fleet, places.cutout(names[0]))
-        delete(fleet, places.mask(names[1]))
+        delete_object(fleet.store, places.cutout(names[0]))
+        delete_object(fleet.store, places.mask(names[1]))
         fleet.store.put(places.mask(names[2]), sample_image(seed=9, form="PNG"), content_type="image/png")
         fleet.store.put(places.mask(names[3]), b"", content_type="image/png")
         fleet.store.put(places.cutout(names[4]), b"something else", content_type="image/png")
@@ -210,22 +211,22 @@ def test_what_was_deleted_or_changed_is_made_again_and_what_failed_stays_so(
             flush(fleet)
 
         wrong = {"output_missing": names[:2], "output_wrong": names[2:5]}
-        what = folder(places, job)
-        found = audit(fleet, what, "--deep", code=1)
+        target = folder(places, job)
+        found = audit(fleet, target, "--deep", code=1)
         assert {code: sorted(keys) for code, keys in found.items()} == wrong
-        found = audit(fleet, what, "--deep", "--repair", code=0)
+        found = audit(fleet, target, "--deep", "--repair", code=0)
         assert {code: sorted(keys) for code, keys in found.items()} == wrong
 
         counts = finish(fleet, job, places, names, reference)
         assert (counts["done"], counts["failed"]) == (7, 1)
-        assert names[7] in call(fleet, "dead", job).stdout
-        assert_healthy(fleet, what, "--deep", "--repair")
-        assert call(fleet, "retry", job).exit_code == 0
+        assert names[7] in run_in_process(fleet, "dead", job).stdout
+        assert_healthy(fleet, target, "--deep", "--repair")
+        assert run_in_process(fleet, "retry", job).exit_code == 0
         assert finish(fleet, job, places, names, reference)["failed"] == 1
-    fleet.workers.dismiss()
+    fleet.workers.terminate()
 
 
-def test_a_mask_that_is_younger_than_its_cutout_is_looked_at_without_being_asked(
+def test_a_mask_that_is_newer_than_its_cutout_is_checked_without_deep(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     names = put_images(fleet.store, places, 3)
@@ -238,14 +239,14 @@ def test_a_mask_that_is_younger_than_its_cutout_is_looked_at_without_being_asked
         def replaced() -> bool:
             other = sample_image(seed=next(attempts), form="PNG")
             fleet.store.put(places.mask(names[1]), other, content_type="image/png")
-            return call(fleet, "audit", job).exit_code == 1
+            return run_in_process(fleet, "audit", job).exit_code == 1
 
-        wait_until(replaced, what="a second has passed")
+        wait_until(replaced, what="the mask is newer by S3's clock, which has whole seconds")
         assert audit(fleet, job, code=1) == {"output_wrong": [names[1]]}
-    fleet.workers.dismiss()
+    fleet.workers.terminate()
 
 
-def test_an_object_that_no_job_explains_is_named_and_left_alone(
+def test_an_object_that_no_job_explains_is_reported_and_kept(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     names = put_images(fleet.store, places, 4)
@@ -253,27 +254,27 @@ def test_an_object_that_no_job_explains_is_named_and_left_alone(
     with fleet.dispatcher():
         job = submit()
         finish(fleet, job, places, names, reference)
-        stranger = places.cutout("nobody's.jpg")
-        fleet.store.put(stranger, b"mine", content_type="image/png")
+        unknown = places.cutout("unknown.jpg")
+        fleet.store.put(unknown, b"mine", content_type="image/png")
         below = f"{places.to}below/"
-        other = call(fleet, "submit", f"{places.source}p0000", "--to", below, "--model", MODEL, "--wait")
+        other = run_in_process(fleet, "submit", f"{places.source}p0000", "--to", below, "--model", MODEL, "--wait")
         assert other.exit_code == 0, other.stderr
 
         for _ in range(2):
-            assert audit(fleet, job, "--repair", code=1) == {"extra_object": [str(stranger)]}
+            assert audit(fleet, job, "--repair", code=1) == {"extra_object": [str(unknown)]}
 
-        assert fleet.store.head(stranger, role="output") is not None
-        shown = call(fleet, "audit", job)
-        assert f"{stranger}: no job made it" in shown.stdout
-    fleet.workers.dismiss()
+        assert fleet.store.head(unknown, role="output") is not None
+        shown = run_in_process(fleet, "audit", job)
+        assert f"{unknown}: no job made it" in shown.stdout
+    fleet.workers.terminate()
 
 
-def test_counts_and_claims_that_do_not_follow_from_the_states_are_put_right(
+def test_counts_and_claims_that_contradict_the_states_are_corrected(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     names = put_images(fleet.store, places, 4)
     fleet.workers.start()
-    with fleet.dispatcher(), client_of(fleet) as client:
+    with fleet.dispatcher(), connect(fleet) as client:
         job = submit()
         finish(fleet, job, places, names, reference)
         client.hincrby(f"cf:job:{job}", "done", -1)
@@ -285,17 +286,19 @@ def test_counts_and_claims_that_do_not_follow_from_the_states_are_put_right(
 
         assert_healthy(fleet, job)
         assert finish(fleet, job, places, names, reference)["done"] == 4
-    fleet.workers.dismiss()
+    fleet.workers.terminate()
 
 
-def test_a_job_lost_while_it_was_listed_says_how_to_go_on(fleet: Fleet, places: Places, reference: Reference) -> None:
+def test_a_job_that_was_lost_during_its_listing_can_be_resumed(
+    fleet: Fleet, places: Places, reference: Reference
+) -> None:
     names = put_images(fleet.store, places, 4)
     fleet.workers.start()
-    flag = str(fleet.stack.folder / f"flag-{Location.parse(places.to).bucket}")
-    killed = fleet.submits.start_for(places, test_failpoints=f"after_add_part={flag}")
-    assert fleet.submits.wait_for(killed) == -signal.SIGKILL, fleet.submits.words()
-    job = fleet.ledger.open_jobs()[-1].id
-    delete(fleet, Location(Location.parse(places.to).bucket, f"_cutfleet/{job}/manifest/end.json"))
+    flag = str(fleet.stack.folder / f"flag-{places.destination.bucket}")
+    killed = fleet.submissions.start_for(places, test_failpoints=f"after_add_part={flag}")
+    assert fleet.submissions.wait_for(killed) == -signal.SIGKILL, fleet.submissions.log_tail()
+    job = fleet.ledger.jobs.open()[-1].id
+    delete_object(fleet.store, places.destination.below(f"_cutfleet/{job}/manifest/end.json"))
     flush(fleet)
 
     found = audit(fleet, folder(places, job), "--repair", code=1)
@@ -303,24 +306,22 @@ def test_a_job_lost_while_it_was_listed_says_how_to_go_on(fleet: Fleet, places: 
     assert set(found) == {"job_lost", "listing_unknown"}
     assert f"--resume {job}" in found["listing_unknown"][0]
     with fleet.dispatcher():
-        resumed = call(fleet, "submit", places.source, "--to", places.to, "--model", MODEL, "--resume", job)
+        resumed = run_in_process(fleet, "submit", places.source, "--to", places.to, "--model", MODEL, "--resume", job)
         assert resumed.exit_code == 0, resumed.stderr
         assert finish(fleet, job, places, names, reference)["done"] == 4
-    fleet.workers.dismiss()
+    fleet.workers.terminate()
 
 
-def test_a_folder_that_is_no_jobs_and_a_job_that_redis_does_not_know_are_told_apart(
-    fleet: Fleet, places: Places
-) -> None:
-    unknown = call(fleet, "audit", "20260101-000000-aaaaaa")
-    nowhere = call(fleet, "audit", f"{places.to}_cutfleet/20260101-000000-aaaaaa/")
+def test_an_unknown_job_and_a_folder_without_a_job_are_different_errors(fleet: Fleet, places: Places) -> None:
+    unknown = run_in_process(fleet, "audit", "20260101-000000-aaaaaa")
+    no_folder = run_in_process(fleet, "audit", f"{places.to}_cutfleet/20260101-000000-aaaaaa/")
 
-    assert (unknown.exit_code, nowhere.exit_code) == (2, 2)
+    assert (unknown.exit_code, no_folder.exit_code) == (2, 2)
     assert "s3://BUCKET/TO/_cutfleet/20260101-000000-aaaaaa/ --repair" in unknown.stderr
-    assert "[record_missing]" in nowhere.stderr
+    assert "[record_missing]" in no_folder.stderr
 
 
-def test_a_closed_job_whose_retries_redis_lost_is_tried_again(
+def test_a_retry_of_a_closed_job_that_redis_lost_is_repeated(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     names = put_images(fleet.store, places, 3)
@@ -330,15 +331,15 @@ def test_a_closed_job_whose_retries_redis_lost_is_tried_again(
         job = submit()
         assert finish(fleet, job, places, names, reference)["failed"] == 1
         fleet.store.put(places.key(names[1]), sample_image(seed=1), content_type="image/jpeg")
-        fleet.workers.dismiss()
+        fleet.workers.terminate()
         assert fleet.run("retry", job).returncode == 0
         flush(fleet)
 
         assert "job_lost" in audit(fleet, folder(places, job), "--repair", code=0)
         fleet.workers.start()
         finish(fleet, job, places, names, {})
-        [(_, failure)] = fleet.ledger.failures(job)
-        assert failure.code == "source_changed", "its manifest names the version that was no image"
+        [(_, failure)] = fleet.ledger.images.failures(job)
+        assert failure.code == "source_changed", "the manifest names the former version"
         flush(fleet)
         assert_healthy(fleet, folder(places, job))
-    fleet.workers.dismiss()
+    fleet.workers.terminate()

@@ -1,4 +1,4 @@
-"""A short campaign of random faults, as `make faults` runs a long one: whatever happens at once, nothing is lost."""
+"""A short campaign of random faults; `make faults` runs a long one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from tests.faults.fleet import ROOT
+from tests.support.environment import ROOT
 
 MINUTES, SEED = "4", "7"
 
 
 @pytest.mark.timeout(900)
-def test_random_faults_under_load_cost_no_image() -> None:
+def test_random_faults_under_load_lose_no_image() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "tests.faults", "--minutes", MINUTES],
         env=os.environ | {"SEED": SEED},

@@ -1,4 +1,4 @@
-"""The dashboard on a loaded stack: a real Prometheus answers each of its panels with figures."""
+"""The dashboard under load: a real Prometheus has data for every panel."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.fleet import Fleet
-from tests.faults.terms import MODEL
-from tests.support.factories import wait_until
-from tests.support.loaded_stack import Line, ask_panels, watched
+from tests.faults.stand_in_settings import MODEL
+from tests.support.loaded_stack import Series, monitored_load, query_panels
+from tests.support.waiting import wait_until
 
-NOTHING_HAPPENED = {"sum(increase(cutfleet_republished_images_total[5s]))"}
-"""No message is lost under this load, so that this one says 0."""
+ALWAYS_ZERO = {"sum(increase(cutfleet_republished_images_total[5s]))"}
+"""No message is lost under this load."""
 
 
-def test_no_panel_is_empty_and_each_shows_what_happened(fleet: Fleet, tmp_path: Path) -> None:
-    with watched(fleet.stack, tmp_path, workers=2) as load:
+def test_every_panel_shows_the_faults_that_happened(fleet: Fleet, tmp_path: Path) -> None:
+    with monitored_load(fleet.stack, tmp_path, workers=2) as load:
         since = load.run(
             160,
             model=MODEL,
@@ -23,16 +23,16 @@ def test_no_panel_is_empty_and_each_shows_what_happened(fleet: Fleet, tmp_path: 
             start_worker=lambda **settings: fleet.workers.start(test_device_ms="50", **settings),
         )
 
-        answers: dict[tuple[str, str], list[Line]] = {}
+        answers: dict[tuple[str, str], list[Series]] = {}
 
-        def none_is(empty: Callable[[Line], bool]) -> bool:
-            answers.update(ask_panels(load.prometheus, since=since))
-            return all(lines and not all(map(empty, lines)) for lines in answers.values())
+        def no_panel_is(empty: Callable[[Series], bool]) -> bool:
+            answers.update(query_panels(load.prometheus, since=since))
+            return all(series and not all(map(empty, series)) for series in answers.values())
 
-        wait_until(lambda: none_is(lambda line: not line.points), what=f"every expression has figures: {answers}")
+        wait_until(lambda: no_panel_is(lambda one: not one.points), what=f"every expression has data: {answers}")
     flat = {
         expression
-        for (_, expression), lines in answers.items()
-        if not any(value > 0 for line in lines for _, value in line.points)
+        for (_, expression), series in answers.items()
+        if not any(value > 0 for one in series for _, value in one.points)
     }
-    assert flat <= NOTHING_HAPPENED
+    assert flat <= ALWAYS_ZERO

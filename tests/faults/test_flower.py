@@ -1,4 +1,4 @@
-"""Flower is frozen: the server cuts it off alone, and no worker waits for it. The server is silent: Flower goes."""
+"""A frozen Flower is disconnected by the server and blocks no worker; Flower stops even when the server is silent."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import redis
 
 from producer.demo.local_stack import Process, inherited_environment
 from tests.faults.fleet import IMAGES, Fleet, Reference, Submit
+from tests.faults.invariants import assert_exact
 from tests.faults.proxy import Wire
-from tests.faults.truth import prove
-from tests.support.factories import Places, put_images, wait_until
 from tests.support.flower import Flower
+from tests.support.images import put_images
+from tests.support.places import Places
+from tests.support.waiting import wait_until
 
 LIMIT = "pubsub 262144 262144 0"
-"""Bytes that wait for one subscriber: a thousandth of what `infra` has, so that seconds are as good as hours."""
+"""Bytes that may wait for one subscriber: a thousandth of the limit in `infra`, so that it is reached in seconds."""
 
 
 @pytest.fixture
@@ -29,38 +31,38 @@ def flower(fleet: Fleet) -> Iterator[Process]:
     flower.kill()
 
 
-def test_a_frozen_flower_is_cut_off_alone_while_the_workers_go_on(
+def test_only_a_frozen_flower_is_disconnected_and_workers_continue(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, flower: Process
 ) -> None:
     names = put_images(fleet.store, places, IMAGES)
     fleet.workers.start()
     with redis.Redis(port=fleet.stack.redis_port) as broker, fleet.dispatcher():
         broker.config_set("client-output-buffer-limit", LIMIT)
-        wait_until(lambda: listeners(broker) == 2, what=f"Flower listens: {flower.last_words()}")
-        channel, event = an_event(broker)
+        wait_until(lambda: count_subscribers(broker) == 2, what=f"Flower is subscribed: {flower.log_tail()}")
+        channel, event = read_event(broker)
         flower.signal(signal.SIGSTOP)
-        known = cut_off(broker)
+        before = count_disconnected(broker)
 
-        def floods() -> bool:
-            """Events as of thousands of images."""
+        def is_disconnected() -> bool:
+            """Publish events of thousands of images."""
             with broker.pipeline(transaction=False) as pipe:
                 for _ in range(500):
                     pipe.publish(channel, event)
                 pipe.execute()
-            return cut_off(broker) > known
+            return count_disconnected(broker) > before
 
-        wait_until(floods, what="the server cuts Flower off")
+        wait_until(is_disconnected, what="the server disconnects Flower")
         job = submit()
-        truth = prove(fleet, job, places, names=names, reference=reference)
+        outcome = assert_exact(fleet, job, places, names=names, reference=reference)
         flower.signal(signal.SIGCONT)
-        wait_until(lambda: listeners(broker) == 2, what=f"Flower is back: {flower.last_words()}")
-        assert cut_off(broker) == known + 1, "nobody else was"
+        wait_until(lambda: count_subscribers(broker) == 2, what=f"Flower is subscribed again: {flower.log_tail()}")
+        assert count_disconnected(broker) == before + 1, "only Flower is disconnected"
 
-    assert truth.counts["done"] == IMAGES
-    assert fleet.workers.dismiss() == [0]
+    assert outcome.counts["done"] == IMAGES
+    assert fleet.workers.terminate() == [0]
 
 
-def test_told_to_go_it_does_not_wait_for_a_server_that_says_nothing(fleet: Fleet) -> None:
+def test_on_sigterm_flower_does_not_wait_for_a_silent_server(fleet: Fleet) -> None:
     with Wire(fleet.stack.redis_port) as wire:
         flower = Flower(fleet.stack, more={"CUTFLEET_REDIS_URL": f"redis://127.0.0.1:{wire.port}/0"})
         wait_until(flower.is_up, what="Flower answers")
@@ -70,32 +72,32 @@ def test_told_to_go_it_does_not_wait_for_a_server_that_says_nothing(fleet: Fleet
 
         flower.process.signal(signal.SIGTERM)
         try:
-            wait_until(lambda: flower.process.poll() is not None, within_s=25, what="Flower goes")
+            wait_until(lambda: flower.process.poll() is not None, within_s=25, what="Flower has ended")
         finally:
             code = flower.process.stop(timeout_s=1)
 
     assert code == 0
 
 
-def listeners(broker: redis.Redis) -> int:
-    """Clients that hear events or orders: each worker, and Flower."""
+def count_subscribers(broker: redis.Redis) -> int:
+    """Return how many clients subscribe to events or remote control: each worker, and Flower."""
     return sum(int(found["psub"]) > 0 for found in broker.client_list())
 
 
-def cut_off(broker: redis.Redis) -> int:
-    """Clients that were too slow for the server."""
+def count_disconnected(broker: redis.Redis) -> int:
+    """Return how many clients the server has disconnected because they were too slow."""
     return int(broker.info("stats")["client_output_buffer_limit_disconnections"])
 
 
-def an_event(broker: redis.Redis) -> tuple[bytes, bytes]:
-    """One of a worker's, as it is sent: channel and message."""
-    with broker.pubsub(ignore_subscribe_messages=True) as heard:
-        heard.psubscribe("/0.celeryev/*")
+def read_event(broker: redis.Redis) -> tuple[bytes, bytes]:
+    """Return channel and message of one event of a worker."""
+    with broker.pubsub(ignore_subscribe_messages=True) as subscription:  # type: ignore[no-untyped-call]
+        subscription.psubscribe("/0.celeryev/*")
         found: list[dict[str, bytes]] = []
 
-        def is_heard() -> bool:
-            found.extend(filter(None, [heard.get_message(timeout=0.1)]))
+        def has_event() -> bool:
+            found.extend(filter(None, [subscription.get_message(timeout=0.1)]))
             return bool(found)
 
-        wait_until(is_heard, what="a worker says something")
+        wait_until(has_event, what="a worker sends an event")
     return found[0]["channel"], found[0]["data"]

@@ -1,21 +1,26 @@
-"""Each role with the rights of its policy in infra/aws, as a store knows them that enforces rights: all works, and each
-is refused what is not its. IAM's own conditions and roles are AWS's alone; here stand identities and their actions."""
+"""Each role with the rights of its policy in `infra/aws`: everything works, and each role is refused what its policy
+does not allow. SeaweedFS enforces identities and actions; IAM's conditions and roles exist only at AWS."""
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from jobs.errors import CutfleetError
-from jobs.s3.client import Location, Store
+from jobs.s3.client import Store
+from jobs.s3.location import Location
 from producer.demo.local_stack import SECRET_KEY
-from tests.faults.fleet import ROOT, Fleet, Reference
-from tests.faults.truth import prove
-from tests.support.factories import Places, put_images, wait_until
+from tests.faults.fleet import Fleet, Reference
+from tests.faults.invariants import assert_exact
+from tests.support.environment import ROOT
+from tests.support.images import put_images
+from tests.support.places import Places
+from tests.support.waiting import wait_until
 
 ROLES = ("producer", "dispatcher", "worker")
 VERBS = {"s3:ListBucket": "List", "s3:GetObject": "Read", "s3:PutObject": "Write"}
@@ -23,8 +28,8 @@ SOME = 6
 
 
 def actions(role: str, places: Places) -> list[str]:
-    """The policy's rights in the store's own words."""
-    buckets = {"SOURCE": Location.parse(places.source).bucket, "DESTINATION": Location.parse(places.to).bucket}
+    """Return the actions of the policy in SeaweedFS's form."""
+    buckets = {"SOURCE": places.source_location.bucket, "DESTINATION": places.destination.bucket}
     found = []
     for statement in json.loads((ROOT / f"infra/aws/{role}.json").read_text())["Statement"]:
         assert statement["Effect"] == "Allow"
@@ -37,18 +42,21 @@ def actions(role: str, places: Places) -> list[str]:
 
 @pytest.fixture
 def roles(fleet: Fleet, places: Places) -> None:
-    """The store knows each, under its name."""
+    """Add an identity for each role to the store; its access key is the role's name."""
     file = fleet.stack.folder / "s3" / "identities.json"
-    known = [one for one in json.loads(file.read_text())["identities"] if one["name"] not in ROLES]
+    others = [one for one in json.loads(file.read_text())["identities"] if one["name"] not in ROLES]
     added = [
         {"name": role, "credentials": [{"accessKey": role, "secretKey": SECRET_KEY}], "actions": actions(role, places)}
         for role in ROLES
     ]
-    file.write_text(json.dumps({"identities": [*known, *added]}))
+    file.write_text(json.dumps({"identities": [*others, *added]}))
     assert fleet.stack.s3 is not None
     fleet.stack.s3.signal(signal.SIGHUP)
     with as_role(fleet, "producer") as store:
-        wait_until(lambda: outcome(lambda: list(store.list_source(Location.parse(places.source)))) == "done")
+        wait_until(
+            lambda: code_of(lambda: list(store.list_source(places.source_location))) == "done",
+            what="the store knows the roles",
+        )
 
 
 @contextmanager
@@ -58,16 +66,17 @@ def as_role(fleet: Fleet, role: str) -> Iterator[Store]:
         yield store
 
 
-def outcome(call: object) -> str:
+def code_of(call: Callable[[], object]) -> str:
+    """Return the error code of the call, or "done"."""
     try:
-        call()  # type: ignore[operator]
+        call()
     except CutfleetError as exc:
         return exc.code
     return "done"
 
 
 @pytest.mark.usefixtures("roles")
-def test_every_role_does_its_work_with_its_own_rights(fleet: Fleet, places: Places, reference: Reference) -> None:
+def test_every_role_works_with_the_rights_of_its_policy(fleet: Fleet, places: Places, reference: Reference) -> None:
     names = put_images(fleet.store, places, SOME)
     env = {"AWS_ACCESS_KEY_ID": "producer"}
     fleet.workers.start(s3_user="worker")
@@ -75,37 +84,37 @@ def test_every_role_does_its_work_with_its_own_rights(fleet: Fleet, places: Plac
 
     ran = fleet.run("submit", places.source, "--to", places.to, "--model", "stand-in", env=env)
     assert ran.returncode == 0, ran.stderr
-    truth = prove(fleet, ran.stdout.strip(), places, names=names, reference=reference)
-    looked = fleet.run("doctor", "--source", places.source, "--to", places.to, "--json", env=env)
+    result = assert_exact(fleet, ran.stdout.strip(), places, names=names, reference=reference)
+    checked = fleet.run("doctor", "--source", places.source, "--to", places.to, "--json", env=env)
 
-    assert truth.counts["done"] == SOME
-    found = [row["code"] for row in json.loads(looked.stdout)["findings"] if row["area"] == "s3"]
+    assert result.counts["done"] == SOME
+    found = [row["code"] for row in json.loads(checked.stdout)["findings"] if row["area"] == "s3"]
     assert (len(found), set(found) <= {"", "s3_slow"}) == (5, True), found
-    assert set(fleet.workers.dismiss() + fleet.dispatchers.dismiss()) == {0}
+    assert set(fleet.workers.terminate() + fleet.dispatchers.terminate()) == {0}
 
 
 @pytest.mark.usefixtures("roles")
-def test_each_role_is_refused_what_is_not_its(fleet: Fleet, places: Places) -> None:
+def test_each_role_is_refused_what_its_policy_does_not_allow(fleet: Fleet, places: Places) -> None:
     put_images(fleet.store, places, 1)
-    record = Location(Location.parse(places.to).bucket, "_cutfleet/job/job.json")
+    record = places.destination.below("_cutfleet/job/job.json")
     image, cutout = places.key("p00000.jpg"), places.cutout("p00000.jpg")
 
-    def write(store: Store, place: Location) -> str:
-        return outcome(lambda: store.put(place, b"{}", content_type="application/json"))
+    def write(store: Store, location: Location) -> str:
+        return code_of(lambda: store.put(location, b"{}", content_type="application/json"))
 
-    seen = {}
+    results = {}
     for role in ROLES:
         with as_role(fleet, role) as store:
-            seen[role] = {
-                "reads a source": outcome(lambda store=store: store.get(image, role="source", max_bytes=10**6)),
+            results[role] = {
+                "reads a source": code_of(functools.partial(store.get, image, role="source", max_bytes=10**6)),
                 "writes a source": write(store, image),
                 "writes a record": write(store, record),
                 "writes a cutout": write(store, cutout),
             }
 
     done, no_source, no_output = "done", "source_denied", "output_denied"
-    assert seen == {
-        "producer": dict(zip(seen["producer"], (done, no_output, done, no_output), strict=True)),
-        "dispatcher": dict(zip(seen["producer"], (no_source, no_output, done, no_output), strict=True)),
-        "worker": dict(zip(seen["producer"], (done, no_output, done, done), strict=True)),
+    assert results == {
+        "producer": dict(zip(results["producer"], (done, no_output, done, no_output), strict=True)),
+        "dispatcher": dict(zip(results["producer"], (no_source, no_output, done, no_output), strict=True)),
+        "worker": dict(zip(results["producer"], (done, no_output, done, done), strict=True)),
     }

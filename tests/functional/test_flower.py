@@ -1,4 +1,4 @@
-"""Flower, started for real: an image is a task, found by its S3 key, and its fate is the ledger's."""
+"""Flower as a process: each image is a task that is found by its S3 key."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import pytest
 from jobs.s3.client import Store
 from producer.demo.local_stack import LocalStack
 from tests.support.environment import Run
-from tests.support.factories import Places, sample_image, wait_until
 from tests.support.flower import Flower
+from tests.support.images import sample_image
+from tests.support.places import Places
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +26,10 @@ def flower(fleet: LocalStack) -> Iterator[Flower]:
     flower = Flower(fleet)
     try:
         wait_until(flower.is_up, what="Flower answers")
-        wait_until(lambda: any("conf" in facts for facts in flower.workers().values()), what="Flower knows the worker")
+        wait_until(
+            lambda: any("conf" in worker for worker in flower.workers().values()),
+            what="Flower has inspected the worker",
+        )
         yield flower
     finally:
         flower.process.stop(timeout_s=10)
@@ -48,22 +53,22 @@ def test_an_image_is_found_by_its_key(flower: Flower, cutfleet: Run, store: Stor
     assert {done_task["uuid"], failed_task["uuid"]} == {f"{job}:0", f"{job}:1"}
     assert "lane='backfill'" in done_task["args"]
     assert len(flower.tasks(f"args:job='{job}'")) == 2
-    assert done_task["name"] == failed_task["name"] == "cutfleet.image", "a name is a metric's label: it holds no key"
+    assert done_task["name"] == failed_task["name"] == "cutfleet.image", "no key is in a metric label"
     assert str(places.key("page.jpg")) not in flower.ask("/metrics")[1]
 
 
-def test_a_worker_says_what_it_is(flower: Flower) -> None:
-    ((name, facts),) = flower.workers().items()
+def test_a_worker_shows_its_model_and_queues(flower: Flower) -> None:
+    ((name, worker),) = flower.workers().items()
 
     assert name.startswith("cpu")
-    assert (facts["conf"]["cutfleet_model"], facts["conf"]["cutfleet_batch_limit"]) == (
+    assert (worker["conf"]["cutfleet_model"], worker["conf"]["cutfleet_batch_limit"]) == (
         "u2netp",
         len(os.sched_getaffinity(0)),
     )
-    assert {queue["name"] for queue in facts["active_queues"]} >= {"live.u2netp", "backfill.u2netp"}
+    assert {queue["name"] for queue in worker["active_queues"]} >= {"live.u2netp", "backfill.u2netp"}
 
 
-def test_nobody_comes_in_without_the_login_and_nobody_changes_anything(flower: Flower) -> None:
+def test_flower_requires_the_login_and_is_read_only(flower: Flower) -> None:
     (worker,) = flower.workers()
 
     assert [flower.ask(path, login=None)[0] for path in ("/", "/tasks", "/api/tasks")] == [401] * 3
@@ -80,7 +85,7 @@ def test_nobody_comes_in_without_the_login_and_nobody_changes_anything(flower: F
         ({"FLOWER_BASIC_AUTH": "a:b", "FLOWER_MAX_TASKS": "many"}, "many"),
     ],
 )
-def test_it_does_not_start_open_to_everybody(variables: dict[str, str], named: str) -> None:
+def test_flower_does_not_start_without_a_login(variables: dict[str, str], named: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("FLOWER_", "CUTFLEET_"))}
     command = [sys.executable, "-m", "producer.flower"]
 

@@ -1,4 +1,4 @@
-"""Listing side by side: exact, whatever the folders look like; and what a listing knows of its objects."""
+"""Parallel listings are exact for any folders; listings find archived objects."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,13 +15,19 @@ from jobs.job import ImageState
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
 from jobs.s3 import listing
-from jobs.s3.client import Location, Role, S3Object, Store
-from jobs.s3.listing import list_side_by_side
+from jobs.s3.client import S3Object, Store
+from jobs.s3.errors import Role
+from jobs.s3.listing import list_in_parallel
+from jobs.s3.location import Location
 from producer.demo.local_stack import LocalStack
 from producer.dispatcher.feeder import Feeder
-from producer.dispatcher.job_backoff import HeldUp
-from producer.submission.submit import Request, submit
-from tests.support.factories import Places
+from producer.dispatcher.job_backoff import JobBackoff
+from producer.submission.request import Request
+from producer.submission.submit import submit
+from tests.support.places import Places, plain_client
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.literals import StorageClassType
 
 Pages = Iterator[tuple[list[S3Object], list[str]]]
 
@@ -29,17 +36,17 @@ Pages = Iterator[tuple[list[S3Object], list[str]]]
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.s3.client.PAGE_KEYS", 5)
     monkeypatch.setattr(listing, "PAGE_KEYS", 5)
-    monkeypatch.setattr(listing, "MANY", 2)
+    monkeypatch.setattr(listing, "MIN_FOLDER_OBJECTS", 2)
     monkeypatch.setattr(listing, "LISTERS", 4)
-    monkeypatch.setattr(listing, "ENOUGH", 30)
+    monkeypatch.setattr(listing, "ENOUGH_UNITS", 30)
 
 
-class Counting(Store):
-    """Says which prefixes were listed from end to end, and by how many threads."""
+class RecordingStore(Store):
+    """Records the prefixes that are listed, and the threads that list them."""
 
     def __init__(self, stack: LocalStack) -> None:
-        theirs = stack.store()
-        self.__dict__.update(theirs.__dict__)
+        endpoint = stack.environment["CUTFLEET_S3_ENDPOINT"]
+        super().__init__(endpoint, connections=16, credentials=(*stack.keys, "us-east-1"))
         self.prefixes: list[str] = []
         self.threads: set[int] = set()
 
@@ -64,101 +71,101 @@ TREE = [
 def test_each_object_of_any_tree_is_listed_once(
     stack: LocalStack, store: Store, places: Places, small_pages: None
 ) -> None:
-    prefix = Location.parse(places.source)
+    prefix = places.source_location
     for name in random.Random(5).sample(TREE, len(TREE)):
         store.put(places.key(name), b"x", content_type="image/jpeg")
-    counting = Counting(stack)
+    recording = RecordingStore(stack)
 
-    keys = [found.key for found in list_side_by_side(counting, prefix, role="source")]
+    keys = [found.key for found in list_in_parallel(recording, prefix, role="source")]
 
     assert sorted(keys) == sorted(TREE)
-    assert {"b/3/", "c/d/e/"} <= set(counting.prefixes), "large folders are listed by themselves"
-    assert not any(name.startswith("one-a-folder/0") for name in counting.prefixes), "small ones are not"
-    assert len(counting.threads) > 1
+    assert {"b/3/", "c/d/e/"} <= set(recording.prefixes), "large folders are listed on their own"
+    assert not any(name.startswith("one-a-folder/0") for name in recording.prefixes), "small folders are not"
+    assert len(recording.threads) > 1
     under = Location(prefix.bucket, "b")
-    assert sorted(found.key for found in list_side_by_side(store, under, role="source")) == sorted(
+    assert sorted(found.key for found in list_in_parallel(store, under, role="source")) == sorted(
         name for name in TREE if name.startswith("b")
     )
 
 
 def test_a_small_prefix_costs_one_request(stack: LocalStack, store: Store, places: Places) -> None:
     store.put(places.key("a/1.jpg"), b"x", content_type="image/jpeg")
-    counting = Counting(stack)
+    recording = RecordingStore(stack)
 
-    assert len(list(list_side_by_side(counting, Location.parse(places.source), role="source"))) == 1
-    assert counting.prefixes == [""]
+    assert len(list(list_in_parallel(recording, places.source_location, role="source"))) == 1
+    assert recording.prefixes == [""]
 
 
-def test_a_listing_that_fails_or_is_left_leaves_no_thread(
+def test_a_listing_that_fails_or_is_closed_early_leaves_no_thread(
     stack: LocalStack, store: Store, places: Places, small_pages: None
 ) -> None:
     for name in TREE:
         store.put(places.key(name), b"x", content_type="image/jpeg")
-    prefix = Location.parse(places.source)
+    prefix = places.source_location
 
-    class Failing(Counting):
+    class Failing(RecordingStore):
         def list_pages(self, prefix: Location, *, role: Role, delimiter: str = "", after: str = "") -> Pages:
             if prefix.key == "b/7/":
                 raise SourceError("no", code="source_denied")
             return super().list_pages(prefix, role=role, delimiter=delimiter, after=after)
 
     with pytest.raises(SourceError):
-        list(list_side_by_side(Failing(stack), prefix, role="source"))
-    left = list_side_by_side(store, prefix, role="source")
-    next(left)
-    left.close()  # type: ignore[attr-defined]  # it is a generator
+        list(list_in_parallel(Failing(stack), prefix, role="source"))
+    keys = list_in_parallel(store, prefix, role="source")
+    next(keys)
+    keys.close()  # type: ignore[attr-defined]  # it is a generator
 
     assert not [thread for thread in threading.enumerate() if thread.name == "listing"]
 
 
-def test_what_is_archived_fails_without_a_worker(stack: LocalStack, aws: Store) -> None:
+def test_archived_sources_fail_without_a_worker(stack: LocalStack, aws: Store) -> None:
     source, to = Location("images", ""), Location("results", "")
-    for place in (source, to):
-        aws.create_bucket(place.bucket)
-    classes = {
+    for location in (source, to):
+        aws.create_bucket(location.bucket)
+    classes: dict[str, StorageClassType] = {
         "a.jpg": "GLACIER",
         "b.jpg": "STANDARD",
         "c.jpg": "DEEP_ARCHIVE",
         "d.jpg": "GLACIER_IR",
     }
-    for key, kind in classes.items():
-        aws._s3.put_object(Bucket="images", Key=key, Body=b"x", StorageClass=kind)  # type: ignore[arg-type]  # one of them
+    with plain_client(aws) as client:
+        for key, storage_class in classes.items():
+            client.put_object(Bucket="images", Key=key, Body=b"x", StorageClass=storage_class)
 
-    listed = {found.key: found.hint for found in list_side_by_side(aws, source, role="source")}
+    listed = {found.key: found.hint for found in list_in_parallel(aws, source, role="source")}
     assert listed == {"a.jpg": "archived", "b.jpg": "", "c.jpg": "archived", "d.jpg": ""}
     request = Request(
-        source=str(source), destination=str(to), recipe=Recipe(model="birefnet"), lane="backfill", name="", keys=None
+        source=source, destination=to, recipe=Recipe(model="birefnet"), lane="backfill", name="", keys=None
     )
-    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/4"), name="alone") as ledger:
+    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/4"), name="own") as ledger:
         aws.put(Location("results", "cutouts/c.jpg.png"), b"made before", content_type="image/png")
         job = submit(request, store=aws, ledger=ledger, lease_s=60, listed=lambda _: None)
-        epoch = ledger.lead("test", ttl_s=60)
+        epoch = ledger.dispatch.lead("test", ttl_s=60)
         assert epoch is not None
-        Feeder(ledger, aws, lease_s=60, held_up=HeldUp()).feed(epoch, [job])
+        Feeder(ledger, aws, lease_s=60, backoff=JobBackoff()).feed(epoch, [job])
 
-        failures = {failure.key: failure.code for _, failure in ledger.failures(job.id)}
-        after = ledger.job(job.id)
-        assert failures == {"a.jpg": "source_archived"}, "c.jpg may be done: its worker looks"
+        failures = {failure.key: failure.code for _, failure in ledger.images.failures(job.id)}
+        after = ledger.jobs.get(job.id)
+        assert failures == {"a.jpg": "source_archived"}, "c.jpg may be done already: a worker checks"
         assert (after.cursor, after.failed, after.window) == (4, 1, 3)
-        states = ledger.states(job.id, 0, 4)
+        states = ledger.images.states(job.id, 0, 4)
         assert states.count(ImageState.FAILED) == 1
 
 
-def test_what_was_restored_from_an_archive_is_not_archived() -> None:
-    """AWS's answer, as documented; no server here gives it."""
-    asked: list[str | None] = []
+def test_a_restored_object_does_not_count_as_archived() -> None:
+    """With the answer that AWS documents; no test server gives it."""
+    requested: list[str | None] = []
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.headers.get("x-amz-optional-object-attributes"))
+            requested.append(self.headers.get("x-amz-optional-object-attributes"))
             body = _RESTORED.encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            """Nobody reads it."""
+        def log_message(self, *_: object) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -171,7 +178,7 @@ def test_what_was_restored_from_an_archive_is_not_archived() -> None:
         server.server_close()
 
     assert listed == {"restored.jpg": "", "being-restored.jpg": "archived"}
-    assert asked == ["RestoreStatus"]
+    assert requested == ["RestoreStatus"]
 
 
 _RESTORED = """<?xml version="1.0" encoding="UTF-8"?>

@@ -1,4 +1,4 @@
-"""Models in real workers: each image goes to its own model, a checkpoint directory is served as it lies there."""
+"""Models in real workers: each image is computed by the model of its recipe; a worker serves a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from jobs.recipe import Recipe
 from jobs.s3.client import Store
 from producer.demo.local_stack import LocalStack, inherited_environment
 from tests.support.environment import Run
-from tests.support.factories import Places, decode, fetch, put_images, wait_until
+from tests.support.images import decode_image, put_images
+from tests.support.places import Places, fetch_output
+from tests.support.waiting import wait_until
 from workers.imaging.decode import Limits
 from workers.imaging.pipeline import cut_out
 from workers.models import LoadedModel, load
-from workers.models.batcher import Predictor
+from workers.models.batcher import Batcher
 from workers.models.birefnet import BiRefNet
+from workers.process.exit_codes import ExitCode
 
 STATED = "lite-by-rule:non-commercial"
 SMALL_DEVICE = Path(__file__).with_name("small_device_worker.py")
@@ -34,7 +37,7 @@ SMALL_DEVICE = Path(__file__).with_name("small_device_worker.py")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
-    """BiRefNet-lite as the hub lays it out, at 256 x 256; weights by rule, or torch's own where there is no rule."""
+    """BiRefNet-lite in the hub's layout, at 256 x 256. Weights follow a rule of the test data, or are torch's own."""
     folder = tmp_path_factory.mktemp("models") / "lite-by-rule"
     folder.mkdir()
     torch.manual_seed(5)
@@ -42,17 +45,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> P
     state = {name: value.contiguous() for name, value in network.state_dict().items()}
     rule = shared_data / "parity" / "weights_by_rule.py"
     if rule.exists():
-        state = {name: by_rule(rule, name, value) for name, value in state.items()}
+        state = {name: weights_by_rule(rule, name, value) for name, value in state.items()}
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"patch_order": "channels_first", "input_size": 256}))
-    (folder / "birefnet.py").write_text("raise SystemExit('nobody runs this')\n")
+    (folder / "birefnet.py").write_text("raise SystemExit('never run')\n")
     (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     return folder
 
 
-def by_rule(path: Path, name: str, value: torch.Tensor) -> torch.Tensor:
-    drawn = import_rule(path).tensor_by_rule(name, tuple(value.shape))
-    return value if drawn is None else torch.from_numpy(np.asarray(drawn))
+def weights_by_rule(path: Path, name: str, value: torch.Tensor) -> torch.Tensor:
+    weights = import_rule(path).tensor_by_rule(name, tuple(value.shape))
+    return value if weights is None else torch.from_numpy(np.asarray(weights))
 
 
 @functools.cache
@@ -65,13 +68,13 @@ def import_rule(path: Path) -> Any:
     return module
 
 
-def metadata(store: Store, places: Places, name: str) -> dict[str, str]:
+def read_metadata(store: Store, places: Places, name: str) -> dict[str, str]:
     found = store.head(places.cutout(name), role="output")
     assert found is not None
     return dict(found.metadata)
 
 
-def test_a_directory_computes_what_the_reference_computes(checkpoint: Path, shared_data: Path) -> None:
+def test_a_checkpoint_directory_computes_the_references_alpha(checkpoint: Path, shared_data: Path) -> None:
     reference = shared_data / "parity" / "birefnet-lite.npz"
     if not reference.exists():
         pytest.skip(f"no reference outputs in {reference}")
@@ -85,7 +88,7 @@ def test_a_directory_computes_what_the_reference_computes(checkpoint: Path, shar
     torch.testing.assert_close(alpha[0, 0, ::4, ::4], logits.sigmoid(), atol=1e-3, rtol=0)
 
 
-def test_each_image_goes_to_the_model_of_its_recipe(
+def test_each_image_is_computed_by_the_model_of_its_recipe(
     fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places, checkpoint: Path
 ) -> None:
     model = load(str(checkpoint), accept_licence=STATED)
@@ -95,43 +98,45 @@ def test_each_image_goes_to_the_model_of_its_recipe(
     worker = fleet.start_worker(device="cpu", model=str(checkpoint), slots="2", accept_licence=STATED)
 
     mine = cutfleet("submit", places.source, "--to", places.to)
-    ended = [cutfleet("wait", ran.stdout.strip(), "--timeout", "90").returncode for ran in (mine, early)]
+    exit_codes = [cutfleet("wait", ran.stdout.strip(), "--timeout", "90").returncode for ran in (mine, early)]
     worker.stop()
 
     assert "No running worker serves" in early.stderr
-    assert ended == [0, 0], (mine.stderr, early.stderr)
-    assert {metadata(store, places, name)["cf-model"] for name in names} == {"u2netp"}
+    assert exit_codes == [0, 0], (mine.stderr, early.stderr)
+    assert {read_metadata(store, places, name)["cf-model"] for name in names} == {"u2netp"}
     for name in names:
-        said = metadata(store, other, name)
-        assert (said["cf-model"], said["cf-licence"]) == (model.served_name, "cc-by-nc-4.0 (non-commercial)")
-        mask = np.asarray(decode(fetch(store, other.mask(name))))
-        assert np.array_equal(mask, mask_by(model, fetch(store, places.key(name))))
-    start = next(line for line in worker.log.read_text().splitlines() if "ready" in line and model.served_name in line)
-    for fact in ("cc-by-nc-4.0 (non-commercial)", "CPU, ", "float32", "batch_limit"):
-        assert fact in start
+        metadata = read_metadata(store, other, name)
+        assert (metadata["cf-model"], metadata["cf-licence"]) == (model.served_name, "cc-by-nc-4.0 (non-commercial)")
+        mask = np.asarray(decode_image(fetch_output(store, other.mask(name))))
+        assert np.array_equal(mask, compute_mask(model, fetch_output(store, places.key(name))))
+    start_line = next(
+        line for line in worker.log.read_text().splitlines() if "ready" in line and model.served_name in line
+    )
+    for field in ("cc-by-nc-4.0 (non-commercial)", "CPU, ", "float32", "batch_limit"):
+        assert field in start_line
 
 
-def mask_by(model: LoadedModel, image: bytes) -> np.ndarray:
-    with Predictor(model, batch_limit=1) as predictor:
-        outputs = cut_out(image, Recipe(model=model.served_name), predictor, limits=Limits())
-    return np.asarray(decode(outputs.mask))
+def compute_mask(model: LoadedModel, image: bytes) -> np.ndarray:
+    with Batcher(model, batch_limit=1) as batcher:
+        outputs = cut_out(image, Recipe(model=model.served_name), batcher, limits=Limits())
+    return np.asarray(decode_image(outputs.mask))
 
 
-def test_the_workers_are_listed_with_what_they_run(fleet: LocalStack, cutfleet: Run) -> None:
+def test_workers_are_listed_with_hardware_model_and_limits(fleet: LocalStack, cutfleet: Run) -> None:
     table = cutfleet("workers").stdout.splitlines()
     workers = [json.loads(line) for line in cutfleet("workers", "--json").stdout.splitlines()]
 
     served = next(worker for worker in workers if worker["model"] == "u2netp")
     row = next(line for line in table if line.startswith(served["node"]))
-    for fact in (served["hardware"], "float32", "u2netp", served["revision"][:12], "serving"):
-        assert fact in row
+    for field in (served["hardware"], "float32", "u2netp", served["revision"][:12], "serving"):
+        assert field in row
     assert table[0].split("  ")[0] == "worker"
     assert served["draining"] is False
     cores = len(os.sched_getaffinity(0))
     assert (served["batch_limit"], served["rate"] >= 0, served["in_flight"] <= served["slots"]) == (cores, True, True)
 
 
-def test_a_second_worker_of_one_name_ends_with_a_reason(fleet: LocalStack, cutfleet: Run) -> None:
+def test_a_second_worker_with_the_same_node_name_exits_with_the_reason(fleet: LocalStack, cutfleet: Run) -> None:
     workers = [json.loads(line) for line in cutfleet("workers", "--json").stdout.splitlines()]
     first = next(worker["node"] for worker in workers if worker["model"] == "u2netp")
     settings = {"CUTFLEET_DEVICE": "cpu", "CUTFLEET_NODE": first.partition("@")[0]}
@@ -145,12 +150,12 @@ def test_a_second_worker_of_one_name_ends_with_a_reason(fleet: LocalStack, cutfl
         check=False,
     )
 
-    assert ran.returncode == 2
+    assert ran.returncode == ExitCode.SETTINGS
     assert "[node_taken]" in ran.stderr
     assert ran.stderr.count("\n") == 1
 
 
-def test_a_job_for_a_model_that_nobody_serves_says_so_and_waits(
+def test_a_job_whose_model_no_worker_serves_waits_and_its_status_shows_why(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places
 ) -> None:
     put_images(store, places, 1)
@@ -164,7 +169,7 @@ def test_a_job_for_a_model_that_nobody_serves_says_so_and_waits(
     assert "no running worker serves it" in shown.stdout
 
 
-def test_a_device_that_is_too_small_gets_smaller_batches_and_no_image_is_lost(
+def test_a_worker_reduces_its_batches_until_they_fit_the_device_and_loses_no_image(
     stack: LocalStack, fleet: LocalStack, cutfleet: Run, store: Store, ledger: Ledger, places: Places
 ) -> None:
     put_images(store, places, 40)
@@ -172,13 +177,12 @@ def test_a_device_that_is_too_small_gets_smaller_batches_and_no_image_is_lost(
         program=[str(SMALL_DEVICE)], device="cpu", model="small-device", batch_limit="8", slots="8", node="small"
     )
 
-    def batch_limit() -> int:
-        return next(int(facts["batch_limit"]) for facts in ledger.workers().values() if facts["pid"] == str(worker.pid))
+    def heartbeat() -> dict[str, str]:
+        return next(beat for beat in ledger.fleet.workers().values() if beat["pid"] == str(worker.pid))
 
-    served = next(facts["model"] for facts in ledger.workers().values() if facts["pid"] == str(worker.pid))
-    ran = cutfleet("submit", places.source, "--to", places.to, "--model", served, "--wait")
+    ran = cutfleet("submit", places.source, "--to", places.to, "--model", heartbeat()["model"], "--wait")
 
     assert ran.returncode == 0, ran.stderr
     assert json.loads(cutfleet("status", ran.stdout.strip(), "--json").stdout)["done"] == 40
-    wait_until(lambda: batch_limit() == 2, what="the batch limit is two")
+    wait_until(lambda: heartbeat()["batch_limit"] == "2", what="the batch limit is two")
     worker.stop()

@@ -1,4 +1,4 @@
-"""Real photographs through the whole system, against the model card's own recipe and against ground truth."""
+"""Photographs through the whole system, compared with the model card's script and with ground truth."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from jobs.s3.client import Location, Store
+from jobs.s3.client import Store
 from producer.demo.local_stack import LocalStack
-from tests.support.environment import Run
-from tests.support.factories import Places, decode, fetch
+from tests.support.environment import ROOT, Run
+from tests.support.images import decode_image
+from tests.support.places import Places, fetch_output
+from workers.imaging.pixels import Pixels
 from workers.models import load
 
-SAMPLES = Path(__file__).resolve().parents[2] / "producer" / "samples"
+SAMPLES = ROOT / "producer/demo/samples"
 MEAN_DIFFERENCE = 1.0
-"""Grey levels an image; a fast path gives 0.2 to 0.65."""
+"""Mean difference of an image in grey levels; our resizing gives 0.2 to 0.65."""
 MEAN_IOU = 0.80
 """u2netp on these photographs; the README states the exact figure."""
 
 
-def truths_of(folder: Path) -> dict[str, Path]:
+def ground_truths(folder: Path) -> dict[str, Path]:
     if not (folder / "manifest.csv").exists():
         return {}
     with (folder / "manifest.csv").open() as rows:
         return {row["image"]: folder / row["mask"] for row in csv.DictReader(rows)}
 
 
-def model_card_mask(path: Path) -> np.ndarray:
-    """What the model card's script computes: squashed by Pillow, normalised, resized back by Pillow."""
+def model_card_mask(path: Path) -> Pixels:
+    """Return the mask of the model card's script: resized by Pillow, normalised, resized back by Pillow."""
     model = load("u2netp")
     image = Image.open(path).convert("RGB")
     prepare = transforms.Compose(
@@ -49,10 +51,10 @@ def model_card_mask(path: Path) -> np.ndarray:
 
 
 @pytest.mark.timeout(400)
-def test_photographs_come_out_as_the_model_card_says(
+def test_masks_of_photographs_match_the_model_cards_script(
     fleet: LocalStack, cutfleet: Run, store: Store, places: Places, shared_data: Path
 ) -> None:
-    truths = truths_of(shared_data / "photos")
+    truths = ground_truths(shared_data / "photos")
     paths = [shared_data / "photos" / name for name in truths] or sorted(SAMPLES.iterdir())
     for path in paths:
         store.put(places.key(path.name), path.read_bytes(), content_type="image/*")
@@ -63,7 +65,7 @@ def test_photographs_come_out_as_the_model_card_says(
     assert (ran.returncode, job["done"], job["failed"]) == (0, len(paths), 0)
     overlaps = []
     for path in paths:
-        mask = np.asarray(decode(fetch(store, places.mask(path.name))))
+        mask = np.asarray(decode_image(fetch_output(store, places.mask(path.name))))
         difference = np.abs(mask.astype(float) - model_card_mask(path)).mean()
         assert difference <= MEAN_DIFFERENCE, path.name
         if path.name in truths:
@@ -73,4 +75,4 @@ def test_photographs_come_out_as_the_model_card_says(
     if overlaps:
         print(f"mean IoU at 0.5 on {len(overlaps)} photographs: {np.mean(overlaps):.3f}")
         assert np.mean(overlaps) >= MEAN_IOU
-    assert store.head(Location.parse(places.to + "cutouts/" + paths[0].name + ".png"), role="output") is not None
+    assert store.head(places.cutout(paths[0].name), role="output") is not None

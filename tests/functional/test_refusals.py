@@ -1,22 +1,24 @@
-"""What can't work says so in one sentence, with the setting to change, and an exit code; never with a traceback."""
+"""A command that can't work prints one sentence with the setting to change, without a traceback, and an exit code."""
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
 
 import pytest
 
-from jobs.s3.client import Location, Store
+from jobs.s3.client import Store
 from producer.demo.local_stack import LocalStack, inherited_environment
 from tests.support.environment import ROOT, Run
-from tests.support.factories import Places, put_images
+from tests.support.images import put_images
+from tests.support.places import Places, plain_client
 
 USAGE, UNREACHABLE = 2, 4
 
 
-def refused(ran: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+def assert_refused(ran: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert ran.returncode == code, ran.stderr
     assert ran.stdout == ""
     assert "Traceback" not in ran.stderr
@@ -26,23 +28,23 @@ def refused(ran: subprocess.CompletedProcess[str], code: int, *words: str) -> No
         assert word in ran.stderr
 
 
-def test_redis_that_is_not_there(cutfleet: Run, places: Places) -> None:
+def test_unreachable_redis_is_reported(cutfleet: Run, places: Places) -> None:
     env = {"CUTFLEET_REDIS_URL": "redis://127.0.0.1:9/0"}
 
-    refused(
+    assert_refused(
         cutfleet("submit", places.source, "--to", places.to, env=env), UNREACHABLE, "127.0.0.1:9", "CUTFLEET_REDIS_URL"
     )
-    refused(cutfleet("jobs", env=env), UNREACHABLE, "CUTFLEET_REDIS_URL")
+    assert_refused(cutfleet("jobs", env=env), UNREACHABLE, "CUTFLEET_REDIS_URL")
 
 
-def test_s3_that_is_not_there(cutfleet: Run, places: Places) -> None:
+def test_unreachable_s3_is_reported(cutfleet: Run, places: Places) -> None:
     env = {"CUTFLEET_S3_ENDPOINT": "http://127.0.0.1:9"}
 
-    refused(cutfleet("submit", places.source, "--to", places.to, env=env), UNREACHABLE, "CUTFLEET_S3_ENDPOINT")
+    assert_refused(cutfleet("submit", places.source, "--to", places.to, env=env), UNREACHABLE, "CUTFLEET_S3_ENDPOINT")
 
 
-def test_wrong_credentials(cutfleet: Run, places: Places) -> None:
-    refused(
+def test_wrong_credentials_are_reported(cutfleet: Run, places: Places) -> None:
+    assert_refused(
         cutfleet("submit", places.source, "--to", places.to, env={"AWS_ACCESS_KEY_ID": "nobody"}),
         UNREACHABLE,
         "AWS_ACCESS_KEY_ID",
@@ -50,54 +52,54 @@ def test_wrong_credentials(cutfleet: Run, places: Places) -> None:
     )
 
 
-def test_buckets_that_are_not_there(cutfleet: Run, store: Store, places: Places) -> None:
+def test_missing_buckets_are_reported(cutfleet: Run, store: Store, places: Places) -> None:
     put_images(store, places, 1)
 
-    refused(cutfleet("submit", "s3://nowhere-at-all/", "--to", places.to), USAGE, "nowhere-at-all", "[bucket_missing]")
-    refused(
+    assert_refused(
+        cutfleet("submit", "s3://nowhere-at-all/", "--to", places.to), USAGE, "nowhere-at-all", "[bucket_missing]"
+    )
+    assert_refused(
         cutfleet("submit", places.source, "--to", "s3://nowhere-at-all/"), USAGE, "nowhere-at-all", "[bucket_missing]"
     )
 
 
-def test_a_model_that_nobody_knows(cutfleet: Run, store: Store, places: Places) -> None:
+def test_an_unknown_model_is_refused(cutfleet: Run, store: Store, places: Places) -> None:
     put_images(store, places, 1)
 
-    refused(cutfleet("submit", places.source, "--to", places.to, "--model", "u3net"), USAGE, "u3net", "u2netp")
+    assert_refused(cutfleet("submit", places.source, "--to", places.to, "--model", "u3net"), USAGE, "u3net", "u2netp")
 
 
-def test_a_destination_under_its_own_source(cutfleet: Run, store: Store, places: Places) -> None:
+def test_a_destination_under_its_source_is_refused(cutfleet: Run, store: Store, places: Places) -> None:
     put_images(store, places, 1)
 
-    refused(cutfleet("submit", places.source, "--to", f"{places.source}out/"), USAGE, "[destination_under_source]")
-
-
-def test_a_destination_whose_records_could_have_no_name(cutfleet: Run, store: Store, places: Places) -> None:
-    put_images(store, places, 1)
-
-    refused(cutfleet("submit", places.source, "--to", f"{places.to}{'é' * 450}/"), USAGE, "[name_too_long]")
-
-
-def test_results_that_would_stand_under_their_own_source(cutfleet: Run, places: Places) -> None:
-    refused(cutfleet("submit", f"{places.to}cutouts/", "--to", places.to), USAGE, "[destination_under_source]")
-    refused(cutfleet("watch", f"{places.to}cutouts/", "--to", places.to), USAGE, "[destination_under_source]")
-
-
-def test_a_source_without_images(cutfleet: Run, places: Places) -> None:
-    refused(cutfleet("submit", f"{places.source}none/", "--to", places.to), USAGE, "[source_empty]")
-
-
-def test_a_destination_that_may_not_be_written(cutfleet: Run, store: Store, places: Places) -> None:
-    put_images(store, places, 1)
-    bucket = Location.parse(places.to).bucket
-    store._s3.put_bucket_policy(
-        Bucket=bucket,
-        Policy=(
-            '{"Version":"2012-10-17","Statement":[{"Effect":"Deny","Principal":"*","Action":"s3:PutObject",'
-            f'"Resource":"arn:aws:s3:::{bucket}/*"}}]}}'
-        ),
+    assert_refused(
+        cutfleet("submit", places.source, "--to", f"{places.source}out/"), USAGE, "[destination_under_source]"
     )
 
-    refused(cutfleet("submit", places.source, "--to", places.to), USAGE, "[output_denied]", "s3:PutObject")
+
+def test_a_destination_whose_record_names_are_too_long_is_refused(cutfleet: Run, store: Store, places: Places) -> None:
+    put_images(store, places, 1)
+
+    assert_refused(cutfleet("submit", places.source, "--to", f"{places.to}{'é' * 450}/"), USAGE, "[name_too_long]")
+
+
+def test_outputs_under_their_source_are_refused(cutfleet: Run, places: Places) -> None:
+    assert_refused(cutfleet("submit", f"{places.to}cutouts/", "--to", places.to), USAGE, "[destination_under_source]")
+    assert_refused(cutfleet("watch", f"{places.to}cutouts/", "--to", places.to), USAGE, "[destination_under_source]")
+
+
+def test_an_empty_source_is_refused(cutfleet: Run, places: Places) -> None:
+    assert_refused(cutfleet("submit", f"{places.source}none/", "--to", places.to), USAGE, "[source_empty]")
+
+
+def test_a_destination_without_write_access_is_refused(cutfleet: Run, store: Store, places: Places) -> None:
+    put_images(store, places, 1)
+    bucket = places.destination.bucket
+    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject", "Resource": f"arn:aws:s3:::{bucket}/*"}
+    with plain_client(store) as client:
+        client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [deny]}))
+
+    assert_refused(cutfleet("submit", places.source, "--to", places.to), USAGE, "[output_denied]", "s3:PutObject")
 
 
 @pytest.mark.parametrize(
@@ -110,12 +112,12 @@ def test_a_destination_that_may_not_be_written(cutfleet: Run, store: Store, plac
         (("wait", "20260101-000000-zzzzzz"), ("cutfleet jobs",)),
     ],
 )
-def test_usage(cutfleet: Run, args: tuple[str, ...], words: tuple[str, ...]) -> None:
-    refused(cutfleet(*args), USAGE, *words)
+def test_wrong_arguments_are_refused(cutfleet: Run, args: tuple[str, ...], words: tuple[str, ...]) -> None:
+    assert_refused(cutfleet(*args), USAGE, *words)
 
 
-def test_a_bad_setting(cutfleet: Run) -> None:
-    refused(cutfleet("jobs", env={"CUTFLEET_LEASE_S": "soon"}), USAGE, "CUTFLEET_LEASE_S", "soon")
+def test_an_invalid_setting_is_named(cutfleet: Run) -> None:
+    assert_refused(cutfleet("jobs", env={"CUTFLEET_LEASE_S": "soon"}), USAGE, "CUTFLEET_LEASE_S", "soon")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_a_bad_setting(cutfleet: Run) -> None:
         ({"CUTFLEET_REDIS_URL": "redis://127.0.0.1:9/0"}, ("CUTFLEET_REDIS_URL",)),
     ],
 )
-def test_a_worker_that_can_not_work_ends_before_it_takes_anything(
+def test_a_worker_with_an_invalid_setting_ends_before_it_claims_an_image(
     stack: LocalStack, settings: dict[str, str], words: tuple[str, ...]
 ) -> None:
     ran = subprocess.run(
@@ -145,7 +147,7 @@ def test_a_worker_that_can_not_work_ends_before_it_takes_anything(
         assert word in ran.stderr
 
 
-def test_help_answers_at_once() -> None:
+def test_help_takes_less_than_half_a_second_of_cpu_time() -> None:
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -159,7 +161,7 @@ def test_help_answers_at_once() -> None:
     assert min(seconds) < 0.5
 
 
-def test_a_worker_asked_for_help_gives_it_and_does_not_start() -> None:
+def test_the_help_of_workers_starts_no_worker() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "workers", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -168,7 +170,7 @@ def test_a_worker_asked_for_help_gives_it_and_does_not_start() -> None:
     assert "python -m workers compare" in shown.stdout
 
 
-def test_a_worker_without_redis_leaves_with_a_code_that_has_it_started_again(stack: LocalStack) -> None:
+def test_a_worker_without_redis_exits_with_a_code_that_restarts_it(stack: LocalStack) -> None:
     env = inherited_environment() | stack.environment | {"CUTFLEET_REDIS_URL": "redis://127.0.0.1:9/0"}
 
     ran = subprocess.run(

@@ -1,4 +1,4 @@
-"""A job reviewed: images chosen by the ledger, previews made by a worker, a page, a new job of what was rejected."""
+"""`cutfleet review`: selection, previews made by a worker, the page, and a new job for the rejected images."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from PIL import Image
 from playwright.sync_api import Browser
 
 from jobs.errors import JobError
-from jobs.job import Failure, ImageState, Job
+from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
 from jobs.preview import Preview
 from jobs.recipe import Recipe
-from jobs.s3.client import Store, preview_location
+from jobs.results import Failure
+from jobs.s3.client import Store
+from jobs.s3.names import preview_path
 from producer.demo.local_stack import LocalStack
-from producer.records.report import image_status
-from producer.review.select import Wanted, write_review
-from producer.submission.submit import Request
-from producer.submission.submit import submit as submit_request
+from producer.records.image_status import find_image_status
+from producer.review.select import Selection, write_review
+from producer.submission.request import Request
+from producer.submission.submit import submit
 from tests.support.environment import Run
-from tests.support.factories import Places, decode, fetch, put_images, sample_image, wait_until
+from tests.support.images import decode_image, put_images, sample_image
+from tests.support.places import Places, delete_object, fetch_output
+from tests.support.waiting import wait_until
 
 EVERYTHING_FLAGGED = "[review]\nmax_subject = 0.0\n"
 WIDTHS = "images => images.map(image => image.naturalWidth)"
@@ -37,59 +41,61 @@ def recipe(tmp_path: Path) -> str:
     return str(tmp_path / "flags.toml")
 
 
-class Desk:
-    """Someone who submits and reviews, without a process for each command."""
+class Reviews:
+    """Submits and reviews jobs in this process. `submitted`: the jobs that make previews."""
 
     def __init__(self, store: Store, ledger: Ledger, places: Places, folder: Path) -> None:
         self.store, self.ledger, self.places, self.folder = store, ledger, places, folder
-        self.asked: list[Job] = []
+        self.submitted: list[Job] = []
 
     def submit(self, *, model: str = "u2netp", keys: tuple[str, ...] | None = None) -> Job:
         request = Request(
-            source=self.places.source,
-            destination=self.places.to,
+            source=self.places.source_location,
+            destination=self.places.destination,
             recipe=Recipe(model=model),
             lane="live" if keys else "backfill",
             name="reviewed",
             keys=keys,
         )
-        return submit_request(request, store=self.store, ledger=self.ledger, lease_s=60, listed=lambda _: None)
+        return submit(request, store=self.store, ledger=self.ledger, lease_s=60, listed=lambda _: None)
 
     def run(self) -> Job:
-        """Everything under the source, until it is closed."""
+        """Submit everything under the source and wait until the job is closed."""
         job = self.submit()
-        wait_until(lambda: self.ledger.job(job.id).closed is not None, what=f"{job.id} is closed")
-        return self.ledger.job(job.id)
+        wait_until(lambda: self.ledger.jobs.get(job.id).closed is not None, what=f"{job.id} is closed")
+        return self.ledger.jobs.get(job.id)
 
     def review(
         self, job: Job, *, flagged: bool = False, failed: bool = False, sample: int = 0
     ) -> list[dict[str, object]]:
-        """The rows of the page, worst first."""
+        """Return the rows of the page, worst first."""
         page = write_review(
             job,
-            Wanted(flagged, failed, sample),
+            Selection(flagged, failed, sample),
             self.folder,
             store=self.store,
             ledger=self.ledger,
             lease_s=60,
-            asked=self.asked.append,
+            on_submitted=self.submitted.append,
         )
         return list(json.loads(page.read_text().split('id="rows">')[1].split("</script>")[0]))
 
     def preview(self, job: Job, name: str) -> Preview:
-        return Preview.from_json(fetch(self.store, preview_location(self.places.to, job.id, self.places.key(name))))
+        return Preview.from_json(
+            fetch_output(self.store, preview_path(self.places.destination, job.id, self.places.key(name)))
+        )
 
 
 @pytest.fixture
-def desk(store: Store, ledger: Ledger, places: Places, tmp_path: Path) -> Desk:
-    return Desk(store, ledger, places, tmp_path)
+def reviews(store: Store, ledger: Ledger, places: Places, tmp_path: Path) -> Reviews:
+    return Reviews(store, ledger, places, tmp_path)
 
 
-def unpacked(preview: Preview, name: str) -> Image.Image:
-    return decode(base64.b64decode(preview.images[name]))
+def unpack(preview: Preview, name: str) -> Image.Image:
+    return decode_image(base64.b64decode(preview.images[name]))
 
 
-def test_what_is_rejected_on_the_page_is_a_new_job_for_another_model(
+def test_images_rejected_on_the_page_become_a_new_job_for_another_model(
     fleet: LocalStack,
     cutfleet: Run,
     store: Store,
@@ -128,97 +134,102 @@ def test_what_is_rejected_on_the_page_is_a_new_job_for_another_model(
     words = shlex.split(command.replace("OTHER", "u2net").replace(" --recipe FILE", ""))
     again = cutfleet(*words[1:-3], str(tmp_path / words[-3]), *words[-2:])
     assert again.returncode == 0, again.stderr
-    made = ledger.job(again.stdout.strip())
+    made = ledger.jobs.get(again.stdout.strip())
     cutfleet("cancel", made.id)
-    assert (made.total, made.model, made.source, made.destination) == (len(rejected), "u2net", places.source, places.to)
+    assert (made.total, made.model) == (len(rejected), "u2net")
+    assert (made.source, made.destination) == (places.source_location, places.destination)
     lines = [json.loads(line) for line in (tmp_path / words[-3]).read_text().splitlines()]
     assert {line["key"]: line["etag"] for line in lines} == {name: etags[name] for name in rejected}
 
 
-def test_a_preview_shows_what_is_stored(fleet: LocalStack, desk: Desk, store: Store, places: Places) -> None:
+def test_a_preview_shows_the_stored_cutout(fleet: LocalStack, reviews: Reviews, store: Store, places: Places) -> None:
     store.put(places.key("big.jpg"), sample_image(size=(1600, 1200)), content_type="image/jpeg")
-    job = desk.run()
+    job = reviews.run()
 
-    desk.review(job, sample=1)
+    reviews.review(job, sample=1)
 
-    shown = desk.preview(job, "big.jpg")
-    cutout = np.asarray(decode(fetch(store, places.cutout("big.jpg"))))
-    source = np.asarray(decode(fetch(store, places.key("big.jpg"))))
+    shown = reviews.preview(job, "big.jpg")
+    cutout = np.asarray(decode_image(fetch_output(store, places.cutout("big.jpg"))))
+    source = np.asarray(decode_image(fetch_output(store, places.key("big.jpg"))))
     assert (shown.width, shown.height, shown.model, shown.job) == (1600, 1200, "u2netp", job.id)
-    assert unpacked(shown, "before").size == unpacked(shown, "after").size == (640, 480)
-    assert unpacked(shown, "thumb").size == (160, 120)
+    assert unpack(shown, "before").size == unpack(shown, "after").size == (640, 480)
+    assert unpack(shown, "thumb").size == (160, 120)
     assert shown.edge is not None
     left, top, width, height = shown.edge
     part = np.s_[top : top + height, left : left + width]
-    edge = np.asarray(unpacked(shown, "edge_after").convert("RGBA"))
+    edge = np.asarray(unpack(shown, "edge_after").convert("RGBA"))
     assert edge.shape == (360, 360, 4)
     assert np.array_equal(edge[..., 3], cutout[part][..., 3]), "alpha is exact"
     soft = (cutout[part][..., 3] > 12) & (cutout[part][..., 3] < 243)
     assert soft.any(), "it is an edge"
-    before = np.asarray(unpacked(shown, "edge_before").convert("RGB")).astype(int)
-    assert np.abs(before - source[part]).mean() < 8, "noise costs most"
-    whole = np.asarray(unpacked(shown, "after").convert("RGBA"))[..., 3].astype(int)
+    before = np.asarray(unpack(shown, "edge_before").convert("RGB")).astype(int)
+    assert np.abs(before - source[part]).mean() < 8, "noise compresses badly"
+    whole = np.asarray(unpack(shown, "after").convert("RGBA"))[..., 3].astype(int)
     small = np.asarray(Image.fromarray(cutout[..., 3]).resize((640, 480), Image.Resampling.BOX)).astype(int)
     assert np.abs(whole - small).mean() < 2
 
 
-def test_only_what_is_asked_for_is_on_the_page(fleet: LocalStack, desk: Desk, store: Store, places: Places) -> None:
+def test_the_page_has_only_the_selected_images(
+    fleet: LocalStack, reviews: Reviews, store: Store, places: Places
+) -> None:
     put_images(store, places, 12)
     store.put(places.key("page.jpg"), b"<html>", content_type="text/html")
-    job = desk.run()
+    job = reviews.run()
 
-    first, second = ([row["key"] for row in desk.review(job, failed=True, sample=5)] for _ in range(2))
+    first, second = ([row["key"] for row in reviews.review(job, failed=True, sample=5)] for _ in range(2))
 
     assert first[0] == "page.jpg"
     assert len(set(first)) == 6
-    assert first == second, "the same ones each time"
-    with pytest.raises(JobError, match="nothing to review"):
-        desk.review(job, flagged=True)
+    assert first == second, "the sample is the same each time"
+    with pytest.raises(JobError, match="no image of this selection"):
+        reviews.review(job, flagged=True)
 
 
-def test_what_changed_since_is_told_and_the_rest_is_shown(
-    fleet: LocalStack, desk: Desk, store: Store, places: Places
+def test_previews_of_changed_or_missing_objects_say_so_and_show_the_rest(
+    fleet: LocalStack, reviews: Reviews, store: Store, places: Places
 ) -> None:
     put_images(store, places, 3)
-    job = desk.run()
+    job = reviews.run()
     store.put(places.key("p00000.jpg"), sample_image(seed=9), content_type="image/jpeg")
-    store._s3.delete_object(Bucket=places.cutout("").bucket, Key=places.cutout("p00001.jpg").key)
+    delete_object(store, places.cutout("p00001.jpg"))
 
-    desk.review(job, sample=3)
+    reviews.review(job, sample=3)
 
-    replaced, gone, fine = (desk.preview(job, f"p0000{number}.jpg") for number in range(3))
+    replaced, gone, fine = (reviews.preview(job, f"p0000{number}.jpg") for number in range(3))
     assert set(replaced.images) == {"thumb", "after", "edge_after"} and "[source_changed]" in replaced.notes[0]
     assert set(gone.images) == {"thumb", "before"}
     assert len(fine.images) == 5 and not fine.notes
 
 
-def test_a_review_changes_no_output_and_hides_no_job(
-    fleet: LocalStack, desk: Desk, store: Store, ledger: Ledger, places: Places
+def test_a_review_changes_no_output_and_no_image_status(
+    fleet: LocalStack, reviews: Reviews, store: Store, ledger: Ledger, places: Places
 ) -> None:
     (name,) = put_images(store, places, 1)
-    job = desk.run()
+    job = reviews.run()
     before = store.head(places.cutout(name), role="output")
 
-    desk.review(job, sample=1)
+    reviews.review(job, sample=1)
 
-    (made,) = desk.asked
-    told = image_status(places.key(name), ledger=ledger, store=store)
+    (made,) = reviews.submitted
+    status = find_image_status(places.key(name), ledger=ledger, store=store)
     assert (made.review_of, made.model) == (job.id, "render")
-    assert (told.job, told.state) == (job.id, "done")
+    assert (status.job, status.state) == (job.id, "done")
     assert store.head(places.cutout(name), role="output") == before
-    assert desk.run().skipped == 1
+    assert reviews.run().skipped == 1
 
 
-def test_what_brought_workers_down_is_not_given_to_them_again(
-    desk: Desk, store: Store, ledger: Ledger, places: Places
+def test_no_preview_is_made_of_an_image_that_crashed_workers(
+    reviews: Reviews, store: Store, ledger: Ledger, places: Places
 ) -> None:
     (name,) = put_images(store, places, 1)
-    job = desk.submit(model="u2net", keys=(name,))  # which nobody serves
-    claim = ledger.claim(f"{job.id}:0", token="t", output=str(places.cutout(name)), lease_s=60)
-    ledger.finish(claim, ImageState.FAILED, Failure(name, "crashed_decoder", "The decoder crashed.", 1, 0.0, "cpu"))
+    job = reviews.submit(model="u2net", keys=(name,))  # a model that no worker serves
+    claim = ledger.window.claim(f"{job.id}:0", token="t", output=str(places.cutout(name)), lease_s=60)
+    ledger.window.finish(
+        claim, ImageState.FAILED, Failure(name, "crashed_decoder", "The decoder crashed.", 1, 0.0, "cpu")
+    )
 
-    (row,) = desk.review(ledger.job(job.id), failed=True)
+    (row,) = reviews.review(ledger.jobs.get(job.id), failed=True)
 
-    assert not desk.asked
+    assert not reviews.submitted
     assert (row["key"], row["code"]) == (name, "crashed_decoder")
-    assert "brought workers down" in str(row["notes"])
+    assert "crashed workers" in str(row["notes"])

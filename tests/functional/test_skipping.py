@@ -1,4 +1,4 @@
-"""What is done already is skipped without a request an image, where listing and last report tell; never wrongly."""
+"""Images that are done are skipped without a request for each, if listing and last report prove it; never wrongly."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ import pytest
 
 from jobs.job import Job
 from jobs.ledger import Ledger
+from jobs.ledger.jobs import Jobs
 from jobs.recipe import PIPELINE_VERSION, Recipe
-from jobs.s3.client import Location, Store
+from jobs.s3.client import Store
+from jobs.s3.location import Location
 from producer.demo.local_stack import LocalStack
-from producer.submission import skip_index as known
-from producer.submission.skip_index import look_up, served_fingerprint
-from producer.submission.submit import Request, draft
+from producer.submission.request import Request
+from producer.submission.skip_index import build_skip_index, served_fingerprint
+from producer.submission.submit import draft_job
 from tests.faults.proxy import S3Proxy
 from tests.support.environment import Run
-from tests.support.factories import Places, fetch, make, put_images, sample_image, wait_until
+from tests.support.images import put_images, sample_image
+from tests.support.places import Places, delete_object, fetch_output
+from tests.support.waiting import wait_until
 from workers.models import load
-from workers.models.registry import PACKAGED
+from workers.models.model_files import PACKAGED
 
 COUNT = 4
 
 
 @dataclasses.dataclass
-class Counted:
-    """A worker and a command whose requests to S3 are counted, and a model that nobody else serves."""
+class CountedRequests:
+    """A worker and a command whose S3 requests are counted, and a model that no other worker serves."""
 
     model: str
     proxy: S3Proxy
@@ -39,37 +43,34 @@ class Counted:
     ledger: Ledger
     places: Places
 
-    def submit(self, *more: str) -> tuple[Job, Counter[tuple[str, str]]]:
-        """A job, closed, and what it asked of the source's and the destination's objects."""
+    def submit(self, *options: str) -> tuple[Job, Counter[tuple[str, str]]]:
+        """Submit and wait until the job is closed; return it and the number of requests by method and bucket."""
         self.proxy.asked.clear()
         env = {"CUTFLEET_S3_ENDPOINT": self.proxy.url}
         places = self.places
-        ran = self.cutfleet("submit", places.source, "--to", places.to, "--model", self.model, *more, env=env)
+        ran = self.cutfleet("submit", places.source, "--to", places.to, "--model", self.model, *options, env=env)
         assert ran.returncode == 0, ran.stderr
         job = ran.stdout.strip()
-        wait_until(lambda: self.ledger.job(job).closed is not None, what=f"{job} is closed")
-        return self.ledger.job(job), Counter(self.proxy.asked)
+        wait_until(lambda: self.ledger.jobs.get(job).closed is not None, what=f"{job} is closed")
+        return self.ledger.jobs.get(job), Counter(self.proxy.asked)
 
     def submit_and_close_late(self) -> Job:
-        """What was written stands there for more than a second when the job closes: listings know whole seconds."""
+        """Submit; let the job close two seconds after its first outputs: listings have times in whole seconds."""
         self.proxy.asked.clear()
         places, env = self.places, {"CUTFLEET_S3_ENDPOINT": self.proxy.url}
         command = ["submit", places.source, "--to", places.to, "--model", self.model, "--sample", str(COUNT)]
         job = self.cutfleet(*command, env=env).stdout.strip()
-        wait_until(lambda: self.ledger.job(job).done == COUNT, what="the sample is done")
+        wait_until(lambda: self.ledger.jobs.get(job).done == COUNT, what="the sample is done")
         done = time.time()
-        wait_until(lambda: time.time() > done + 2.1)
-        wait_until(lambda: self.ledger.unpause(job), what="it was paused, and goes on")
-        wait_until(lambda: self.ledger.job(job).closed is not None)
-        return self.ledger.job(job)
-
-    def asked_of(self, asked: Counter[tuple[str, str]], method: str, uri: str) -> int:
-        return asked[method, Location.parse(uri).bucket]
+        wait_until(lambda: time.time() > done + 2.1, what="two seconds have passed")
+        wait_until(lambda: self.ledger.jobs.unpause(job), what="the paused job is unpaused")
+        wait_until(lambda: self.ledger.jobs.get(job).closed is not None, what="the job is closed")
+        return self.ledger.jobs.get(job)
 
 
 @pytest.fixture(scope="module")
 def served(fleet: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, S3Proxy]]:
-    """The model, and what its worker's requests go through."""
+    """The model, and the proxy of its worker."""
     weights = tmp_path_factory.mktemp("weights") / "counted.safetensors"
     weights.write_bytes(PACKAGED["u2netp"].read_bytes())
     with S3Proxy(fleet.s3_port) as proxy:
@@ -81,58 +82,60 @@ def served(fleet: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def counted(served: tuple[str, S3Proxy], cutfleet: Run, ledger: Ledger, store: Store, places: Places) -> Counted:
+def counted(
+    served: tuple[str, S3Proxy], cutfleet: Run, ledger: Ledger, store: Store, places: Places
+) -> CountedRequests:
     put_images(store, places, COUNT + 1)
-    return Counted(*served, cutfleet, ledger, places)
+    return CountedRequests(*served, cutfleet, ledger, places)
 
 
-def test_what_is_new_costs_no_look_and_what_is_done_costs_no_request(counted: Counted, store: Store) -> None:
+def test_a_new_image_costs_no_head_request_and_a_done_one_no_request(counted: CountedRequests, store: Store) -> None:
     places = counted.places
     first = counted.submit_and_close_late()
     asked = Counter(counted.proxy.asked)
     assert first.done == COUNT + 1
-    assert counted.asked_of(asked, "GET", places.source) == COUNT + 1
-    assert counted.asked_of(asked, "HEAD", places.to) == 0, "nothing stood there: no worker looked"
+    assert asked["GET", places.source_location.bucket] == COUNT + 1
+    assert asked["HEAD", places.destination.bucket] == 0, "the destination was empty: no worker needs a HEAD"
 
     second, asked = counted.submit()
 
     assert (second.skipped, second.done) == (COUNT + 1, 0)
-    assert counted.asked_of(asked, "HEAD", places.to) in (0, 2), "the last one may be written too late to be sure"
-    assert counted.asked_of(asked, "GET", places.source) == 0
-    assert counted.asked_of(asked, "HEAD", places.source) == 0
-    summary = json.loads(fetch(store, _record(counted, second, "report/summary.json")))
-    assert list(summary["tally"]["made"].values()) == [COUNT + 1], "its report tells of all, as the first one's"
-    rows = gzip.decompress(fetch(store, _record(counted, second, "report/made-000000.jsonl.gz"))).splitlines()
+    assert asked["HEAD", places.destination.bucket] in (0, 2), "the last output may be too new to be certain"
+    assert asked["GET", places.source_location.bucket] == 0
+    assert asked["HEAD", places.source_location.bucket] == 0
+    summary = json.loads(fetch_output(store, _record(counted, second, "report/summary.json")))
+    assert list(summary["tally"]["made"].values()) == [COUNT + 1], "its report lists every image, as the first one does"
+    rows = gzip.decompress(fetch_output(store, _record(counted, second, "report/made-000000.jsonl.gz"))).splitlines()
     assert len(rows) == COUNT + 1
 
 
-def test_what_changed_at_either_end_is_never_skipped(counted: Counted, store: Store) -> None:
+def test_images_with_a_changed_source_or_output_are_not_skipped(counted: CountedRequests, store: Store) -> None:
     places = counted.places
     first = counted.submit_and_close_late()
     store.put(places.key("p00000.jpg"), sample_image(seed=77), content_type="image/jpeg")
-    store._s3.delete_object(Bucket=places.mask("p00001.jpg").bucket, Key=places.mask("p00001.jpg").key)
-    store._s3.delete_object(Bucket=places.cutout("p00002.jpg").bucket, Key=places.cutout("p00002.jpg").key)
+    delete_object(store, places.mask("p00001.jpg"))
+    delete_object(store, places.cutout("p00002.jpg"))
     assert first.closed is not None
 
-    def overwritten() -> bool:
-        """Later than the job was closed, by the store's clock."""
-        store.put(places.mask("p00003.jpg"), b"somebody's own", content_type="image/png")
+    def is_overwritten() -> bool:
+        """Overwrite a mask; whether it is newer than the job's end by the store's clock."""
+        store.put(places.mask("p00003.jpg"), b"another origin", content_type="image/png")
         mask = places.mask("p00003.jpg")
         (found,) = store.list_source(mask)
         return found.modified >= int(first.closed or 0)
 
-    wait_until(overwritten)
+    wait_until(is_overwritten, what="a mask is overwritten")
     second, _ = counted.submit()
 
     assert (second.total, second.done, second.failed, second.skipped) == (COUNT + 1, 3, 1, COUNT - 3)
-    assert [failure.code for _, failure in counted.ledger.failures(second.id)] == ["name_taken"]
+    assert [failure.code for _, failure in counted.ledger.images.failures(second.id)] == ["name_taken"]
     cutout = store.head(places.cutout("p00000.jpg"), role="output")
     source = store.head(places.key("p00000.jpg"), role="source")
     assert cutout is not None and source is not None
     assert cutout.metadata["cf-source-etag"] == source.etag
 
 
-def test_another_recipe_is_not_what_the_report_tells_of(counted: Counted, store: Store, tmp_path: Path) -> None:
+def test_images_made_by_another_recipe_are_not_skipped(counted: CountedRequests, store: Store, tmp_path: Path) -> None:
     counted.submit()
     recipe = tmp_path / "soft.toml"
     recipe.write_text('edges = "off"\n')
@@ -143,40 +146,40 @@ def test_another_recipe_is_not_what_the_report_tells_of(counted: Counted, store:
     assert (other.done, back.done) == (COUNT + 1, COUNT + 1)
 
 
-def test_a_row_of_a_job_that_another_one_overtook_is_not_believed(
-    stack: LocalStack, counted: Counted, store: Store, tmp_path: Path
+def test_a_report_is_ignored_when_another_job_may_have_overwritten_its_images(
+    stack: LocalStack, counted: CountedRequests, store: Store, tmp_path: Path
 ) -> None:
-    """Job B, by another recipe, overwrites what A made, before A is closed; A's report says that A made it."""
+    """Job B, with another recipe, overwrites the outputs of A before A is closed; the report of A still has them."""
     places, ledger = counted.places, counted.ledger
     recipe = tmp_path / "soft.toml"
     recipe.write_text('edges = "off"\n')
     sample = ["submit", places.source, "--to", places.to, "--model", counted.model, "--sample", str(COUNT)]
     a = counted.cutfleet(*sample).stdout.strip()
-    wait_until(lambda: ledger.job(a).done == COUNT, what="A made its first images")
+    wait_until(lambda: ledger.jobs.get(a).done == COUNT, what="A has made its first images")
     b = counted.cutfleet(*sample, "--recipe", str(recipe)).stdout.strip()
-    wait_until(lambda: ledger.job(b).done == COUNT, what="B made them anew")
+    wait_until(lambda: ledger.jobs.get(b).done == COUNT, what="B has overwritten them")
     done = time.time()
-    wait_until(lambda: time.time() > done + 2.1)
-    assert ledger.unpause(a)
-    wait_until(lambda: ledger.job(a).closed is not None, what="A is closed")
+    wait_until(lambda: time.time() > done + 2.1, what="two seconds have passed")
+    assert ledger.jobs.unpause(a)
+    wait_until(lambda: ledger.jobs.get(a).closed is not None, what="A is closed")
 
-    class Forgot(Ledger):
-        """As after Redis was lost."""
+    class LostJobs(Jobs):
+        """As after Redis has lost its data."""
 
-        def open_jobs(self) -> list[Job]:
+        def open(self) -> list[Job]:
             return []
 
-    class ClosesB(Ledger):
-        def open_jobs(self) -> list[Job]:
-            ledger.unpause(b)
-            wait_until(lambda: ledger.job(b).closed is not None, what="B is closed")
-            return super().open_jobs()
+    class BClosesMeanwhile(Jobs):
+        def open(self) -> list[Job]:
+            ledger.jobs.unpause(b)
+            wait_until(lambda: ledger.jobs.get(b).closed is not None, what="B is closed")
+            return super().open()
 
-    assert _hints(counted, store, stack, Forgot) == _hints(counted, store, stack, ClosesB) == {""}
+    assert _hints(counted, store, stack, LostJobs) == _hints(counted, store, stack, BClosesMeanwhile) == {""}
 
 
-def test_what_was_tried_again_is_looked_at(counted: Counted, store: Store) -> None:
-    """A retry takes the version that is there then, which the manifest does not name."""
+def test_a_replayed_image_is_checked_by_a_worker(counted: CountedRequests, store: Store) -> None:
+    """A replay uses the current version of the source, which the manifest does not name."""
     places, ledger = counted.places, counted.ledger
     bad = places.key("bad.jpg")
     first_etag = store.put(bad, b"no image", content_type="image/jpeg")
@@ -184,86 +187,97 @@ def test_what_was_tried_again_is_looked_at(counted: Counted, store: Store) -> No
     assert first.failed == 1
     store.put(bad, sample_image(seed=5), content_type="image/jpeg")
     assert counted.cutfleet("retry", first.id).returncode == 0
-    wait_until(lambda: ledger.job(first.id).done == COUNT + 2, what="it is done")
-    wait_until(lambda: ledger.job(first.id).closed is not None)
+    wait_until(lambda: ledger.jobs.get(first.id).done == COUNT + 2, what="the replayed image is done")
+    wait_until(lambda: ledger.jobs.get(first.id).closed is not None, what="the job is closed")
     assert store.put(bad, b"no image", content_type="image/jpeg") == first_etag
 
     second, _ = counted.submit()
 
-    assert [(failure.key, failure.code) for _, failure in ledger.failures(second.id)] == [("bad.jpg", "not_an_image")]
+    assert [(failure.key, failure.code) for _, failure in ledger.images.failures(second.id)] == [
+        ("bad.jpg", "not_an_image")
+    ]
 
 
-def test_a_record_that_can_not_be_read_stops_nobody_and_nothing_is_told(
-    stack: LocalStack, counted: Counted, store: Store, caplog: pytest.LogCaptureFixture
+def test_with_an_unreadable_record_a_submission_works_and_no_image_is_known(
+    stack: LocalStack, counted: CountedRequests, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whose it is nobody knows: it may be of a job that overwrote what the last one made."""
+    """The record may be of a job that has overwritten the outputs of the last one."""
     last = counted.submit_and_close_late()
     made = _record(counted, last, "report/made-000000.jsonl.gz")
     other = _record(counted, dataclasses.replace(last, id="20260101-000000-000000"), "job.json")
     bodies = [b"", b"[" * 100_000, b"[]", b"{}", json.dumps(last.summary() | {"created": "soon"}).encode()]
-    whole = fetch(store, made)
+    whole = fetch_output(store, made)
 
-    def look(damaged: Location, body: bytes) -> tuple[set[str], list[bool]]:
-        """What is told of the images, and whether each line of the log names the damage."""
+    def read_hints(damaged: Location, body: bytes) -> tuple[set[str], list[bool]]:
+        """Return the hints of the images, and whether each log line names the damaged object."""
         caplog.clear()
         store.put(damaged, body, content_type="application/json")
-        hints = _hints(counted, store, stack, Ledger)
+        hints = _hints(counted, store, stack, Jobs)
         return hints, [
             str(damaged) in row.getMessage() for row in caplog.records if row.name == "producer.submission.skip_index"
         ]
 
-    assert look(made, whole[:-9]) == ({""}, [True])
-    assert "known" in look(made, whole)[0]
-    assert [look(other, body) for body in bodies] == [({""}, [True])] * len(bodies)
+    assert read_hints(made, whole[:-9]) == ({""}, [True])
+    assert "known" in read_hints(made, whole)[0]
+    assert [read_hints(other, body) for body in bodies] == [({""}, [True])] * len(bodies)
     job, _ = counted.submit()
 
     assert job.skipped == COUNT + 1
 
 
-def test_which_model_is_served_must_be_certain(stack: LocalStack) -> None:
+def test_the_served_fingerprint_is_empty_unless_all_workers_agree(stack: LocalStack) -> None:
     recipe = Recipe(model="of-this-test")
-    facts = {"model": "of-this-test", "revision": "r1", "input_size": "320x320", "pipeline": PIPELINE_VERSION}
-    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/5"), name="alone") as ledger:
-        ledger._call("flushdb")
+    beat: dict[str, str | int | float] = {
+        "model": "of-this-test",
+        "revision": "r1",
+        "input_size": "320x320",
+        "pipeline": PIPELINE_VERSION,
+    }
+    with Ledger(stack.environment["CUTFLEET_REDIS_URL"].replace("/0", "/5"), name="own") as ledger:
+        ledger.connection.call("flushdb")
         assert served_fingerprint(recipe, ledger) == ""
-        ledger.heartbeat("one", facts, ttl_s=60)
+        ledger.fleet.heartbeat("one", beat, ttl_s=60)
         expected = recipe.fingerprint(model_revision="r1", input_size=(320, 320))
         assert served_fingerprint(recipe, ledger) == expected
-        ledger.heartbeat("two", facts | {"revision": "r2"}, ttl_s=60)
+        ledger.fleet.heartbeat("two", beat | {"revision": "r2"}, ttl_s=60)
         assert served_fingerprint(recipe, ledger) == ""
-        ledger.heartbeat("two", facts | {"pipeline": PIPELINE_VERSION + 1}, ttl_s=60)
+        ledger.fleet.heartbeat("two", beat | {"pipeline": PIPELINE_VERSION + 1}, ttl_s=60)
         assert served_fingerprint(recipe, ledger) == ""
 
 
-def _record(counted: Counted, job: Job, name: str) -> Location:
-    to = Location.parse(counted.places.to)
-    return Location(to.bucket, f"{to.key}_cutfleet/{job.id}/{name}")
+def _record(counted: CountedRequests, job: Job, name: str) -> Location:
+    return counted.places.destination.below(f"_cutfleet/{job.id}/{name}")
 
 
-def _hints(counted: Counted, store: Store, stack: LocalStack, kind: type[Ledger]) -> set[str]:
-    """What a submission that comes now is told of the images."""
+def _hints(counted: CountedRequests, store: Store, stack: LocalStack, jobs: type[Jobs]) -> set[str]:
+    """Return the hints that a submission would get now. `jobs`: the ledger's view of the jobs."""
     places = counted.places
     request = Request(
-        source=places.source,
-        destination=places.to,
+        source=places.source_location,
+        destination=places.destination,
         recipe=Recipe(model=counted.model),
         lane="backfill",
         name="",
         keys=None,
     )
-    job = draft(request, job_id="20260101-000000-000001", store=store)
-    with (
-        kind(stack.environment["CUTFLEET_REDIS_URL"], name="here") as one,
-        look_up(job, store, one, at_least=COUNT, whole=True) as known,
-    ):
-        assert known is not None
-        return {known.hint(row) for row in store.list_source(Location.parse(places.source))}
+    job = draft_job(request, job_id="20260101-000000-000001", store=store)
+    with Ledger(stack.environment["CUTFLEET_REDIS_URL"], name="stack") as ledger:
+        ledger.jobs = jobs(ledger.connection)
+        with build_skip_index(job, store, ledger, at_least=COUNT, is_whole=True) as index:
+            assert index is not None
+            return {index.hint(row) for row in store.list_source(places.source_location)}
 
 
-def test_a_recipe_of_a_later_version_says_nothing_of_what_its_job_makes(
-    alone: Ledger, store: Store, places: Places
+def test_no_image_is_known_while_a_job_with_a_recipe_of_a_later_version_is_open(
+    stack: LocalStack, counted: CountedRequests, store: Store
 ) -> None:
-    theirs, ours = (make(places, alone, store, count=1) for _ in range(2))
-    alone._redis.hset(f"cf:job:{theirs.id}", "recipe", '{"model": "u2netp", "of_a_later_version": 1}')
+    last = counted.submit_and_close_late()
+    recipe = json.dumps({"model": counted.model, "of_a_later_version": 1})
+    other = dataclasses.replace(last, id="20260101-000000-000002", recipe_json=recipe, closed=None)
 
-    assert not known._makes_by("made", alone.job(theirs.id), ours, alone)
+    class HasLaterJob(Jobs):
+        def open(self) -> list[Job]:
+            return [other]
+
+    assert "known" in _hints(counted, store, stack, Jobs)
+    assert _hints(counted, store, stack, HasLaterJob) == {""}

@@ -1,4 +1,4 @@
-"""Images that arrive: real SQS clients against a server that speaks its protocol, real events of SeaweedFS."""
+"""Watches: SQS clients with a server of its protocol (moto), and webhooks of SeaweedFS."""
 
 from __future__ import annotations
 
@@ -22,29 +22,35 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from jobs.broker import task_of
+from jobs.envelope import parse_message
 from jobs.errors import SettingsError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.recipe import Recipe
-from jobs.s3.client import Location, Store
-from jobs.sqs import Letter, Mailbox
+from jobs.s3.client import Store
+from jobs.s3.location import Location
+from jobs.sqs import SqsMessage, SqsQueue
 from producer.demo.local_stack import LocalStack, Process, free_port, inherited_environment
-from producer.ingest import watcher as watch
+from producer.ingest import watcher as watcher_module
 from producer.ingest.notifications import Arrival
-from producer.ingest.watcher import Watcher, run_watch
-from producer.submission.submit import Request
+from producer.ingest.run import run_watch
+from producer.ingest.watcher import BacklogFull, Watcher
+from producer.submission.request import Request
 from tests.support.environment import Run
-from tests.support.factories import Places, put_images, s3_event, wait_for_midnight, wait_until
+from tests.support.images import put_images
+from tests.support.places import Places
+from tests.support.s3_events import s3_event
+from tests.support.waiting import wait_past_midnight, wait_until
 
-ASLEEP = "u2net"
+UNSERVED_MODEL = "u2net"
+"""No worker serves it: images stay open."""
 TOKEN = "only-for-this-test"  # noqa: S105
 Start = Callable[..., Process]
 
 
 @pytest.fixture(scope="module")
 def sqs() -> Iterator[Any]:
-    """A client of an SQS server."""
+    """A client of an SQS server, which the environment also names."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -62,23 +68,33 @@ def sqs() -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def one_day() -> None:
-    wait_for_midnight()
+    wait_past_midnight()
 
 
 @pytest.fixture
 def queue(sqs: Any, places: Places) -> str:
-    """URL of a queue that gives a letter again one second after it was received."""
-    name = Location.parse(places.source).bucket
+    """The URL of a queue that delivers a message again one second after it was received."""
+    name = places.source_location.bucket
     return str(sqs.create_queue(QueueName=name, Attributes={"VisibilityTimeout": "1"})["QueueUrl"])
 
 
 @pytest.fixture
 def start_watch(stack: LocalStack, places: Places, tmp_path: Path) -> Iterator[Start]:
-    """Starts `cutfleet watch` on this test's places, for a model that nobody serves: what it takes stays open."""
+    """Starts `cutfleet watch` for a model that no worker serves."""
     started: list[Process] = []
 
     def start(*options: str, **environment: str) -> Process:
-        program = [sys.executable, "-m", "producer", "watch", places.source, "--to", places.to, "--model", ASLEEP]
+        program = [
+            sys.executable,
+            "-m",
+            "producer",
+            "watch",
+            places.source,
+            "--to",
+            places.to,
+            "--model",
+            UNSERVED_MODEL,
+        ]
         program += options
         env = inherited_environment() | stack.environment | environment
         started.append(Process(program, log=tmp_path / f"watch-{len(started)}.log", env=env))
@@ -92,13 +108,22 @@ def start_watch(stack: LocalStack, places: Places, tmp_path: Path) -> Iterator[S
 
 def watcher_of(places: Places, store: Store, ledger: Ledger) -> Watcher:
     request = Request(
-        source=places.source, destination=places.to, recipe=Recipe(model=ASLEEP), lane="live", name="", keys=None
+        source=places.source_location,
+        destination=places.destination,
+        recipe=Recipe(model=UNSERVED_MODEL),
+        lane="live",
+        name="",
+        keys=None,
     )
     return Watcher(request, store=store, ledger=ledger, lease_s=60)
 
 
 def put_event(places: Places, key: str, etag: str) -> str:
-    return json.dumps(s3_event(quote_plus(key, safe="/"), bucket=Location.parse(places.source).bucket, etag=etag))
+    return json.dumps(s3_event(quote_plus(key, safe="/"), bucket=places.source_location.bucket, etag=etag))
+
+
+def arrival(places: Places, key: str, etag: str = "e") -> Arrival:
+    return Arrival(places.key(key), etag, 5)
 
 
 def send(sqs: Any, queue: str, bodies: Sequence[str]) -> None:
@@ -108,7 +133,7 @@ def send(sqs: Any, queue: str, bodies: Sequence[str]) -> None:
 
 
 def jobs_of(ledger: Ledger, places: Places) -> list[Job]:
-    return [job for job in ledger.jobs() if job.source == places.source]
+    return [job for job in ledger.jobs.newest() if job.source == places.source_location]
 
 
 def total(ledger: Ledger, places: Places) -> int:
@@ -116,19 +141,19 @@ def total(ledger: Ledger, places: Places) -> int:
 
 
 def keys_on_queue(ledger: Ledger, job: Job) -> collections.Counter[str]:
-    """What workers will be told, and how often."""
+    """Count the queued messages of each key."""
     return collections.Counter(
-        task_of(message).key for image, message in ledger.entries() if image.startswith(f"{job.id}:")
+        parse_message(message).key for image, message in ledger.window.entries() if image.startswith(f"{job.id}:")
     )
 
 
-def letters_left(sqs: Any, queue: str) -> int:
+def count_messages(sqs: Any, queue: str) -> int:
     names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
     found = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=names)["Attributes"]
     return sum(int(count) for count in found.values())
 
 
-def test_a_burst_is_taken_once_though_the_watcher_is_killed(
+def test_a_killed_watch_takes_each_image_of_a_burst_once(
     stack: LocalStack, ledger: Ledger, places: Places, sqs: Any, queue: str, start_watch: Start
 ) -> None:
     keys = [f"neu/фото {n} +50%.jpg" for n in range(500)]
@@ -144,58 +169,56 @@ def test_a_burst_is_taken_once_though_the_watcher_is_killed(
     second.kill()
     send(sqs, queue, bodies[::20])
     start_watch("--queue", queue)
-    wait_until(lambda: letters_left(sqs, queue) == 0, what="the queue is empty")
+    wait_until(lambda: count_messages(sqs, queue) == 0, what="the queue is empty")
 
     (job,) = jobs_of(ledger, places)
     assert (job.total, job.lane, job.open) == (500, "live", 500)
     assert keys_on_queue(ledger, job) == collections.Counter(keys)
 
 
-def test_a_letter_is_deleted_only_after_the_ledger_has_it(
+def test_a_message_is_deleted_only_after_the_ledger_has_its_arrivals(
     stack: LocalStack, store: Store, ledger: Ledger, places: Places, sqs: Any, queue: str
 ) -> None:
-    class KilledBeforeDelete(Mailbox):
-        def delete(self, letters: Sequence[Letter]) -> None:
+    class KilledBeforeDelete(SqsQueue):
+        def delete(self, messages: Sequence[SqsMessage]) -> None:
             raise KeyboardInterrupt
 
     watcher = watcher_of(places, store, ledger)
     send(sqs, queue, [put_event(places, f"{n}.jpg", "e") for n in range(12)] + ["no event"])
 
-    with KilledBeforeDelete(queue) as mailbox, pytest.raises(KeyboardInterrupt):
-        watcher.empty(mailbox, wait_s=1)
+    with KilledBeforeDelete(queue) as sqs_queue, pytest.raises(KeyboardInterrupt):
+        watcher.take_messages(sqs_queue, wait_s=1)
     taken_before = total(ledger, places)
-    with Mailbox(queue) as mailbox:
-        wait_until(lambda: watcher.empty(mailbox, wait_s=1) >= 0 and letters_left(sqs, queue) == 1)
+    with SqsQueue(queue) as sqs_queue:
+        wait_until(lambda: watcher.take_messages(sqs_queue, wait_s=1) >= 0 and count_messages(sqs, queue) == 1)
 
     assert taken_before > 0
     assert total(ledger, places) == 12
-    assert letters_left(sqs, queue) == 1, "what makes no sense is left to the dead letters"
+    assert count_messages(sqs, queue) == 1, "an unreadable message stays for the dead-letter queue"
 
 
 def test_one_version_is_taken_once_and_each_new_one_again(store: Store, ledger: Ledger, places: Places) -> None:
     watcher = watcher_of(places, store, ledger)
-    bucket = Location.parse(places.source).bucket
+    elsewhere = Arrival(Location("elsewhere", "a.jpg"), "A", 5)
 
     def put(etag: str) -> int:
-        return watcher.take([Arrival(bucket, "a.jpg", etag, 5)])
+        return watcher.take([arrival(places, "a.jpg", etag)])
 
     assert [put("A"), put("A"), put("B"), put("A"), put("A")] == [1, 0, 1, 1, 0]
-    assert watcher.take([Arrival(bucket, "folder/", "A", 0), Arrival("elsewhere", "a.jpg", "A", 5)]) == 0
+    assert watcher.take([arrival(places, "folder/"), elsewhere]) == 0
 
 
-def test_what_a_watch_remembers_is_forgotten_when_it_is_never_run_again(
-    store: Store, ledger: Ledger, places: Places
-) -> None:
+def test_the_keys_of_a_watch_expire_when_it_no_longer_runs(store: Store, ledger: Ledger, places: Places) -> None:
     watcher = watcher_of(places, store, ledger)
     watcher.sweep(threading.Event())
-    watcher.take([Arrival(Location.parse(places.source).bucket, "a.jpg", "A", 5)])
+    watcher.take([arrival(places, "a.jpg")])
 
-    left_s = [ledger._call("ttl", f"cf:watch:{watcher.id}{suffix}") for suffix in ("", ":seen", ":when")]
+    ttls_s = [ledger.connection.call("ttl", f"cf:watch:{watcher.id}{suffix}") for suffix in ("", ":seen", ":when")]
 
-    assert all(86_400 < seconds <= 30 * 86_400 for seconds in left_s), left_s
+    assert all(86_400 < seconds <= 30 * 86_400 for seconds in ttls_s), ttls_s
 
 
-def test_a_watch_that_remembers_no_listing_says_how_to_have_what_came_before(
+def test_a_watch_without_a_recorded_listing_logs_the_command_for_older_objects(
     store: Store,
     ledger: Ledger,
     places: Places,
@@ -205,24 +228,24 @@ def test_a_watch_that_remembers_no_listing_says_how_to_have_what_came_before(
     put_images(store, places, 3)
     watcher = watcher_of(places, store, ledger)
 
-    def told() -> list[str]:
+    def begin() -> list[str]:
         caplog.clear()
         watcher.begin(existing=False)
         return warnings(caplog)
 
-    first, again = told(), told()
-    ledger._redis.delete(f"cf:watch:{watcher.id}")  # as after 30 days without a run
-    forgotten = told()
+    first, second = begin(), begin()
+    ledger.connection.call("delete", f"cf:watch:{watcher.id}")  # as after 30 days without a run
+    expired = begin()
 
-    assert again == []
-    assert first == forgotten
+    assert second == []
+    assert first == expired
     (command,) = re.findall("cutfleet (.*) --since DATE", first[0])
     ran = cutfleet(*command.split(), "--since", "2000-01-01")
-    assert ledger.job(ran.stdout.strip()).total == 3
+    assert ledger.jobs.get(ran.stdout.strip()).total == 3
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Of the watch: servers that other tests of this process run write lines of their own."""
+    """Return the warnings of the watch; servers in this process log others."""
     return [
         row.getMessage()
         for row in caplog.records
@@ -230,20 +253,21 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-def test_a_watch_told_to_take_what_is_there_leaves_nothing_out(
+def test_a_watch_with_existing_lists_all_objects(
     store: Store, ledger: Ledger, places: Places, caplog: pytest.LogCaptureFixture
 ) -> None:
     watcher = watcher_of(places, store, ledger)
 
     watcher.begin(existing=True)
 
-    assert ledger.swept(watcher.id) == 0
+    assert ledger.watches.last_sweep(watcher.id) == 0
     assert warnings(caplog) == []
 
 
-def test_two_watchers_take_a_burst_once(stack: LocalStack, store: Store, places: Places) -> None:
-    bucket = Location.parse(places.source).bucket
-    arrivals = [Arrival(bucket, f"{n}.jpg", "e", 5) for n in range(300)]
+def test_two_processes_of_a_watch_take_each_image_of_a_burst_once(
+    stack: LocalStack, store: Store, places: Places
+) -> None:
+    arrivals = [arrival(places, f"{n}.jpg") for n in range(300)]
 
     with stack.ledger() as one, stack.ledger() as other:
         watchers = [watcher_of(places, store, ledger) for ledger in (one, other)]
@@ -262,49 +286,47 @@ def test_two_watchers_take_a_burst_once(stack: LocalStack, store: Store, places:
         assert set(keys_on_queue(one, job).values()) == {1}
 
 
-def test_a_listing_finds_what_no_event_told_of(store: Store, ledger: Ledger, places: Places) -> None:
+def test_a_sweep_finds_objects_without_an_event(store: Store, ledger: Ledger, places: Places) -> None:
     put_images(store, places, 3)
     watcher = watcher_of(places, store, ledger)
     watcher.begin(existing=True)
 
-    found = [watcher.sweep(threading.Event()) for _ in range(2)]
+    taken = [watcher.sweep(threading.Event()) for _ in range(2)]
     put_images(store, places, 2, start=3)
-    found.append(watcher.sweep(threading.Event()))
+    taken.append(watcher.sweep(threading.Event()))
 
-    assert found == [3, 0, 2]
+    assert taken == [3, 0, 2]
 
 
-def test_arrivals_wait_while_too_many_images_wait(
+def test_arrivals_are_refused_while_the_backlog_is_full(
     store: Store, ledger: Ledger, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "BACKLOG", 2)
+    monkeypatch.setattr(watcher_module, "MAX_BACKLOG", 2)
     watcher = watcher_of(places, store, ledger)
-    bucket = Location.parse(places.source).bucket
 
-    watcher.take([Arrival(bucket, f"{n}.jpg", "e", 5) for n in range(2)])
-    with pytest.raises(watch.Backlog):
-        watcher.take([Arrival(bucket, "one too many.jpg", "e", 5)])
+    watcher.take([arrival(places, f"{n}.jpg") for n in range(2)])
+    with pytest.raises(BacklogFull):
+        watcher.take([arrival(places, "one too many.jpg")])
 
     assert total(ledger, places) == 2
 
 
-def test_a_cancelled_day_is_followed_by_another_job(
+def test_a_listed_job_of_today_is_followed_by_another(
     stack: LocalStack, store: Store, ledger: Ledger, places: Places
 ) -> None:
     watcher = watcher_of(places, store, ledger)
-    bucket = Location.parse(places.source).bucket
-    watcher.take([Arrival(bucket, "a.jpg", "e", 5)])
+    watcher.take([arrival(places, "a.jpg")])
     (first,) = jobs_of(ledger, places)
-    ledger.finish_listing(first.id)
+    ledger.jobs.finish_listing(first.id)
 
-    watcher.take([Arrival(bucket, "b.jpg", "e", 5)])
+    watcher.take([arrival(places, "b.jpg")])
 
     assert {job.id: job.total for job in jobs_of(ledger, places)} == {first.id: 1, f"{first.id}-2": 1}
 
 
 @contextmanager
-def seaweedfs_that_tells(endpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalStack]:
-    """SeaweedFS reads its notification settings from the home of its user."""
+def notifying_seaweedfs(endpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalStack]:
+    """Start a stack whose SeaweedFS sends its events to `endpoint`. It reads that setting from its user's home."""
     settings = folder / "home" / ".seaweedfs" / "notification.toml"
     settings.parent.mkdir(parents=True)
     settings.write_text(
@@ -316,9 +338,9 @@ def seaweedfs_that_tells(endpoint: str, folder: Path, monkeypatch: pytest.Monkey
         yield stack
 
 
-def listening(stack: LocalStack, places: Places, port: int, folder: Path, *more: str) -> Process:
-    """A `cutfleet watch` that listens at `port`, and lists but once, when it starts."""
-    options = ["--listen", f"127.0.0.1:{port}", "--sweep-every", "3600", *more]
+def start_listening(stack: LocalStack, places: Places, port: int, folder: Path, *options: str) -> Process:
+    """Start a `cutfleet watch` that listens at `port` and sweeps only once, at its start."""
+    options = ("--listen", f"127.0.0.1:{port}", "--sweep-every", "3600", *options)
     program = [sys.executable, "-m", "producer", "watch", places.source, "--to", places.to, *options]
     env = inherited_environment() | stack.environment | {"CUTFLEET_WATCH_TOKEN": TOKEN}
     process = Process(program, log=folder / "watch.log", env=env)
@@ -326,23 +348,23 @@ def listening(stack: LocalStack, places: Places, port: int, folder: Path, *more:
     return process
 
 
-def test_what_is_put_into_seaweedfs_is_cut_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_put_into_seaweedfs_are_cut_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     places = Places("s3://shop/new/", "s3://shop-cutouts/")
-    telling = seaweedfs_that_tells(f"http://127.0.0.1:{port}/events", tmp_path, monkeypatch)
+    notifying = notifying_seaweedfs(f"http://127.0.0.1:{port}/events", tmp_path, monkeypatch)
 
-    with telling as stack, stack.store() as store, stack.ledger() as ledger:
+    with notifying as stack, stack.store() as store, stack.ledger() as ledger:
         for bucket in ("shop", "shop-cutouts"):
             store.create_bucket(bucket)
-        watching = listening(stack, places, port, tmp_path)
+        watching = start_listening(stack, places, port, tmp_path)
         stack.start_dispatcher()
         stack.start_worker(device="cpu")
         names = put_images(store, places, 2)
         store.put(places.key("фото (1)+%.jpg"), b"no image", content_type="image/jpeg")
         wait_until(lambda: [job.final for job in jobs_of(ledger, places)] == [3], what="three are final")
         watching.kill()
-        names += put_images(store, places, 2, start=2)  # nobody hears of these
-        watching = listening(stack, places, port, tmp_path)
+        names += put_images(store, places, 2, start=2)  # no process receives their events
+        watching = start_listening(stack, places, port, tmp_path)
         wait_until(lambda: [job.final for job in jobs_of(ledger, places)] == [5], what="five are final")
         watching.stop()
 
@@ -351,26 +373,26 @@ def test_what_is_put_into_seaweedfs_is_cut_out(tmp_path: Path, monkeypatch: pyte
         assert all(store.head(places.cutout(name), role="output") for name in names)
 
 
-def test_a_burst_into_seaweedfs_is_taken_once_though_the_watcher_is_killed(
+def test_a_killed_watch_takes_each_image_of_a_burst_into_seaweedfs_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
     places = Places("s3://shop/new/", "s3://shop-cutouts/")
-    telling = seaweedfs_that_tells(f"http://127.0.0.1:{port}/events", tmp_path, monkeypatch)
+    notifying = notifying_seaweedfs(f"http://127.0.0.1:{port}/events", tmp_path, monkeypatch)
     names = [f"neu/фото {number} +50%.jpg" for number in range(500)]
 
     def put(name: str) -> None:
         store.put(places.key(name), name.encode(), content_type="image/jpeg")
 
-    with telling as stack, stack.store() as store, stack.ledger() as ledger, ThreadPoolExecutor(4) as putting:
+    with notifying as stack, stack.store() as store, stack.ledger() as ledger, ThreadPoolExecutor(4) as putting:
         for bucket in ("shop", "shop-cutouts"):
             store.create_bucket(bucket)
-        watching = listening(stack, places, port, tmp_path, "--model", ASLEEP)
+        watching = start_listening(stack, places, port, tmp_path, "--model", UNSERVED_MODEL)
         burst = [putting.submit(put, name) for name in names[:300]]
         wait_until(lambda: total(ledger, places) > 0, what="the first are taken")
         watching.kill()
-        told_before = total(ledger, places)
-        watching = listening(stack, places, port, tmp_path, "--model", ASLEEP)
+        taken_before_kill = total(ledger, places)
+        watching = start_listening(stack, places, port, tmp_path, "--model", UNSERVED_MODEL)
         burst += [putting.submit(put, name) for name in names[300:]]
         for one in burst:
             one.result()
@@ -378,7 +400,7 @@ def test_a_burst_into_seaweedfs_is_taken_once_though_the_watcher_is_killed(
         watching.stop()
 
         (job,) = jobs_of(ledger, places)
-        assert 0 < told_before < len(names), "it was killed in between"
+        assert 0 < taken_before_kill < len(names), "it was killed during the burst"
         assert keys_on_queue(ledger, job) == collections.Counter(places.key(name).key for name in names)
 
 
@@ -390,7 +412,7 @@ def is_listening(port: int) -> bool:
         return False
 
 
-def test_a_port_that_somebody_else_has_is_refused(store: Store, ledger: Ledger, places: Places) -> None:
+def test_a_port_in_use_is_refused(store: Store, ledger: Ledger, places: Places) -> None:
     watcher = watcher_of(places, store, ledger)
 
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(SettingsError) as refused:
@@ -400,7 +422,7 @@ def test_a_port_that_somebody_else_has_is_refused(store: Store, ledger: Ledger, 
     assert refused.value.code == "cannot_listen"
 
 
-def test_the_webhook_refuses_strangers_and_nonsense(
+def test_the_webhook_refuses_wrong_tokens_and_malformed_bodies(
     stack: LocalStack, ledger: Ledger, places: Places, start_watch: Start
 ) -> None:
     port = free_port()
@@ -427,7 +449,7 @@ def test_the_webhook_refuses_strangers_and_nonsense(
     assert total(ledger, places) == 1
 
 
-def test_a_queue_that_is_not_there_is_named(cutfleet: Run, places: Places, sqs: Any, queue: str) -> None:
+def test_a_missing_queue_is_named(cutfleet: Run, places: Places, sqs: Any, queue: str) -> None:
     ran = cutfleet("watch", places.source, "--to", places.to, "--queue", queue + "-not")
 
     assert ran.returncode == 2

@@ -1,8 +1,8 @@
-"""What a CUDA machine does: images a second and memory for batch 1 to 16, eager and compiled, in each precision:
+"""Images per second and memory on a CUDA device: batch 1 to 16, eager and compiled, in each precision:
 
     python -m tests.gpu.models [--model birefnet ...] [--no-compile]
 
-The weights are random: time does not depend on them. What needs CUDA here has not been run by anyone yet.
+The weights are random: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from workers.models.batcher import PADDED_SIZES
 from workers.models.device import DTYPES, describe_device, place, resolve_device
 
 SECONDS = 3.0
-"""How long each cell runs at least: long enough for the clocks to settle."""
+"""Shortest time of each measurement: the GPU clocks must settle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def main() -> int:
         return 2
     device = resolve_device("cuda")
     print(f"{describe_device(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    print(f"{'model':16} {'dtype':>9} {'mode':>9} {'batch':>6} {'ms/batch':>9} {'pic/s':>8} {'TFLOP/s':>8} {'GiB':>6}")
+    print(f"{'model':16} {'dtype':>9} {'mode':>9} {'batch':>6} {'ms/batch':>9} {'img/s':>8} {'TFLOP/s':>8} {'GiB':>6}")
     modes = (False,) if arguments.no_compile else (False, True)
     for name in arguments.model or ["birefnet"]:
         for compiled, dtype, batch in itertools.product(modes, DTYPES.values(), PADDED_SIZES):
@@ -65,7 +65,7 @@ def describe(preset: Preset, cell: Cell, device: torch.device) -> str:
 
 @torch.inference_mode()
 def measure(preset: Preset, cell: Cell, device: torch.device) -> tuple[float, int]:
-    """Seconds a batch, the copy of the image in and of the mask out included, and the peak of memory in bytes."""
+    """Return seconds per batch, including the copies to and from the device, and the peak memory in bytes."""
     torch.cuda.reset_peak_memory_stats(device)
     network = place(build(preset), device, cell.dtype)
     if cell.compiled:
@@ -82,7 +82,7 @@ def measure(preset: Preset, cell: Cell, device: torch.device) -> tuple[float, in
 
 
 def predict(network: nn.Module, rgb: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What the predictor does with a batch."""
+    """Do what the batcher does with a batch."""
     x = rgb.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
     alpha: Tensor = network(x.to(dtype)).float().sigmoid()
     return (alpha * 255).round().to(torch.uint8).cpu()

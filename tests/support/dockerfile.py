@@ -1,9 +1,9 @@
-"""The images without an engine: each step of a Dockerfile's build stage, run in folders of this machine.
+"""Builds a container image without an engine: runs each step of a Dockerfile's build stage in folders of this machine.
 
-    python tests/support/dockerfile.py producer|worker FOLDER
+    python -m tests.support.dockerfile producer|worker FOLDER
 
-COPY copies, RUN runs, with WORKDIR and /opt/cutfleet below FOLDER; then the entry point's program must start there.
-What an engine would do besides (the base image, users, the second stage) is left out.
+Handles COPY and RUN, with WORKDIR and /opt/cutfleet below FOLDER; then starts the entry point's program. Base image,
+users and the second stage are ignored.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-ASKED = {"producer": ["--help"], "worker": ["nothing-to-do"]}
-"""What the program is started with, and its exit code."""
-CODES = {"producer": 0, "worker": 2}
+from tests.support.environment import ROOT
+
+ARGUMENTS = {"producer": ["--help"], "worker": ["no-such-command"]}
+EXIT_CODES = {"producer": 0, "worker": 2}
 HEAVY = ("torch", "torchvision", "numpy", "PIL", "cv2", "nvidia", "triton")
 
 
@@ -38,8 +38,8 @@ def main(image: str, folder: Path) -> None:
             print(f"RUN {rest}", flush=True)
             subprocess.run(["/bin/sh", "-c", rest.replace("/opt/cutfleet", str(prefix))], cwd=work, check=True)
     entry = json.loads(re.findall(r"^ENTRYPOINT (.+)$", last, re.M)[0])
-    ran = subprocess.run([str(prefix / "bin" / entry[0]), *entry[1:], *ASKED[image]], cwd=folder, check=False)
-    assert ran.returncode == CODES[image], ran.returncode
+    ran = subprocess.run([str(prefix / "bin" / entry[0]), *entry[1:], *ARGUMENTS[image]], cwd=folder, check=False)
+    assert ran.returncode == EXIT_CODES[image], ran.returncode
     (packages,) = prefix.glob("lib/python*/site-packages")
     files = [file for file in prefix.rglob("*") if file.is_file() and not file.is_symlink()]
     print(f"{len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.0f} MB")

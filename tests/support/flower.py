@@ -1,4 +1,4 @@
-"""Flower as `python -m producer.flower` starts it, and its pages in a browser."""
+"""A `python -m producer.flower` process, and its pages in a browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOGIN = "night-shift:open-sesame"
 
 
 class Flower:
-    """A Flower process of the stack, and what it answers. `options`: of Flower itself. `more`: variables of its own."""
+    """A Flower process of a stack, and its HTTP API. `options`: of Flower. `more`: environment variables."""
 
     def __init__(self, stack: LocalStack, *options: str, more: Mapping[str, str] | None = None) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
@@ -56,21 +56,21 @@ class Flower:
 
 
 class Pages:
-    """What a person sees, logged in."""
+    """Flower's pages, after login."""
 
     def __init__(self, flower: Flower, page: Page) -> None:
         self._flower = flower
         self.page = page
 
     def search(self, text: str) -> list[dict[str, str]]:
-        """Types into the search field of the tasks page. Returns the rows shown, by column."""
+        """Type into the search field of the tasks page; return the rows that it shows, by column."""
         self.page.goto(f"{self._flower.url}/tasks")
         self.page.wait_for_selector("#tasks-table tbody tr")
 
-        def is_asked(answer: Response) -> bool:
+        def is_answer(answer: Response) -> bool:
             return urllib.parse.parse_qs(answer.request.post_data or "").get("search[value]") == [text]
 
-        with self.page.expect_response(is_asked):
+        with self.page.expect_response(is_answer):
             self.page.get_by_role("searchbox").fill(text)
         self.page.wait_for_selector("#tasks-table_processing", state="hidden")
         return self._rows("#tasks-table")
@@ -81,7 +81,7 @@ class Pages:
         return self._rows("#workers-table")
 
     def worker(self, name: str) -> str:
-        """All that the worker's page says."""
+        """Return the HTML of a worker's page."""
         self.page.goto(f"{self._flower.url}/worker/{name}")
         return self.page.content()
 
@@ -94,7 +94,7 @@ class Pages:
 
 
 @contextmanager
-def opened(flower: Flower, browser: Browser) -> Iterator[Pages]:
+def open_pages(flower: Flower, browser: Browser) -> Iterator[Pages]:
     user, _, password = LOGIN.partition(":")
     context = browser.new_context(
         http_credentials={"username": user, "password": password}, viewport={"width": 1280, "height": 720}

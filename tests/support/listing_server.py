@@ -1,4 +1,4 @@
-"""A source of many keys that nobody had to store: a server that speaks S3's listing, and that only."""
+"""An S3 server that only lists: a source of many keys without stored objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 from jobs.job import Job
 from jobs.s3.client import Store
 from producer.records.manifest import PART_ROWS, read_part
-from tests.support.factories import wait_until
+from tests.support.waiting import wait_until
 
 SOURCE = "s3://shop/photos/"
 FOLDERS = 16
@@ -25,14 +25,14 @@ KEYS = sorted(
 )
 
 
-class Listed(ThreadingHTTPServer):
-    """Answers each page after `delay_s`, and those of the prefix `holds` when it holds it no more: no listing ends
-    before. Counts pages, and how many were asked for at a time."""
+class ListingServer(ThreadingHTTPServer):
+    """Answers each page after `delay_s`. While `blocked_prefix` is set, it does not answer requests for this prefix, so
+    that no listing ends. `requests`: number of pages; `peak`: most of them at the same time."""
 
     daemon_threads = True
     delay_s = 0.0
-    holds = ""
-    asked = at_once = most_at_once = 0
+    blocked_prefix = ""
+    requests = in_work = peak = 0
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -43,12 +43,14 @@ class Listed(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_: object) -> None:
-        """Who asked was killed."""
+        """Ignore a client that was killed."""
 
-    def page(self, asked: dict[str, str]) -> str:
-        prefix, delimiter, token = (asked.get(name, "") for name in ("prefix", "delimiter", "continuation-token"))
+    def page(self, query: dict[str, str]) -> str:
+        """Return one page of ListObjectsV2 as XML."""
+        prefix, delimiter, token = (query.get(name, "") for name in ("prefix", "delimiter", "continuation-token"))
         first = bisect.bisect_right(KEYS, token) if token else bisect.bisect_left(KEYS, prefix)
-        objects, folders = [], []
+        objects: list[str] = []
+        folders: list[str] = []
         while first < len(KEYS) and len(objects) + len(folders) < 1000 and KEYS[first].startswith(prefix):
             key = KEYS[first]
             end = key.find(delimiter, len(prefix)) if delimiter else -1
@@ -75,20 +77,20 @@ class Listed(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Listed
+    server: ListingServer
 
     def do_GET(self) -> None:
-        found = self.server
-        with found.lock:
-            found.asked += 1
-            found.at_once += 1
-            found.most_at_once = max(found.most_at_once, found.at_once)
-        time.sleep(found.delay_s)
+        server = self.server
+        with server.lock:
+            server.requests += 1
+            server.in_work += 1
+            server.peak = max(server.peak, server.in_work)
+        time.sleep(server.delay_s)
         query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
-        wait_until(lambda: query.get("prefix") != found.holds, within_s=250, what=f"{found.holds} is let go")
-        body = found.page(query).encode()
-        with found.lock:
-            found.at_once -= 1
+        wait_until(lambda: query.get("prefix") != server.blocked_prefix, within_s=250, what="the prefix is unblocked")
+        body = server.page(query).encode()
+        with server.lock:
+            server.in_work -= 1
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -98,15 +100,15 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving_keys() -> Iterator[Listed]:
-    with Listed() as server:
+def serve_keys() -> Iterator[ListingServer]:
+    with ListingServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
 
 
-def assert_exact(job: Job, store: Store) -> None:
-    """The manifest has each key once; which comes first is chance."""
+def assert_manifest_is_exact(job: Job, store: Store) -> None:
+    """Assert that the job's manifest has each of `KEYS` once, in any order."""
     keys = [task.key for number in range(job.parts) for task in read_part(store, job, number)]
     assert len(keys) == len(KEYS)
     assert sorted(keys) == KEYS

@@ -1,17 +1,16 @@
-"""Writes the README's tables from the code: `make readme`. A test fails while they differ."""
+"""Writes the README's tables of settings and commands from the code: `make readme`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
 from jobs.settings import PREFIX, Settings
 from producer.cli.main import main
+from tests.support.environment import ROOT
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = ROOT / "README.md"
 
 
 def settings_table() -> str:
@@ -33,7 +32,7 @@ def commands_table() -> str:
 
 
 def commands(group: click.Group, words: list[str]) -> Iterator[tuple[list[str], click.Command]]:
-    """Every command below `group`, with the words that call it; a group that does nothing by itself is left out."""
+    """Yield every command below `group` with the words that call it; leave out groups that need a subcommand."""
     for name, command in sorted(group.commands.items()):
         if not isinstance(command, click.Group) or command.invoke_without_command:
             yield [*words, name], command
@@ -42,11 +41,12 @@ def commands(group: click.Group, words: list[str]) -> Iterator[tuple[list[str], 
 
 
 def with_tables(text: str) -> str:
-    """The README's text with both tables as the code has them."""
+    """Return the README's text with both tables replaced by those of the code."""
     for name, table in (("settings", settings_table()), ("commands", commands_table())):
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(\n?<!-- /{name} -->)", re.DOTALL)
-        assert mark.search(text), f"the README has no place for its {name}"
-        text = mark.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2].lstrip()}", text)
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        assert begin and end, f"the README has no marks for the table of {name}"
+        text = f"{before}{begin}{table}\n{end}{after}"
     return text
 
 

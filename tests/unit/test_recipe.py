@@ -1,4 +1,4 @@
-"""Recipes as text: what is taken, what is refused, and what makes an image again."""
+"""Recipes as text: what is accepted, what is refused, and what changes the fingerprint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parsed(text: str, folder: Path) -> Recipe:
     return load_recipe(str(file))
 
 
-def print_of(recipe: Recipe, *, revision: str = "r1") -> list[str]:
+def fingerprint_parts(recipe: Recipe, *, revision: str = "r1") -> list[str]:
     return recipe.fingerprint(model_revision=revision, input_size=(320, 320)).split("-")
 
 
@@ -29,7 +29,7 @@ def test_every_built_in_recipe_loads_and_survives_json(name: str) -> None:
     assert recipe_text(name).startswith("#")
 
 
-def test_the_marketplaces_are_there_with_their_sources() -> None:
+def test_marketplace_recipes_name_their_sources() -> None:
     for name in ("amazon-main", "google-shopping", "ebay", "shopify", "walmart"):
         (rendition,) = load_recipe(name).renditions
         assert rendition.rules is not None and rendition.rules.source
@@ -50,7 +50,7 @@ def test_a_missing_file_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("edges = ", "not valid TOML"),
         ('edge = "off"', "edge"),
@@ -74,12 +74,12 @@ def test_a_missing_file_is_named() -> None:
         ),
     ],
 )
-def test_a_bad_recipe_is_refused_and_says_where(text: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=says):
+def test_an_invalid_recipe_is_refused_with_the_field(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
         parsed(text, tmp_path)
 
 
-def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
+def test_all_invalid_fields_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"edges.*alpha"):
         parsed('edges = "soft"\nalpha = "no"', tmp_path)
 
@@ -99,7 +99,7 @@ def test_names_come_from_the_key_and_its_groups() -> None:
     assert names == ["4711.MAIN.jpg", "web/shoes/4711_MAIN.webp", "plain/shoes/4711_MAIN.tif.jpg"]
 
 
-def test_a_key_that_does_not_fit_the_pattern_is_told() -> None:
+def test_a_key_that_does_not_match_the_pattern_is_an_error() -> None:
     recipe = Recipe(key_pattern=r"(?P<sku>\d+)_", renditions=(Rendition(name="a", path="{sku}.jpg"),))
 
     with pytest.raises(OutputError) as caught:
@@ -112,17 +112,20 @@ def test_the_fingerprint_has_a_model_part_and_a_rendition_part() -> None:
     plain = Recipe()
     shop = dataclasses.replace(plain, renditions=(Rendition(name="a"),))
 
-    assert print_of(plain)[0] == print_of(shop)[0] and print_of(plain)[1] != print_of(shop)[1]
-    assert print_of(plain)[0] != print_of(plain, revision="r2")[0]
-    assert print_of(plain)[0] != print_of(dataclasses.replace(plain, alpha="keep"))[0]
-    assert print_of(plain)[1] != print_of(dataclasses.replace(plain, edges="off"))[1]
+    assert (
+        fingerprint_parts(plain)[0] == fingerprint_parts(shop)[0]
+        and fingerprint_parts(plain)[1] != fingerprint_parts(shop)[1]
+    )
+    assert fingerprint_parts(plain)[0] != fingerprint_parts(plain, revision="r2")[0]
+    assert fingerprint_parts(plain)[0] != fingerprint_parts(dataclasses.replace(plain, alpha="keep"))[0]
+    assert fingerprint_parts(plain)[1] != fingerprint_parts(dataclasses.replace(plain, edges="off"))[1]
 
 
-def test_what_changes_no_pixel_changes_no_fingerprint() -> None:
+def test_a_change_without_effect_on_pixels_keeps_the_fingerprint() -> None:
     plain = Recipe(renditions=(Rendition(name="a"),))
-    told = load_recipe_with_headers()
+    decorated = load_recipe_with_headers()
 
-    assert print_of(plain) == print_of(told)
+    assert fingerprint_parts(plain) == fingerprint_parts(decorated)
 
 
 def load_recipe_with_headers() -> Recipe:

@@ -1,4 +1,4 @@
-"""Settings: every bad variable at once, and no secret shown."""
+"""Settings: all invalid variables are reported at once, and no secret is shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_every_bad_variable_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_invalid_variables_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUTFLEET_DEVICE", "tpu")
     monkeypatch.setenv("CUTFLEET_MAX_TRIES", "none")
     monkeypatch.setenv("CUTFLEET_REDIS_ULR", "redis://x")

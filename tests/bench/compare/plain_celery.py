@@ -1,5 +1,5 @@
-"""Plain Celery tasks with Pillow: one task an image on Celery's own worker with its default pool, a process for each
-core, each with its model. Started by itself for producer and worker alike.
+"""Plain Celery tasks with Pillow: one task per image, on Celery's worker with its default pool: a process with its own
+model for each core. This module is the producer and, started by it, the worker.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import redis
 from celery import Celery
 from celery.signals import worker_process_init
 
-from tests.bench.compare.places import client, fetch, places, publish, timed
+from tests.bench.compare.arguments import client, fetch, parse_arguments, publish, timed
 from tests.bench.compare.recipe import Model, cut_out, load_model
 
-URL = os.environ["CUTFLEET_REDIS_URL"].replace("/0", "/9")
+URL = os.environ.get("CUTFLEET_REDIS_URL", "redis://127.0.0.1:6379/0").replace("/0", "/9")
 app = Celery("plain", broker=URL)
 app.conf.task_ignore_result = True
 
@@ -33,9 +33,9 @@ def store() -> Any:
     return client()
 
 
-@worker_process_init.connect
-def get_ready(**_: object) -> None:
-    """Without this the first image of each process would wait for the model."""
+@worker_process_init.connect  # type: ignore[untyped-decorator]  # Celery has no types
+def load_early(**_: object) -> None:
+    """Load the model before the first image of each process."""
     model()
     redis.Redis.from_url(URL).incr("ready")
 
@@ -48,7 +48,7 @@ def image(source: str, target: str, key: str) -> None:
 
 
 def main() -> None:
-    where, cores = places(), len(os.sched_getaffinity(0))
+    task, cores = parse_arguments(), len(os.sched_getaffinity(0))
     broker = redis.Redis.from_url(URL)
     broker.flushdb()
     command = ["-m", "celery", "-A", "tests.bench.compare.plain_celery", "worker", "-c", str(cores), "-l", "error"]
@@ -56,16 +56,16 @@ def main() -> None:
     try:
         wait_for(broker, "ready", cores)
         with timed():
-            for key in where.keys:
-                image.delay(where.source, where.target, key)
-            wait_for(broker, "done", where.count)
+            for key in task.keys:
+                image.delay(task.source, task.target, key)
+            wait_for(broker, "done", task.count)
     finally:
         worker.terminate()
         worker.wait()
 
 
 def wait_for(broker: redis.Redis, key: str, count: int) -> None:
-    while int(broker.get(key) or 0) < count:  # type: ignore[arg-type]  # its synchronous form
+    while int(broker.get(key) or 0) < count:
         time.sleep(0.05)
 
 

@@ -1,5 +1,5 @@
-"""The model card's script around a model, with u2netp's weights: what people copy, and what every tool here but ours is
-built on. Pillow and torchvision transforms; Pillow's default PNG.
+"""The model card's script with u2netp's weights, which every tool here except ours uses: Pillow, transforms of
+torchvision, and Pillow's default PNG.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from workers.models.checkpoint import fill, read_weights
 from workers.models.device import place
-from workers.models.registry import PACKAGED
+from workers.models.model_files import PACKAGED
 from workers.models.u2net import U2Net, fold_batch_norm
 
 Model = Callable[[Tensor], Tensor]
@@ -23,7 +23,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def load_model(threads: int) -> Model:
-    """Our weights and network, in torch and float32."""
+    """Load our weights and network in torch, float32."""
     torch.set_num_threads(threads)
     network = U2Net("u2netp")
     fill(network, fold_batch_norm(read_weights(PACKAGED["u2netp"])), name="u2netp")
@@ -41,7 +41,7 @@ TO_INPUT = transforms.Compose(
 
 
 def cut_out(data: bytes, model: Model) -> tuple[bytes, bytes]:
-    """Cutout and mask."""
+    """Return cutout and mask as PNG."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     with torch.no_grad():
         alpha = model(TO_INPUT(image).unsqueeze(0))[0].squeeze()

@@ -41,6 +41,17 @@ class Preset:
     std: tuple[float, float, float] = IMAGENET_STD
 
 
+def _u2net(name: Literal["u2netp", "u2net"], parameters_m: float) -> Preset:
+    return Preset(
+        name=name,
+        architecture=name,
+        repository="",
+        licence="Apache-2.0",
+        input_size=(320, 320),
+        parameters_m=parameters_m,
+    )
+
+
 def _birefnet(name: str, repository: str, *, size: int = 1024, lite: bool = False) -> Preset:
     return Preset(
         name=name,
@@ -54,34 +65,16 @@ def _birefnet(name: str, repository: str, *, size: int = 1024, lite: bool = Fals
     )
 
 
+_RMBG = dataclasses.replace(
+    _birefnet("rmbg-2.0", "briaai/RMBG-2.0"),
+    licence="CC BY-NC 4.0",
+    patch_order="columns_first",
+    statements=("commercial-agreement", "non-commercial"),
+)
 _ALL = (
-    Preset(
-        name="u2netp",
-        architecture="u2netp",
-        repository="",
-        licence="Apache-2.0",
-        input_size=(320, 320),
-        parameters_m=1.1,
-    ),
-    Preset(
-        name="u2net",
-        architecture="u2net",
-        repository="",
-        licence="Apache-2.0",
-        input_size=(320, 320),
-        parameters_m=44.0,
-    ),
-    Preset(
-        name="rmbg-2.0",
-        architecture="birefnet",
-        repository="briaai/RMBG-2.0",
-        licence="CC BY-NC 4.0",
-        input_size=(1024, 1024),
-        parameters_m=220.2,
-        backbone="swin_v1_l",
-        patch_order="columns_first",
-        statements=("commercial-agreement", "non-commercial"),
-    ),
+    _u2net("u2netp", 1.1),
+    _u2net("u2net", 44.0),
+    _RMBG,
     _birefnet("birefnet", "ZhengPeng7/BiRefNet"),
     _birefnet("birefnet-lite", "ZhengPeng7/BiRefNet_lite", lite=True),
     _birefnet("birefnet-hr", "ZhengPeng7/BiRefNet_HR", size=2048),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.message import Lane, queue_name
@@ -27,11 +27,10 @@ class ImageState(enum.IntEnum):
     @property
     def has_outputs(self) -> bool:
         """Whether cutout and mask are in S3."""
-        return self in _WITH_OUTPUTS
+        return self in STATES_WITH_OUTPUTS
 
 
-_WITH_OUTPUTS = frozenset({ImageState.DONE, ImageState.REVIEW, ImageState.SKIPPED})
-STATES_WITH_OUTPUTS = tuple(sorted(_WITH_OUTPUTS))
+STATES_WITH_OUTPUTS = (ImageState.DONE, ImageState.SKIPPED, ImageState.REVIEW)
 
 
 class JobState(enum.StrEnum):
@@ -151,12 +150,12 @@ class Job:
         return Recipe.from_json(self.recipe_json)
 
     def fingerprint(self, *, model_revision: str, input_size: tuple[int, int]) -> str:
-        """Return the fingerprint of the recipe with this model; see `Recipe.fingerprint`."""
-        known = self._fingerprints
-        if (model_revision, input_size) not in known:
-            made = self.recipe.fingerprint(model_revision=model_revision, input_size=input_size)
-            known[model_revision, input_size] = made
-        return known[model_revision, input_size]
+        """Return the fingerprint of the recipe with this model; see `Recipe.fingerprint`. Cached."""
+        return self._fingerprint(model_revision, input_size)
+
+    @functools.cached_property
+    def _fingerprint(self) -> Callable[[str, tuple[int, int]], str]:
+        return functools.cache(lambda revision, size: self.recipe.fingerprint(model_revision=revision, input_size=size))
 
     def paths(self, key: str) -> ImagePaths:
         """Return the names of the source, cutout and mask of one image."""
@@ -176,23 +175,12 @@ class Job:
 
     def to_fields(self) -> dict[str, str]:
         """Return the fields that describe the request; the ledger counts the rest."""
-        fields: dict[str, object] = {
-            "name": self.name,
-            "source": self.source,
-            "destination": self.destination,
-            "recipe": self.recipe_json,
-            "model": self.model,
-            "lane": self.lane,
-            "kind": self.kind,
-            "watch": self.watch,
-            "conditional": int(self.conditional),
-        }
-        limits = {"weight": self.weight, "rate": self.rate, "sample": self.sample}
-        fields |= {name: value for name, value in limits.items() if value is not None}
-        optional = {"selection": self.selection, "webhook": self.webhook, "review_of": self.review_of}
-        optional |= {name: "1" if getattr(self, name) else "" for name in ("webhook_images", "list_in_background")}
-        fields |= {name: value for name, value in optional.items() if value}
-        return {name: str(value) for name, value in fields.items()}
+        always = ("name", "source", "destination", "model", "lane", "kind", "watch")
+        fields = {name: str(getattr(self, name)) for name in always}
+        fields |= {"recipe": self.recipe_json, "conditional": str(int(self.conditional))}
+        optional = {name: getattr(self, name) for name in ("weight", "rate", "sample", *_TEXTS)}
+        fields |= {name: str(value) for name, value in optional.items() if value not in (None, "")}
+        return fields | {name: "1" for name in ("webhook_images", "list_in_background") if getattr(self, name)}
 
     @classmethod
     def from_fields(cls, job_id: str, fields: Mapping[str, str]) -> Job:
@@ -223,32 +211,13 @@ class Job:
 
     def summary(self) -> dict[str, Any]:
         """Return what `--json` shows."""
-        preview = {"review_of": self.review_of} if self.review_of else {}
-        return preview | {
-            "job": self.id,
-            "name": self.name,
-            "state": str(self.state),
-            "total": self.total,
-            "open": self.open,
-            "done": self.done,
-            "failed": self.failed,
-            "skipped": self.skipped,
-            "cancelled": self.cancelled_images,
-            "review": self.review,
-            "undelivered": self.undelivered,
-            "source": str(self.source),
-            "destination": str(self.destination),
-            "model": self.model,
-            "lane": self.lane,
-            "weight": self.weight,
-            "rate": self.rate,
-            "created": self.created,
-            "closed": self.closed,
-        }
-
-    @functools.cached_property
-    def _fingerprints(self) -> dict[tuple[str, tuple[int, int]], str]:
-        return {}
+        fields: dict[str, Any] = {"review_of": self.review_of} if self.review_of else {}
+        fields |= {"job": self.id, "name": self.name, "state": str(self.state)}
+        fields |= {name: getattr(self, name) for name in ("total", "open", "done", "failed", "skipped")}
+        fields |= {"cancelled": self.cancelled_images, "review": self.review, "undelivered": self.undelivered}
+        fields |= {"source": str(self.source), "destination": str(self.destination)}
+        names = ("model", "lane", "weight", "rate", "created", "closed")
+        return fields | {name: getattr(self, name) for name in names}
 
 
 _TEXTS = ("watch", "selection", "webhook", "review_of")

@@ -77,15 +77,8 @@ class ImageTask:
         return f"{self.job}:{self.index}"
 
     def to_fields(self) -> dict[str, Any]:
-        fields = {
-            "v": VERSION,
-            "job": self.job,
-            "index": self.index,
-            "key": self.key,
-            "etag": self.etag,
-            "size": self.size,
-            "lane": self.lane,
-        }
+        fields = {"v": VERSION, "job": self.job, "index": self.index, "key": self.key, "etag": self.etag}
+        fields |= {"size": self.size, "lane": self.lane}
         return fields | ({"hint": self.hint} if self.hint else {})
 
     @classmethod

@@ -6,10 +6,11 @@ describe every call.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Annotated
 
-from jobs.errors import SettingsError
+from jobs.errors import JobClosed, SettingsError
 from jobs.job import Job
 from jobs.ledger import Ledger
 from jobs.recipe import load_recipe, recipe_names
@@ -40,15 +41,14 @@ PAGE_IMAGES = 100
 JobId = Annotated[str, Path(pattern=r"^[0-9a-z-]{1,64}$")]
 
 
+@dataclasses.dataclass(frozen=True)
 class Services:
     """What all calls share; safe for threads."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, store: Store) -> None:
-        """Raises `SettingsError` for an invalid file of API keys."""
-        self.settings = settings
-        self.ledger = ledger
-        self.store = store
-        self.api_keys = ApiKeys(settings.api_keys)
+    settings: Settings
+    ledger: Ledger
+    store: Store
+    api_keys: ApiKeys
 
     def job(self, job_id: str, api_key: ApiKey) -> Job:
         """Raises `JobError` for an unknown job, `Forbidden` for one outside the key's prefixes."""
@@ -80,10 +80,7 @@ def _api_key(
 ApiKeyDep = Annotated[ApiKey, Depends(_api_key)]
 
 api = FastAPI(
-    title="Cutfleet",
-    description="Makes cutouts and masks of images in S3.",
-    version="1",
-    redirect_slashes=False,
+    title="Cutfleet", description="Makes cutouts and masks of images in S3.", version="1", redirect_slashes=False
 )
 errors.add_to(api)
 
@@ -92,7 +89,7 @@ errors.add_to(api)
     "/v1/requests",
     status_code=202,
     operation_id="submit",
-    responses=errors.PROBLEMS | errors.CONFLICT | errors.TOO_LARGE | errors.LINKS,
+    responses=errors.COMMON | errors.responses(409, 413) | errors.LINKS,
 )
 def submit(
     body: ImagesRequest,
@@ -113,7 +110,7 @@ def submit(
     return status
 
 
-@api.get("/v1/requests/{request_id}/status", operation_id="status", responses=errors.PROBLEMS | errors.NO_REQUEST)
+@api.get("/v1/requests/{request_id}/status", operation_id="status", responses=errors.COMMON | errors.responses(404))
 def status(request_id: JobId, api_key: ApiKeyDep, services: ServicesDep) -> Status:
     """Return the status of a request."""
     return _status(services.job(request_id, api_key))
@@ -122,7 +119,7 @@ def status(request_id: JobId, api_key: ApiKeyDep, services: ServicesDep) -> Stat
 @api.get(
     "/v1/requests/{request_id}",
     operation_id="results",
-    responses=errors.PROBLEMS | errors.NO_REQUEST,
+    responses=errors.COMMON | errors.responses(404),
     response_model_exclude_none=True,
 )
 def results(
@@ -144,16 +141,17 @@ def results(
     "/v1/requests/{request_id}/cancel",
     status_code=202,
     operation_id="cancel",
-    responses=errors.PROBLEMS | errors.NO_REQUEST | errors.CONFLICT,
+    responses=errors.COMMON | errors.responses(404, 409),
 )
 def cancel(request_id: JobId, api_key: ApiKeyDep, services: ServicesDep) -> Status:
     """Cancel a request: images in work finish, all other open ones become cancelled; outputs stay."""
     job = services.job(request_id, api_key)
-    service.cancel(job, services.ledger)
+    if not services.ledger.jobs.cancel(job.id):
+        raise JobClosed(f"Request {job.id} is completed: there is nothing to cancel.")
     return _status(services.ledger.jobs.get(job.id))
 
 
-@api.get("/v1/images", responses=errors.PROBLEMS, response_model_exclude_none=True)
+@api.get("/v1/images", responses=errors.COMMON, response_model_exclude_none=True)
 def image(source: Annotated[S3Uri, Query()], api_key: ApiKeyDep, services: ServicesDep) -> ImageStatus:
     """Return the status of one source image, in any job; `unknown` when no job covers it."""
     location = Location.parse(source)
@@ -171,7 +169,7 @@ def health() -> Health:
     return Health(status="ok")
 
 
-@api.get("/readyz", responses={503: errors.PROBLEMS[503]})
+@api.get("/readyz", responses=errors.responses(503))
 def ready(services: ServicesDep) -> Health:
     """Redis and S3 answer."""
     services.ledger.ping()
@@ -180,8 +178,6 @@ def ready(services: ServicesDep) -> Health:
 
 
 def _submission(body: ImagesRequest, api_key: ApiKey, settings: Settings) -> Submission:
-    """Raises `Forbidden` for locations outside the key's prefixes, `SettingsError` for an unknown recipe or a webhook
-    that can't be used."""
     source, destination = Location.parse(body.source), parse_destination(body.destination)
     api_key.check_source(source)
     api_key.check_destination(destination)
@@ -227,12 +223,12 @@ def _status(job: Job) -> Status:
 
 
 def serve(listen: str, settings: Settings, ledger: Ledger, store: Store) -> None:
-    """Serve until SIGTERM, then finish the calls in progress. Raises `SettingsError` for an address that is not
-    HOST:PORT."""
+    """Serve until SIGTERM, then finish the calls in progress. Raises `SettingsError` for an invalid address or file of
+    API keys."""
     host, _, port = listen.rpartition(":")
     if not port.isdigit() or int(port) > 65_535:
         raise SettingsError(f"--listen must be HOST:PORT (is {listen!r}).")
-    api.state.services = Services(settings, ledger, store)
+    api.state.services = Services(settings, ledger, store, ApiKeys(settings.api_keys))
     with BackgroundLister(ledger, store):
         uvicorn.run(
             api, host=host or "127.0.0.1", port=int(port), log_config=None, access_log=False, server_header=False

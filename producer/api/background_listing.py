@@ -65,7 +65,7 @@ class BackgroundLister:
         """Renew the leases of running listings, and start listings that no process has."""
         self._listings = {job: listing for job, listing in self._listings.items() if not listing.done()}
         for job in self._ledger.jobs.open():
-            if not _needs_listing(job):
+            if not job.list_in_background or job.listed or job.cancelled or job.paused is not None:
                 continue
             is_running = job.id in self._listings
             if not is_running and len(self._listings) == PARALLEL_LISTINGS:
@@ -100,14 +100,5 @@ class BackgroundLister:
 def request_of(job: Job) -> Request:
     """Return the request for everything under the job's source."""
     return Request(
-        source=job.source,
-        destination=job.destination,
-        recipe=job.recipe,
-        lane=job.lane,
-        name=job.name,
-        keys=None,
+        source=job.source, destination=job.destination, recipe=job.recipe, lane=job.lane, name=job.name, keys=None
     )
-
-
-def _needs_listing(job: Job) -> bool:
-    return job.list_in_background and not job.listed and not job.cancelled and job.paused is None

@@ -1,10 +1,8 @@
 """Error responses of the HTTP API: `{"status", "code", "detail"}` with our stable codes, 503 with `Retry-After` while
-Redis or S3 is unavailable. Also limits the size of bodies.
-"""
+Redis or S3 is unavailable. Also limits the size of bodies."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -32,56 +30,47 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 2_000_000
 """1,000 quoted keys of 1,024 bytes, and room for the other fields."""
-RETRY_AFTER_S = 5
-_NO_REQUEST = "There is no such request."
-_AWAY = "Redis or S3 is unavailable: try again later."
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 """Of errors that the framework raises; for any other status, `unreadable`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    """`detail` empty: the error's own text."""
-
-    status: int
-    detail: str = ""
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-_ANSWERS: Mapping[type[CutfleetError], _Answer] = {
-    Unauthorized: _Answer(401, headers={"WWW-Authenticate": "Bearer"}),
-    Forbidden: _Answer(403),
-    JobError: _Answer(404, detail=_NO_REQUEST),
-    JobClosed: _Answer(409),
-    KeyReused: _Answer(409),
-    SettingsError: _Answer(422),
-    ImageError: _Answer(422),
-    RateLimited: _Answer(429),
-    ServiceUnavailable: _Answer(503, detail=_AWAY, headers={"Retry-After": str(RETRY_AFTER_S)}),
-    TransientError: _Answer(503, detail=_AWAY, headers={"Retry-After": str(RETRY_AFTER_S)}),
+_STATUSES: Mapping[type[CutfleetError], int] = {
+    Unauthorized: 401,
+    Forbidden: 403,
+    JobError: 404,
+    JobClosed: 409,
+    KeyReused: 409,
+    SettingsError: 422,
+    ImageError: 422,
+    RateLimited: 429,
+    ServiceUnavailable: 503,
+    TransientError: 503,
 }
 """The most specific class of an error decides. An error of none of these is a bug, and becomes 500."""
+_DETAILS = {404: "There is no such request.", 503: "Redis or S3 is unavailable: try again later."}
+"""Sent instead of the error's own text."""
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
+_DESCRIPTIONS = {
+    400: "The request can't be read.",
+    401: "The API key is missing or unknown.",
+    403: "The key is not permitted for this prefix.",
+    404: "There is no such request.",
+    409: "The request conflicts with an earlier one, or is completed.",
+    413: f"The body has more than {MAX_BODY_BYTES} bytes.",
+    422: "Validation error; see `code`.",
+    429: "The key has used up its calls of this minute; see `Retry-After`.",
+    503: "Redis or S3 is unavailable; see `Retry-After`.",
+}
 
 Responses = dict[int | str, dict[str, Any]]
 
 
-def _responses(descriptions: Mapping[int, str]) -> Responses:
-    return {status: {"model": Problem, "description": text} for status, text in descriptions.items()}
+def responses(*statuses: int) -> Responses:
+    """Describe error responses for OpenAPI."""
+    return {status: {"model": Problem, "description": _DESCRIPTIONS[status]} for status in statuses}
 
 
-PROBLEMS = _responses(
-    {
-        400: "The request can't be read.",
-        401: "The API key is missing or unknown.",
-        403: "The key is not permitted for this prefix.",
-        422: "Validation error; see `code`.",
-        429: "The key has used up its calls of this minute; see `Retry-After`.",
-        503: "Redis or S3 is unavailable; see `Retry-After`.",
-    }
-)
-NO_REQUEST = _responses({404: _NO_REQUEST})
-CONFLICT = _responses({409: "The request conflicts with an earlier one, or is completed."})
-TOO_LARGE = _responses({413: f"The body has more than {MAX_BODY_BYTES} bytes."})
+COMMON = responses(400, 401, 403, 422, 429, 503)
 LINKS: Responses = {
     202: {
         "links": {
@@ -94,7 +83,7 @@ LINKS: Responses = {
 
 
 def add_to(app: FastAPI) -> None:
-    for error in _ANSWERS:
+    for error in _STATUSES:
         app.add_exception_handler(error, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -103,13 +92,11 @@ def add_to(app: FastAPI) -> None:
 
 def _answer_error(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, CutfleetError)  # noqa: S101  (for the type: registered for no other)
-    answer = next(_ANSWERS[error] for error in type(exc).__mro__ if error in _ANSWERS)
-    headers = dict(answer.headers)
-    if isinstance(exc, RateLimited):
-        headers["Retry-After"] = str(exc.wait_s)
-    if answer.status >= 500:
+    status = next(_STATUSES[error] for error in type(exc).__mro__ if error in _STATUSES)
+    headers = {"Retry-After": str(exc.wait_s)} if isinstance(exc, RateLimited) else _HEADERS.get(status)
+    if status >= 500:
         log.error("refused: %s", exc, extra={"action": "api", "code": exc.code})
-    return _problem(answer.status, exc.code, answer.detail or str(exc), headers)
+    return _problem(status, exc.code, _DETAILS.get(status, str(exc)), headers)
 
 
 def _answer_invalid(_: Request, exc: Exception) -> Response:
@@ -120,8 +107,7 @@ def _answer_invalid(_: Request, exc: Exception) -> Response:
 
 def _answer_http_error(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)  # noqa: S101  (for the type)
-    code = _CODES.get(exc.status_code, "unreadable")
-    return _problem(exc.status_code, code, str(exc.detail), dict(exc.headers or {}))
+    return _problem(exc.status_code, _CODES.get(exc.status_code, "unreadable"), str(exc.detail), exc.headers)
 
 
 def _problem(status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import secrets
@@ -16,13 +17,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.errors import CutfleetError, JobClosed
+from jobs.errors import CutfleetError
 from jobs.job import ImageState, Job
 from jobs.ledger import Ledger
 from jobs.ledger.jobs import MAX_LIVE
 from jobs.message import ImageTask
 from jobs.s3.client import S3Object, Store
-from jobs.s3.location import Location
 from producer.api.auth import ApiKey
 from producer.api.models import Result
 from producer.records.job_record import write_record
@@ -61,8 +61,7 @@ def count_call(api_key: ApiKey, ledger: Ledger) -> None:
 
 def reserve_job_id(api_key: ApiKey, idempotency_key: str, body: Mapping[str, Any], ledger: Ledger) -> str:
     """Return the id of the job that this request creates or has created. Raises `KeyReused`."""
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    job_id = f"{stamp}-api-{secrets.token_hex(8)}"
+    job_id = time.strftime("%Y%m%d-%H%M%S-api-", time.gmtime()) + secrets.token_hex(8)
     if not idempotency_key:
         return job_id
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -75,8 +74,7 @@ def reserve_job_id(api_key: ApiKey, idempotency_key: str, body: Mapping[str, Any
 
 def submit(request: Request, job_id: str, *, store: Store, ledger: Ledger, lease_s: float) -> Job:
     """Create the job unless it exists. Raises what `check_request` raises, and `SettingsError` `source_empty`."""
-    existing = ledger.jobs.find(job_id)
-    if existing is not None:
+    if existing := ledger.jobs.find(job_id):
         return existing
     check_request(request, ledger, store)
     head, _ = read_head(request, store)
@@ -98,12 +96,6 @@ def _restore_record(job: Job, store: Store, ledger: Ledger) -> None:
         write_record(job, store, rows=[S3Object(task.key, task.etag, task.size, hint=task.hint) for task in tasks])
 
 
-def cancel(job: Job, ledger: Ledger) -> None:
-    """Raises `JobClosed`."""
-    if not ledger.jobs.cancel(job.id):
-        raise JobClosed(f"Request {job.id} is completed: there is nothing to cancel.")
-
-
 def read_results(job: Job, *, first: int, limit: int, store: Store, ledger: Ledger) -> list[Result]:
     """Return up to `limit` images from index `first` on, fewer at the end of a manifest part."""
     if first >= job.total:
@@ -123,21 +115,13 @@ def _result(job: Job, task: ImageTask, state: ImageState, store: Store, ledger: 
 
 
 def _links(job: Job, key: str, store: Store) -> dict[str, Any]:
-    def sign(location: Location) -> str:
-        return store.presign(location, lasts_s=LINK_S)
-
+    sign = functools.partial(store.presign, lasts_s=LINK_S)
     paths = job.paths(key)
-    renditions = job.rendition_paths(key) if _has_renditions(job, paths.cutout, store) else {}
+    cutout = store.head(paths.cutout, role="output") if job.recipe.renditions else None
+    # an image without a subject has no renditions; its cutout's metadata records it
+    renditions = job.rendition_paths(key) if cutout and cutout.metadata.get("cf-renditions") else {}
     return {
         "cutout_url": sign(paths.cutout),
         "mask_url": sign(paths.mask),
         "renditions": {name: sign(location) for name, location in renditions.items()},
     }
-
-
-def _has_renditions(job: Job, cutout: Location, store: Store) -> bool:
-    """An image without a subject has none; the cutout's metadata records it."""
-    if not job.recipe.renditions:
-        return False
-    output = store.head(cutout, role="output")
-    return output is not None and bool(output.metadata.get("cf-renditions"))

@@ -31,9 +31,8 @@ from jobs.job import ImageState, JobKind
 from jobs.ledger import Ledger
 from jobs.s3.client import Store
 from jobs.s3.location import Location, is_s3_uri
-from producer.audit.audited_job import AuditedJob
 from producer.audit.outputs import Disagreement, OutputAudit, output_keys
-from producer.audit.rebuild import add_rows, rebuild, resume
+from producer.audit.rebuild import AuditedJob, add_rows, rebuild, resume
 from producer.records.destination_index import DestinationIndex, index_destination
 
 HEADS = 16

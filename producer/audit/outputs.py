@@ -12,8 +12,7 @@ from jobs.message import ImageTask
 from jobs.s3.client import S3Object
 from jobs.s3.location import Location
 from jobs.s3.names import ImagePaths, source_digest
-from producer.audit.audited_job import AuditedJob
-from producer.audit.rebuild import reopen, restore
+from producer.audit.rebuild import AuditedJob, reopen, restore
 from producer.records.destination_index import DestinationIndex
 
 CLOCK_SKEW_S = 300.0

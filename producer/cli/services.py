@@ -88,8 +88,7 @@ def watch(
     """Cut out each image that arrives under a prefix, on the live lane, in one job a day. Runs until it is stopped."""
     from jobs.logs import set_up_logs
     from jobs.recipe import Recipe
-    from producer.ingest.run import run_watch
-    from producer.ingest.watcher import Watcher
+    from producer.ingest.watcher import Watcher, run_watch
     from producer.submission.request import Request
 
     stop = stop_event()

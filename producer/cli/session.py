@@ -57,10 +57,10 @@ def open_services() -> Iterator[tuple[Settings, Ledger, Store]]:
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int], None]]:
     """Show a count on stderr; call the value with each new count."""
-    from producer.console.progress import Counter
+    from producer.console.progress import progress as show_progress
 
-    with Counter(label) as counter:
-        yield counter.update
+    with show_progress(label) as update:
+        yield update
 
 
 def stop_event() -> threading.Event:

@@ -26,9 +26,8 @@ def print_workers(workers: Mapping[str, Heartbeat], *, as_json: bool) -> None:
     rows = [["worker", "device", "dtype", "batch", "model", "revision", "in flight", "images", "a second", "state"]]
     for node, beat in workers.items():
         state = "draining" if beat["draining"] == "1" else "serving"
-        in_flight = f"{beat['in_flight']} of {beat['slots']}"
         serving = [beat["hardware"], beat["dtype"], beat["batch_limit"], beat["model"], beat["revision"][:12]]
-        rows.append([node, *serving, in_flight, beat["images"], beat["rate"], state])
+        rows.append([node, *serving, f"{beat['in_flight']} of {beat['slots']}", beat["images"], beat["rate"], state])
     print_columns(rows)
 
 

@@ -68,11 +68,17 @@ def render_view(
     """`rate`: final images per second, None if unknown. `failures`: counts by code."""
     lines = [*job_lines(job)]
     if job.closed is None:
-        lines += [_rate_line(job, rate), _queues_line(survey)]
+        lengths = [f"{count} on {queue}" for queue, (count, _) in survey.queues.items() if count]
+        queues_line = "queues:    " + (", ".join(lengths) or "empty") + f"; {survey.leased} leased by workers"
+        lines += [_rate_line(job, rate), queues_line]
     if failures:
         lines.append(_failures_line(job, failures))
     bar = ProgressBar(total=max(1, job.total), completed=job.final)
-    return Group(bar, *map(Text, lines), _workers_table(workers, job.model))
+    table = Table("worker", "in flight", "images", "a second", box=None, pad_edge=False)
+    for node, beat in workers.items():
+        if beat["model"] == job.model:
+            table.add_row(node, *(beat.get(name, "") for name in ("in_flight", "images", "rate")))
+    return Group(bar, *map(Text, lines), table)
 
 
 def _rate_line(job: Job, rate: float | None) -> str:
@@ -84,21 +90,8 @@ def _rate_line(job: Job, rate: float | None) -> str:
     return f"rate:      {rate:,.1f} a second{left}"
 
 
-def _queues_line(survey: Survey) -> str:
-    lengths = (f"{count} on {queue}" for queue, (count, _) in survey.queues.items() if count)
-    return "queues:    " + (", ".join(lengths) or "empty") + f"; {survey.leased} leased by workers"
-
-
 def _failures_line(job: Job, failures: Mapping[str, int]) -> str:
     ranked = sorted(failures.items(), key=lambda pair: -pair[1])
     line = "failures:  " + ", ".join(f"{count:,} {code}" for code, count in ranked)
     counted = sum(failures.values())
     return line if counted >= job.failed else f"{line}, of {counted:,} here; all: cutfleet dead {job.id}"
-
-
-def _workers_table(workers: Mapping[str, Heartbeat], model: str) -> Table:
-    table = Table("worker", "in flight", "images", "a second", box=None, pad_edge=False)
-    for node, beat in workers.items():
-        if beat["model"] == model:
-            table.add_row(node, *(beat.get(name, "") for name in ("in_flight", "images", "rate")))
-    return table

@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from jobs.job import Job
-from jobs.results import Failure, JobStats
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the commands import this module; the types need pydantic
+    from jobs.job import Job
+    from jobs.results import Failure, JobStats
     from jobs.settings import Settings
     from producer.submission.estimate import Estimate
 
@@ -27,11 +26,8 @@ def job_lines(job: Job, *, is_served: bool = True, stats: JobStats | None = None
     yield f"state:     {job.state}" + (f" ({detail})" if detail else "")
     counts = f"{job.done} done, {job.failed} failed, {job.skipped} skipped, {job.cancelled_images} cancelled"
     yield f"images:    {job.total} = {job.open} open, {counts}" + (f"; {job.review} to review" if job.review else "")
-    if stats is not None:
-        yield from _stats_lines(stats)
-
-
-def _stats_lines(stats: JobStats) -> Iterator[str]:
+    if stats is None:
+        return
     if stats.review:
         yield "review:    " + ", ".join(f"{count} {reason}" for reason, count in stats.review.items())
     for name, verdicts in stats.rules.items():
@@ -73,7 +69,10 @@ def print_columns(rows: list[list[str]]) -> None:
     """Print rows as aligned columns, numbers to the right. Never narrower than the text: people copy ids and keys."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (text.rjust(n) if _is_number(text) else text.ljust(n) for text, n in zip(row, widths, strict=True))
+        cells = []
+        for text, width in zip(row, widths, strict=True):
+            is_number = text.replace(".", "", 1).isdigit()
+            cells.append(text.rjust(width) if is_number else text.ljust(width))
         print("  ".join(cells).rstrip())
 
 
@@ -97,7 +96,3 @@ def format_bytes(count: int) -> str:
         return f"{count} B"
     power = min(5, int(math.log10(count) // 3))
     return f"{count / 1000**power:.1f} {'kMGTP'[power - 1]}B"
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()

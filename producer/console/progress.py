@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,79 +20,56 @@ LINE_EVERY_S = 10.0
 POLL_S = 0.3
 
 
-class Counter:
-    """Shows a growing count whose end is unknown."""
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int], None]]:
+    """Show a growing count whose end is unknown; call the value with each new count."""
+    console = Console(stderr=True)
+    status = console.status(f"{label} ...")
+    next_at = time.monotonic() + QUIET_S
 
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._console = Console(stderr=True)
-        self._status = self._console.status(f"{label} ...")
-        self._next_at = time.monotonic() + QUIET_S
-
-    def __enter__(self) -> Counter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()
-
-    def update(self, count: int) -> None:
-        if time.monotonic() < self._next_at:
+    def update(count: int) -> None:
+        nonlocal next_at
+        if time.monotonic() < next_at:
             return
-        text = f"{self._label}: {count:,}"
-        if self._console.is_terminal:
-            self._status.update(text)
-            self._status.start()
+        text = f"{label}: {count:,}"
+        if console.is_terminal:
+            status.update(text)
+            status.start()
         else:
-            self._console.print(text, highlight=False)
-            self._next_at = time.monotonic() + LINE_EVERY_S
+            console.print(text, highlight=False)
+            next_at = time.monotonic() + LINE_EVERY_S
+
+    try:
+        yield update
+    finally:
+        status.stop()
 
 
 def wait_until_closed(job_id: str, ledger: Ledger, *, timeout_s: float | None) -> Job:
     """Return the job when it is closed, or as it is after `timeout_s`. Keeps waiting while Redis is unavailable."""
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    began = time.monotonic()
+    deadline = math.inf if timeout_s is None else began + timeout_s
+    next_at, last_line = began + QUIET_S, ""
+    console = Console(stderr=True)
+
+    def print_once(line: str) -> None:
+        nonlocal last_line
+        if line != last_line:
+            console.print(line, highlight=False)
+        last_line = line
+
     job = ledger.jobs.get(job_id)
-    with _JobBar() as bar:
-        while job.closed is None and (deadline is None or time.monotonic() < deadline):
-            bar.update(job)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("images", total=None)
+        while job.closed is None and time.monotonic() < deadline:
+            bar.update(task, total=job.total, completed=job.final)
+            if not console.is_terminal and time.monotonic() >= next_at:
+                print_once(f"{job.final} of {job.total} final, {job.failed} failed")
+                next_at = time.monotonic() + LINE_EVERY_S
             time.sleep(POLL_S)
             try:
                 job = ledger.jobs.get(job_id)
             except ServiceUnavailable as exc:
-                bar.print(str(exc))
-        return job
-
-
-class _JobBar:
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not sys.stderr.isatty(),
-            transient=True,
-        )
-        self._task = self._progress.add_task("images", total=None)
-        self._next_at = time.monotonic() + QUIET_S
-        self._last_line = ""
-
-    def __enter__(self) -> _JobBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, job: Job) -> None:
-        self._progress.update(self._task, total=job.total, completed=job.final)
-        if not self._console.is_terminal and time.monotonic() >= self._next_at:
-            self.print(f"{job.final} of {job.total} final, {job.failed} failed")
-            self._next_at = time.monotonic() + LINE_EVERY_S
-
-    def print(self, line: str) -> None:
-        """Print a line unless it repeats the last one."""
-        if line != self._last_line:
-            self._console.print(line, highlight=False)
-        self._last_line = line
+                print_once(str(exc))
+    return job

@@ -60,7 +60,8 @@ class JobCloser:
             del self._reports[job.id]
             if not report.is_outdated:
                 report.writing.result()
-                self._close(epoch, job)
+                if self._ledger.dispatch.close(epoch, job.id, keep_s=self._keep_s):
+                    log.info("closed", extra={"action": "close", "job": job.id, "done": job.done, "failed": job.failed})
 
     def reset(self) -> None:
         """Forget the reports in work: each of them ends by itself, at its next check of the lock."""
@@ -71,10 +72,6 @@ class JobCloser:
         self._stopping.set()
         for pool in (self._small, self._large):
             pool.shutdown(wait=True, cancel_futures=True)
-
-    def _close(self, epoch: int, job: Job) -> None:
-        if self._ledger.dispatch.close(epoch, job.id, keep_s=self._keep_s):
-            log.info("closed", extra={"action": "close", "job": job.id, "done": job.done, "failed": job.failed})
 
     def _write_report(self, epoch: int, job: Job) -> None:
         """A cancelled job whose destination is not allowed any more gets no report: else it would never close."""

@@ -20,13 +20,13 @@ from jobs.ledger import Ledger
 from jobs.ledger.connection import Fenced
 from jobs.liveness import LivenessFile
 from jobs.logs import RepeatedErrors
+from jobs.message import QUEUE_LANES, queue_name
 from jobs.s3.client import Store
 from jobs.settings import Settings
 from producer.dispatcher.closing import JobCloser
 from producer.dispatcher.feeder import Feeder
 from producer.dispatcher.job_backoff import JobBackoff
 from producer.dispatcher.metrics import DispatcherMetrics
-from producer.dispatcher.reconciler import Reconciler
 from producer.records.failures import MAX_HELD, spill
 from producer.records.manifest import PART_ROWS, record_live
 
@@ -66,7 +66,7 @@ class Dispatcher:
         self._alive = LivenessFile(settings.alive_file)
         self._backoff = JobBackoff()
         self._feeder = Feeder(ledger, store, lease_s=settings.lease_s, backoff=self._backoff)
-        self._reconciler = Reconciler(ledger, self.metrics, lease_s=settings.lease_s, clock=clock)
+        self._reconciler = _Reconciler(ledger, self.metrics, lease_s=settings.lease_s, clock=clock)
         self._closer = JobCloser(ledger, store, settings)
 
     def run(self, stop: threading.Event) -> None:
@@ -91,7 +91,11 @@ class Dispatcher:
         full = self._check_full(epoch)
         jobs = self._ledger.jobs.open()
         self._reconciler.pause_after_delay(self._clock() - began)
-        has_more = full is None and self._publish(epoch, jobs)
+        has_more = False
+        if full is None:
+            self._ledger.dispatch.release_retries(epoch, lease_s=self._lease_s)
+            self._reconciler.reconcile(epoch)
+            has_more = self._feeder.feed(epoch, jobs)
         has_more = self._attend_each(epoch, jobs) or has_more
         self.metrics.survey(self._ledger, jobs)
         if full is not None:
@@ -148,12 +152,6 @@ class Dispatcher:
             return exc
         return None
 
-    def _publish(self, epoch: int, jobs: Sequence[Job]) -> bool:
-        """Publish everything that is due. Return whether images were fed."""
-        self._ledger.dispatch.release_retries(epoch, lease_s=self._lease_s)
-        self._reconciler.reconcile(epoch)
-        return self._feeder.feed(epoch, jobs)
-
     def _attend_each(self, epoch: int, jobs: Sequence[Job]) -> bool:
         """Do what each job needs beside feeding; return whether there is more to do. An error delays only its own
         job."""
@@ -179,9 +177,11 @@ class Dispatcher:
             has_more = self._cancel_images(epoch, job)
         else:
             self._pause_failing(epoch, job)
-            has_more = self._spill_failures(epoch, job)
+            may_spill = job.failed > MAX_HELD and not self._backoff.is_active(job)
+            has_more = may_spill and spill(epoch, job, ledger=self._ledger, store=self._store)
         if not self._backoff.is_active(job):
-            self._end_watch_day(job)
+            if job.watch and not job.listed and (job.cancelled or job.created // DAY_S < time.time() // DAY_S):
+                self._ledger.jobs.finish_listing(job.id)  # a watch has one job a day
             if job.unrecorded >= PART_ROWS:
                 record_live(job, epoch=epoch, store=self._store, ledger=self._ledger)
             self._closer.close_if_final(epoch, job)
@@ -208,20 +208,51 @@ class Dispatcher:
         log.error("paused: %s", reason, extra={"action": "feed", "job": job.id, "failed": job.failed})
         self._ledger.dispatch.pause(epoch, job.id, reason)
 
-    def _spill_failures(self, epoch: int, job: Job) -> bool:
-        """Return whether there may be more to spill."""
-        if job.failed <= MAX_HELD or self._backoff.is_active(job):
-            return False
-        return spill(epoch, job, ledger=self._ledger, store=self._store)
-
-    def _end_watch_day(self, job: Job) -> None:
-        """A watch has one job a day."""
-        if job.watch and not job.listed and (job.cancelled or job.created // DAY_S < time.time() // DAY_S):
-            self._ledger.jobs.finish_listing(job.id)
-
 
 def has_too_many_failures(job: Job, max_share: float) -> bool:
     """Whether failures exceed the share of images that became final since a person last unpaused the job. A job that is
     fed to its end is never paused: no image is left to save."""
     final, failed = job.final - job.acknowledged_final, job.failed - job.acknowledged_failed
     return final >= MIN_FINAL and failed > max_share * final and (job.cursor < job.total or not job.listed)
+
+
+class _Reconciler:
+    """Publishes again the images whose worker lost its lease and those whose message is lost. Pauses for one lease
+    whenever workers could not renew theirs: Redis was away or has just started, or the machine was suspended."""
+
+    def __init__(
+        self, ledger: Ledger, metrics: DispatcherMetrics, *, lease_s: float, clock: Callable[[], float]
+    ) -> None:
+        self._ledger = ledger
+        self._metrics = metrics
+        self._lease_s = lease_s
+        self._clock = clock
+        self._paused_until = 0.0
+
+    def pause(self, *, elapsed_s: float = 0.0) -> None:
+        """Pause until workers have had one lease to renew, of which `elapsed_s` are over."""
+        self._paused_until = max(self._paused_until, self._clock() + self._lease_s - elapsed_s)
+
+    def pause_after_delay(self, delay_s: float) -> None:
+        """Pause if a step of the loop took this much too long: then the machine was probably suspended."""
+        if delay_s > self._lease_s / 2:
+            self.pause()
+
+    def reconcile(self, epoch: int) -> None:
+        if self._clock() < self._paused_until:
+            return
+        for image in self._ledger.dispatch.reclaim_expired(epoch, lease_s=self._lease_s):
+            self._metrics.reclaimed.inc()
+            log.warning("lease expired: image requeued", extra={"action": "reclaim", "image": image})
+        if overdue := self._ledger.dispatch.overdue(epoch):
+            self._requeue_lost(epoch, overdue)
+
+    def _requeue_lost(self, epoch: int, overdue: list[str]) -> None:
+        # both lanes: a tuned job has messages on its previous one
+        queues = {queue_name(lane, job.model) for job in self._ledger.jobs.open() for lane in QUEUE_LANES}
+        present = self._ledger.window.images_with_message(queues)
+        has_message = {image: image in present for image in overdue}
+        lost = self._ledger.dispatch.requeue_lost(epoch, has_message, lease_s=self._lease_s)
+        if lost:
+            self._metrics.republished.inc(lost)
+            log.warning("messages were lost: images requeued", extra={"action": "reconcile", "images": lost})

@@ -35,14 +35,6 @@ MAX_SKIPPED = 10_000
 """Images that one turn may pass over in a rebuilt job, since they are final."""
 
 
-class _Readers:
-    """Two readers, so that feeding and reopened images do not evict each other's part of the manifest."""
-
-    def __init__(self, job: Job, store: Store, ledger: Ledger) -> None:
-        self.new = ManifestReader(job, store, ledger)
-        self.reopened = ManifestReader(job, store, ledger)
-
-
 class Feeder:
     """Belongs to one dispatcher; not safe for threads."""
 
@@ -60,7 +52,7 @@ class Feeder:
         self._lease_s = lease_s
         self._backoff = backoff
         self._clock = clock
-        self._readers: dict[str, _Readers] = {}
+        self._readers: dict[str, tuple[ManifestReader, ManifestReader]] = {}
         self._shares: dict[str, FairShare] = collections.defaultdict(FairShare)
         self._rate_limit = RateLimit()
 
@@ -138,11 +130,12 @@ class Feeder:
         return 0
 
     def _feed_job(self, epoch: int, job: Job, count: int) -> int:
-        if job.id not in self._readers:
-            self._readers[job.id] = _Readers(job, self._store, self._ledger)
-        readers = self._readers[job.id]
-        fed = self._feed_reopened(epoch, job, min(count, MAX_ROWS), readers.reopened) if job.reopened else 0
-        return fed + self._feed_new(epoch, job, count - fed, readers.new)
+        if job.id not in self._readers:  # two, so that neither evicts the other's part of the manifest
+            new, reopened = (ManifestReader(job, self._store, self._ledger) for _ in range(2))
+            self._readers[job.id] = new, reopened
+        new, reopened = self._readers[job.id]
+        fed = self._feed_reopened(epoch, job, min(count, MAX_ROWS), reopened) if job.reopened else 0
+        return fed + self._feed_new(epoch, job, count - fed, new)
 
     def _feed_reopened(self, epoch: int, job: Job, count: int, reader: ManifestReader) -> int:
         """Feed images once more, in the versions that their sources have now."""

@@ -18,9 +18,10 @@ cutfleet_republished_images_total               images requeued because their me
 from __future__ import annotations
 
 import collections
-import dataclasses
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import Counter
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -38,18 +39,7 @@ STALE_S = 30.0
 """A dispatcher that hangs on Redis must not keep showing old figures."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _View:
-    taken_at: float
-    jobs: Sequence[Job]
-    models: Sequence[str]
-    workers: Mapping[str, int]
-    survey: Survey
-    memory_used: int
-    memory_limit: int
-
-
-class DispatcherMetrics(Metrics):
+class DispatcherMetrics(Metrics, Collector):
     def __init__(self) -> None:
         super().__init__()
         self.reclaimed = Counter(
@@ -58,90 +48,75 @@ class DispatcherMetrics(Metrics):
         self.republished = Counter(
             "cutfleet_republished_images", "Images requeued because their message was lost.", registry=self.registry
         )
-        self.view: _View | None = None
-        self.registry.register(_Gauges(self))
+        self._surveyed_at = -math.inf
+        self._gauges: list[Metric] = []
+        self.registry.register(self)
 
     def survey(self, ledger: Ledger, jobs: Sequence[Job]) -> None:
         """Read the queues, at most every `SURVEY_EVERY_S`. `jobs`: those that are not closed."""
         now = time.monotonic()
-        if self.view is not None and now < self.view.taken_at + SURVEY_EVERY_S:
+        if now < self._surveyed_at + SURVEY_EVERY_S:
             return
         workers = count_workers(ledger.fleet.workers())
         models = sorted({job.model for job in jobs} | set(workers))
+        survey = ledger.window.survey([queue for model in models for queue in worker_queues(model)])
         info = ledger.server_info()
-        self.view = _View(
-            taken_at=now,
-            jobs=jobs,
-            models=models,
-            workers=workers,
-            survey=ledger.window.survey([queue for model in models for queue in worker_queues(model)]),
-            memory_used=info["used_memory"],
-            memory_limit=info["maxmemory"] or info["total_system_memory"],
-        )
+        limit = info["maxmemory"] or info["total_system_memory"]
+        self._gauges = [
+            _open_images(jobs, models),
+            _window(jobs, survey),
+            *_queues(models, survey),
+            _job_states(jobs),
+            _gauge("cutfleet_workers", "Live workers by model.", ["model"], {(m,): n for m, n in workers.items()}),
+            GaugeMetricFamily("cutfleet_redis_memory_used_bytes", "Memory that Redis uses.", info["used_memory"]),
+            GaugeMetricFamily("cutfleet_redis_memory_limit_bytes", "Memory that Redis may use.", limit),
+        ]
+        self._surveyed_at = now
 
     def stand_by(self) -> None:
         """Show no figures of queues and jobs."""
-        self.view = None
-
-
-class _Gauges(Collector):
-    def __init__(self, metrics: DispatcherMetrics) -> None:
-        self._metrics = metrics
+        self._surveyed_at = -math.inf
 
     def collect(self) -> Iterable[Metric]:
-        view = self._metrics.view
-        is_fresh = view is not None and time.monotonic() < view.taken_at + STALE_S
-        yield GaugeMetricFamily("cutfleet_dispatcher_active", "1 if this dispatcher holds the lock.", int(is_fresh))
-        if view is None or not is_fresh:
-            return
-        yield _open_images(view)
-        yield _window(view)
-        yield from _queues(view)
-        yield _gauges("cutfleet_jobs", "Jobs that are not closed.", "state", _count_states(view.jobs))
-        yield _gauges("cutfleet_workers", "Live workers by model.", "model", view.workers)
-        yield GaugeMetricFamily("cutfleet_redis_memory_used_bytes", "Memory that Redis uses.", view.memory_used)
-        yield GaugeMetricFamily("cutfleet_redis_memory_limit_bytes", "Memory that Redis may use.", view.memory_limit)
+        is_fresh = time.monotonic() < self._surveyed_at + STALE_S
+        active = GaugeMetricFamily("cutfleet_dispatcher_active", "1 if this dispatcher holds the lock.", int(is_fresh))
+        return [active, *self._gauges] if is_fresh else [active]
 
 
-def _open_images(view: _View) -> Metric:
-    counts = {(lane, model): 0 for lane in LANES for model in view.models}
-    for job in view.jobs:
+def _open_images(jobs: Sequence[Job], models: Sequence[str]) -> Metric:
+    counts = {(lane, model): 0 for lane in LANES for model in models}
+    for job in jobs:
         if job.paused is None:
             counts[job.lane, job.model] += job.open
-    family = GaugeMetricFamily(
-        "cutfleet_images_open", "Images not final, of jobs that are not paused.", labels=("lane", "model")
+    text = "Images not final, of jobs that are not paused."
+    return _gauge("cutfleet_images_open", text, ["lane", "model"], counts)
+
+
+def _window(jobs: Sequence[Job], survey: Survey) -> Metric:
+    dead = sum(job.failed for job in jobs)
+    counts = {("ready",): survey.waiting, ("leased",): survey.leased, ("retrying",): survey.retry, ("dead",): dead}
+    return _gauge("cutfleet_images", "Images in the window, and failed images of open jobs.", ["state"], counts)
+
+
+def _queues(models: Sequence[str], survey: Survey) -> tuple[Metric, Metric]:
+    found = {(lane, model): survey.queues[queue_name(lane, model)] for model in models for lane in QUEUE_LANES}
+    counts = {labels: count for labels, (count, _) in found.items()}
+    ages = {labels: age_s for labels, (_, age_s) in found.items()}
+    return (
+        _gauge("cutfleet_queue_images", "Messages on the queue.", ["lane", "model"], counts),
+        _gauge("cutfleet_queue_oldest_seconds", "Age of the next message.", ["lane", "model"], ages),
     )
-    for labels, count in counts.items():
-        family.add_metric(labels, count)
-    return family
 
 
-def _window(view: _View) -> Metric:
-    survey = view.survey
-    dead = sum(job.failed for job in view.jobs)
-    counts = {"ready": survey.waiting, "leased": survey.leased, "retrying": survey.retry, "dead": dead}
-    return _gauges("cutfleet_images", "Images in the window, and failed images of open jobs.", "state", counts)
+def _job_states(jobs: Sequence[Job]) -> Metric:
+    found = collections.Counter(job.state for job in jobs)
+    counts = {(str(state),): found[state] for state in JobState if state is not JobState.CLOSED}
+    return _gauge("cutfleet_jobs", "Jobs that are not closed.", ["state"], counts)
 
 
-def _queues(view: _View) -> Iterable[Metric]:
-    labels = ("lane", "model")
-    length = GaugeMetricFamily("cutfleet_queue_images", "Messages on the queue.", labels=labels)
-    oldest = GaugeMetricFamily("cutfleet_queue_oldest_seconds", "Age of the next message.", labels=labels)
-    for model in view.models:
-        for lane in QUEUE_LANES:
-            count, age_s = view.survey.queues[queue_name(lane, model)]
-            length.add_metric((lane, model), count)
-            oldest.add_metric((lane, model), age_s)
-    return length, oldest
-
-
-def _count_states(jobs: Sequence[Job]) -> dict[str, int]:
-    counts = collections.Counter(job.state for job in jobs)
-    return {str(state): counts[state] for state in JobState if state is not JobState.CLOSED}
-
-
-def _gauges(name: str, description: str, label: str, counts: Mapping[str, int]) -> Metric:
-    family = GaugeMetricFamily(name, description, labels=(label,))
-    for value, count in counts.items():
-        family.add_metric((value,), count)
+def _gauge(name: str, text: str, labels: Sequence[str], values: Mapping[Any, float]) -> Metric:
+    """`values`: by the values of `labels`."""
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
     return family

@@ -74,34 +74,22 @@ def _arrivals(event: Mapping[str, Any]) -> Iterator[Arrival]:
     elif "Records" in event:
         for record in event["Records"]:
             if record["eventName"].removeprefix("s3:").startswith("ObjectCreated:"):
-                yield _from_s3(record["s3"])
+                key = unquote_plus(record["s3"]["object"]["key"], errors="strict")
+                yield _arrival(record["s3"], key, etag_field="eTag")
     elif "detail-type" in event:
         if event["detail-type"] == "Object Created":
-            yield _from_eventbridge(event["detail"])
+            yield _arrival(event["detail"], str(event["detail"]["object"]["key"]), etag_field="etag")
     elif "event_type" in event:
         yield from _from_seaweedfs(event)
     elif event.get("Event") != "s3:TestEvent":
         raise KeyError("Records, detail-type or event_type")
 
 
-def _from_s3(s3: Mapping[str, Any]) -> Arrival:
-    s3_object = s3["object"]
-    return Arrival(
-        Location(s3["bucket"]["name"], unquote_plus(s3_object["key"], errors="strict")),
-        str(s3_object.get("eTag", "")).strip('"'),
-        int(s3_object.get("size", -1)),
-        str(s3_object.get("sequencer", "")),
-    )
-
-
-def _from_eventbridge(detail: Mapping[str, Any]) -> Arrival:
-    s3_object = detail["object"]
-    return Arrival(
-        Location(detail["bucket"]["name"], str(s3_object["key"])),
-        str(s3_object.get("etag", "")).strip('"'),
-        int(s3_object.get("size", -1)),
-        str(s3_object.get("sequencer", "")),
-    )
+def _arrival(fields: Mapping[str, Any], key: str, *, etag_field: str) -> Arrival:
+    found = fields["object"]
+    etag = str(found.get(etag_field, "")).strip('"')
+    location = Location(fields["bucket"]["name"], key)
+    return Arrival(location, etag, int(found.get("size", -1)), str(found.get("sequencer", "")))
 
 
 def _from_seaweedfs(event: Mapping[str, Any]) -> Iterator[Arrival]:

@@ -8,12 +8,11 @@ import hmac
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jobs.errors import CutfleetError, SettingsError
-from producer.ingest.notifications import BadNotification, parse_notification
-from producer.ingest.watcher import Watcher
+from producer.ingest.notifications import Arrival, BadNotification, parse_notification
 
 try:
     import uvicorn
@@ -33,21 +32,18 @@ RETRY_AFTER_S = 5
 
 
 @contextmanager
-def receive_webhooks(watcher: Watcher, host: str, port: int, *, token: str) -> Iterator[None]:
-    """Serve in a thread until the block ends. Senders can connect before the block runs: a listing inside it misses
-    nothing that was written before. `token`: bearer token required from senders. Raises `SettingsError`
-    `cannot_listen`.
-    """
+def receive_webhooks(take: Callable[[list[Arrival]], int], host: str, port: int, *, token: str) -> Iterator[None]:
+    """Serve in a thread until the block ends. `take`: `Watcher.take`. Senders can connect before the block runs: a
+    listing inside it misses nothing that was written before. `token`: bearer token required from senders. Raises
+    `SettingsError` `cannot_listen`."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
     except OSError as exc:
-        raise SettingsError(
-            f"Can't listen at {host}:{port}: {exc}. Choose another --listen.", code="cannot_listen"
-        ) from exc
-    server = uvicorn.Server(
-        uvicorn.Config(_app(watcher, token), log_config=None, access_log=False, lifespan="off", workers=1)
-    )
+        text = f"Can't listen at {host}:{port}: {exc}. Choose another --listen."
+        raise SettingsError(text, code="cannot_listen") from exc
+    config = uvicorn.Config(_app(take, token), log_config=None, access_log=False, lifespan="off", workers=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: server.run([listener]), name="receiver")
     thread.start()
     try:
@@ -59,7 +55,7 @@ def receive_webhooks(watcher: Watcher, host: str, port: int, *, token: str) -> I
         listener.close()
 
 
-def _app(watcher: Watcher, token: str) -> Starlette:
+def _app(take: Callable[[list[Arrival]], int], token: str) -> Starlette:
     async def events(request: Request) -> Response:
         authorization = request.headers.get("authorization", "").encode("latin-1")  # the bytes as sent
         if not hmac.compare_digest(authorization, f"Bearer {token}".encode()):
@@ -68,7 +64,7 @@ def _app(watcher: Watcher, token: str) -> Starlette:
         if body is None:
             return _problem(413, "body_too_large", f"A notification has at most {MAX_BODY_BYTES:,} bytes.")
         try:
-            taken = await run_in_threadpool(lambda: watcher.take(parse_notification(body)))
+            taken = await run_in_threadpool(lambda: take(parse_notification(body)))
         except BadNotification as exc:
             log.warning("refused: %s", exc, extra={"action": "watch", "code": exc.code})
             return _problem(400, exc.code, str(exc))
@@ -97,8 +93,5 @@ async def _read_body(request: Request) -> bytes | None:
 
 def _problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse(
-        {"status": status, "code": code, "detail": detail},
-        status,
-        headers,
-        media_type="application/problem+json",
+        {"status": status, "code": code, "detail": detail}, status, headers, media_type="application/problem+json"
     )

@@ -10,6 +10,8 @@ A worker takes the version that it finds: an object that is replaced while its i
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -127,7 +129,7 @@ class Watcher:
         recent = (found for found in self._store.list_source(source) if found.modified >= since)
         for batch in _batched(recent, BURST):
             arrivals = [Arrival(source.at(found.key), found.etag, found.size) for found in batch]
-            taken += retry_until_stopped(lambda arrivals=arrivals: self.take(arrivals), stop)  # type: ignore[misc]
+            taken += _retry_until_stopped(lambda arrivals=arrivals: self.take(arrivals), stop)  # type: ignore[misc]
             if stop.is_set():
                 return taken
         self._ledger.watches.finish_sweep(self.id, began=began, keep_s=KEEP_S)
@@ -190,7 +192,45 @@ class Watcher:
         return self._store.head(arrival.location, role="source")
 
 
-def retry_until_stopped(work: Callable[[], int], stop: threading.Event) -> int:
+def run_watch(
+    watcher: Watcher, stop: threading.Event, *, queue: str | None, listen: str | None, token: str, sweep_every_s: float
+) -> None:
+    """Run SQS, webhook and sweeps side by side until `stop` is set. `queue`: URL of an SQS queue. `listen`: HOST:PORT
+    of the webhook. `token`: see `receive_webhooks`. Raises what ends one of them: `SettingsError`, or a bug."""
+    with contextlib.ExitStack() as stack:
+        if listen is not None:
+            from producer.ingest.receiver import receive_webhooks  # here, since it needs an extra
+
+            host, port = _parse_address(listen, token)
+            stack.enter_context(receive_webhooks(watcher.take, host, port, token=token))
+        work = [lambda: _repeat(lambda: watcher.sweep(stop), stop, pause_s=sweep_every_s)]
+        if queue is not None:
+            sqs_queue = stack.enter_context(SqsQueue(queue))
+            work.append(lambda: _repeat(lambda: watcher.take_messages(sqs_queue), stop, pause_s=0))
+        with concurrent.futures.ThreadPoolExecutor(len(work), "watch") as pool:
+            running = [pool.submit(part) for part in work]
+            concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            stop.set()  # an error in one ends the others
+            for part in running:
+                part.result()
+
+
+def _parse_address(listen: str, token: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    if not port.isdigit():
+        raise SettingsError(f"--listen must be HOST:PORT (is {listen!r}).")
+    if not token:
+        raise SettingsError("--listen needs CUTFLEET_WATCH_TOKEN: the bearer token required from webhook senders.")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _repeat(work: Callable[[], int], stop: threading.Event, *, pause_s: float) -> None:
+    while not stop.is_set():
+        _retry_until_stopped(work, stop)
+        stop.wait(pause_s)
+
+
+def _retry_until_stopped(work: Callable[[], int], stop: threading.Event) -> int:
     """Return what `work` returns once it succeeds, or 0 once `stop` is set. Retries while Redis, S3 or SQS is
     unavailable: `work` must be safe to repeat. Raises `SettingsError`: waiting does not help."""
     pause_s, errors = 1.0, RepeatedErrors(log, action="watch")

@@ -30,7 +30,7 @@ from jobs.settings import Settings
 from producer.records.cost import estimate_cost
 from producer.records.failures import failures_on_disk, json_row
 from producer.records.fenced_put import put_if_ours
-from producer.records.job_record import SUMMARY, read_optional
+from producer.records.job_record import read_optional
 from producer.records.manifest import PART_ROWS, pack, read_part, unpack
 
 _SUCCEEDED = {ImageState.DONE: "done", ImageState.REVIEW: "done, to be reviewed", ImageState.SKIPPED: "skipped"}
@@ -82,15 +82,14 @@ def read_report(job: Job, tasks: Sequence[ImageTask], *, store: Store) -> tuple[
     return [ImageState.FAILED if t.index in failures else s for t, s in zip(tasks, states, strict=True)], failures
 
 
-def read_closed_record(folder: Location, store: Store) -> dict[str, Any] | None:
-    """Return the fields of a job's summary.json once it is closed, else of its job.json; None when there is neither.
-    Raises `ValueError` for text that is not JSON. `folder`: s3://BUCKET/TO/_cutfleet/JOB/."""
-    for name in (SUMMARY, "job.json"):
-        body, _ = read_optional(store, folder.below(name))
-        if body:
-            fields: dict[str, Any] = json.loads(body)
-            return fields
-    return None
+def read_record_fields(location: Location, store: Store) -> dict[str, Any] | None:
+    """Return the fields of a job's summary.json or job.json; None when there is no such object. Raises `ValueError` for
+    text that is not JSON."""
+    body, etag = read_optional(store, location)
+    if not etag:
+        return None
+    fields: dict[str, Any] = json.loads(body)
+    return fields
 
 
 def read_made(location: Location, store: Store) -> list[tuple[str, str]]:

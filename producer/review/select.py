@@ -23,7 +23,7 @@ from jobs.message import RENDER_POOL, ImageTask
 from jobs.preview import Preview
 from jobs.results import Failure
 from jobs.s3.client import Store
-from producer.console.progress import Counter, wait_until_closed
+from producer.console.progress import progress, wait_until_closed
 from producer.records.failures import all_failures
 from producer.records.manifest import PART_ROWS, ManifestReader
 from producer.review.page import Row, write_page
@@ -85,9 +85,9 @@ def write_review(
             wait_until_closed(previews.id, ledger, timeout_s=None)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"review-{job.id}.html"
-    with Counter("images on the page") as counter:
+    with progress("images on the page") as update:
         rows = _read_rows(job, candidates, previews, store=store, ledger=ledger)
-        write_page(job, _counted(rows, counter), page, available=available)
+        write_page(job, _counted(rows, update), page, available=available)
     return page
 
 
@@ -183,9 +183,9 @@ def _read_preview(candidate: Candidate, failure: Failure | None, job: Job, store
     return Preview.from_json(body)
 
 
-def _counted(rows: Iterable[Row], counter: Counter) -> Iterator[Row]:
+def _counted(rows: Iterable[Row], update: Callable[[int], None]) -> Iterator[Row]:
     for count, row in enumerate(rows, 1):
-        counter.update(count)
+        update(count)
         yield row
 
 

@@ -24,7 +24,7 @@ def submit_rerender(
 ) -> Job:
     """Submit a job for the images of `job` that have a cutout now. It uses the renditions of `recipe`, their names,
     rules, delivery and review; the cutout's own settings stay. Raises `JobError` `nothing_to_render`, and what `submit`
-    raises. """
+    raises."""
     cut = job.recipe
     merged = dataclasses.replace(
         recipe,

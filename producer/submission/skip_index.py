@@ -32,7 +32,8 @@ from jobs.s3.listing import LISTERS
 from jobs.s3.location import Location, parse_destination
 from jobs.s3.names import RECORDS, record_path
 from producer.records.destination_index import DestinationIndex, empty_index
-from producer.records.report import read_closed_record, read_made
+from producer.records.job_record import SUMMARY
+from producer.records.report import read_made, read_record_fields
 
 log = logging.getLogger(__name__)
 
@@ -241,9 +242,15 @@ def _past_jobs(job: Job, store: Store) -> list[_PastJob]:
 
 
 def _past_job(folder: Location, store: Store) -> _PastJob | None:
-    with _naming_damage(folder):
-        fields = read_closed_record(folder, store)
-        return None if fields is None else _PastJob.from_fields(fields)
+    """Return a job by its summary once it is closed, else by its job.json; None when there is neither. Raises
+    `_RecordUnreadable`."""
+    for name in (SUMMARY, "job.json"):
+        location = folder.below(name)
+        with _naming_damage(location):
+            fields = read_record_fields(location, store)
+            if fields is not None:
+                return _PastJob.from_fields(fields)
+    return None
 
 
 def _makes_only(fingerprint: str, other: Job, job: Job, ledger: Ledger) -> bool:

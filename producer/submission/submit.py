@@ -3,7 +3,7 @@ resumed or repeated.
 
 A backfill is listed into manifest parts. Each part is in S3 before the ledger counts it, and the dispatcher feeds
 counted parts while listing continues. A live job of up to `MAX_LIVE` images needs no parts: one step puts it in the
-ledger and on its queue. """
+ledger and on its queue."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def submit(
     retry(lambda: ledger.jobs.create(job), begun=False)
     lister = retry(lambda: ledger.jobs.take_listing(job.id), begun=True)
     with build_skip_index(job, store, ledger, at_least=len(head), is_whole=len(head) <= MAX_LIVE) as index:
-        listing = _Listing(job, lister, store, ledger, index, listed=listed, waiting=waiting)
+        listing = _Listing(job, lister, store, ledger, index, listed, waiting)
         return listing.add(itertools.chain(head, rows), first_part=0)
 
 
@@ -95,7 +95,7 @@ def resume(
         _unlisted_rows(job, request, store) as rows,
         build_skip_index(job, store, ledger, at_least=1, is_whole=False) as index,
     ):
-        listing = _Listing(job, lister, store, ledger, index, listed=listed, waiting=waiting)
+        listing = _Listing(job, lister, store, ledger, index, listed, waiting)
         return listing.add(rows, first_part=job.parts)
 
 
@@ -150,59 +150,42 @@ def queue_live(job: Job, rows: Sequence[S3Object], ledger: Ledger, *, lease_s: f
     return ledger.jobs.create_live(job, [live_row(i, row, job) for i, row in enumerate(rows)], lease_s=lease_s)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Listing:
-    """Writes rows as parts of the manifest, and counts each in the ledger."""
+    """Writes rows as parts of the manifest, and counts each in the ledger. `lister`: token of `take_listing`."""
 
-    def __init__(
-        self,
-        job: Job,
-        lister: str,
-        store: Store,
-        ledger: Ledger,
-        index: SkipIndex | None,
-        *,
-        listed: Callable[[int], None],
-        waiting: WaitNotice,
-    ) -> None:
-        """`lister`: token of `take_listing`."""
-        self._job = job
-        self._lister = lister
-        self._store = store
-        self._ledger = ledger
-        self._index = index
-        self._listed = listed
-        self._waiting = waiting
+    job: Job
+    lister: str
+    store: Store
+    ledger: Ledger
+    index: SkipIndex | None
+    listed: Callable[[int], None]
+    waiting: WaitNotice
 
     def add(self, rows: Iterable[S3Object], *, first_part: int) -> Job:
         """Raises `JobError`: `job_cancelled`, or `job_busy` when another process lists the job now."""
-        if self._index is not None:
-            index = self._index
-            rows = (dataclasses.replace(row, hint=index.hint(row)) for row in rows)
-        else:
-            rows = (dataclasses.replace(row, hint="") for row in rows)
+        jobs, job_id = self.ledger.jobs, self.job.id
+        rows = (dataclasses.replace(row, hint=self.index.hint(row) if self.index else "") for row in rows)
+        fingerprint = self.index.fingerprint if self.index else ""
         count = first_part * PART_ROWS
         for part, batch in in_parts(rows, first_number=first_part):
-            is_next = functools.partial(self._ledger.jobs.is_next_part, self._job.id, part.number, lister=self._lister)
-            is_ours = write_part(self._store, self._job, part, batch, is_next=is_next)
+            is_next = functools.partial(jobs.is_next_part, job_id, part.number, lister=self.lister)
+            is_ours = write_part(self.store, self.job, part, batch, is_next=is_next)
+            skipped = [row.hint == "known" for row in batch]
+            first = part.number * PART_ROWS
             add_part = functools.partial(
-                self._ledger.jobs.add_part,
-                self._job.id,
-                self._lister,
-                part,
-                first=part.number * PART_ROWS,
-                skipped=[row.hint == "known" for row in batch],
-                fingerprint=self._index.fingerprint if self._index else "",
+                jobs.add_part, job_id, self.lister, part, first=first, skipped=skipped, fingerprint=fingerprint
             )
-            if not is_ours or not _retry_while_full(add_part, job=self._job, waiting=self._waiting, begun=True):
+            if not is_ours or not _retry_while_full(add_part, job=self.job, waiting=self.waiting, begun=True):
                 raise self._interrupted()
             count += part.count
-            self._listed(count)
-        return _end_listing(self._job, self._store, self._ledger)
+            self.listed(count)
+        return _end_listing(self.job, self.store, self.ledger)
 
     def _interrupted(self) -> JobError:
-        if self._ledger.jobs.get(self._job.id).cancelled:
-            return JobError(f"Job {self._job.id} was cancelled while it was being listed.", code="job_cancelled")
-        return JobError(f"Another process is listing job {self._job.id} now.", code="job_busy")
+        if self.ledger.jobs.get(self.job.id).cancelled:
+            return JobError(f"Job {self.job.id} was cancelled while it was being listed.", code="job_cancelled")
+        return JobError(f"Another process is listing job {self.job.id} now.", code="job_busy")
 
 
 @contextlib.contextmanager

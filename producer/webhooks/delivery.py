@@ -2,20 +2,24 @@
 
 Delivery is at least once. An event waits in the ledger until the receiver answers 2xx or 410, or `MAX_ATTEMPTS`
 deliveries have failed in about two days; then the job counts it as undelivered, and `cutfleet webhooks replay JOB`
-makes it due again.
+makes it due again. Bodies describe the state at the time of delivery.
 """
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
+import hmac
 import http.client
+import json
 import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,10 +30,10 @@ from jobs.ledger.connection import MAX_ROWS
 from jobs.ledger.images import ImageResult
 from jobs.ledger.outbox import Event
 from jobs.logs import RepeatedErrors
+from jobs.message import ImageTask
 from jobs.s3.client import Store
 from jobs.settings import Settings
 from producer.records.manifest import ManifestReader
-from producer.webhooks.payload import Payload, image_payload, job_payload
 from producer.webhooks.safe_post import TargetRefused, check_target, post
 
 log = logging.getLogger(__name__)
@@ -88,29 +92,18 @@ def delivering(ledger: Ledger, store: Store, settings: Settings, stop: threading
         thread.join()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    """`status`: of HTTP; 0: no answer. `reason`: never holds the URL, which may contain a secret."""
-
-    status: int
-    reason: str
-
-    @property
-    def is_success(self) -> bool:
-        return 200 <= self.status < 300
-
-
 class Deliverer:
     """Delivers due events. A receiver gets its next events when its last deliveries have ended, so that a slow or
     unreachable one delays no other."""
 
     def __init__(self, ledger: Ledger, store: Store, settings: Settings) -> None:
         self._ledger = ledger
-        self._store = store
         self._settings = settings
         self._running: dict[concurrent.futures.Future[None], str] = {}
         self._failing_receivers: set[str] = set()
-        self._manifest = functools.lru_cache(maxsize=CACHED_MANIFESTS)(self._open_manifest)
+        self._manifest = functools.lru_cache(maxsize=CACHED_MANIFESTS)(
+            lambda job_id: ManifestReader(ledger.jobs.get(job_id), store, ledger)
+        )
 
     def run(self, stop: threading.Event) -> None:
         """Deliver until `stop` is set, through outages of Redis."""
@@ -148,52 +141,95 @@ class Deliverer:
             self._ledger.outbox.finish(event, delivered=False)
             return
         result = self._ledger.images.result(job_id, int(index)) if index else None
-        is_open = result.state is ImageState.OPEN if result else job.closed is None
-        if is_open:  # it was reopened: its next end makes another event
+        if (
+            result.state is ImageState.OPEN if result else job.closed is None
+        ):  # it was reopened: its next end makes another event
             self._ledger.outbox.finish(event, delivered=True)
             return
-        self._record(event, job, self._post(event, job, result))
+        self._record(event, job, *self._post(event, job, result))
 
-    def _post(self, event: Event, job: Job, result: ImageResult | None) -> _Answer:
+    def _post(self, event: Event, job: Job, result: ImageResult | None) -> tuple[int, str]:
+        """Return the HTTP status, 0 without an answer, and the reason of a failure, never with the URL: it may contain
+        a secret. `result`: of an image; None: the event is the job's."""
         secrets, private = self._settings.webhook_secret, self._settings.webhook_private
         if not secrets:
-            return _Answer(0, "CUTFLEET_WEBHOOK_SECRET is not set")
+            return 0, "CUTFLEET_WEBHOOK_SECRET is not set"
         try:
-            payload = self._make_payload(event, job, result)
+            if result is None:
+                payload = _job_payload(job)
+            else:
+                (task,) = self._manifest(job.id).find(int(event.id.rpartition(":")[2]))
+                payload = _image_payload(job, task, result)
             headers = payload.signed_headers(secrets, now=time.time())
             status = post(job.webhook, payload.body, headers, private=private)
-        except (CutfleetError, OSError, http.client.HTTPException) as exc:
-            return _Answer(0, f"{type(exc).__name__}: {exc}")
-        except Exception as exc:  # it uses up an attempt, so that it can't repeat for ever
-            log.exception("unexpected error", extra={"action": "webhook", "event": event.id})
-            return _Answer(0, f"{type(exc).__name__}: {exc}")
-        return _Answer(status, f"the receiver answered {status}")
+        except Exception as exc:
+            if not isinstance(exc, (CutfleetError, OSError, http.client.HTTPException)):
+                log.exception("unexpected error", extra={"action": "webhook", "event": event.id})
+            return 0, f"{type(exc).__name__}: {exc}"  # it uses up an attempt, so that it can't repeat for ever
+        return status, f"the receiver answered {status}"
 
-    def _make_payload(self, event: Event, job: Job, result: ImageResult | None) -> Payload:
-        """`result`: of an image; None: the event is the job's."""
-        if result is None:
-            return job_payload(job)
-        index = int(event.id.rpartition(":")[2])
-        (task,) = self._manifest(job.id).find(index)
-        return image_payload(job, task, result)
-
-    def _record(self, event: Event, job: Job, answer: _Answer) -> None:
+    def _record(self, event: Event, job: Job, status: int, reason: str) -> None:
         fields: dict[str, Any] = {"action": "webhook", "event": event.id, "attempt": event.tries + 1}
-        if answer.is_success:
+        if 200 <= status < 300:
             self._failing_receivers.discard(event.receiver)
             self._ledger.outbox.finish(event, delivered=True)
             log.info("delivered", extra=fields)
             return
         self._failing_receivers.add(event.receiver)
-        if answer.status == GONE or event.tries + 1 >= MAX_ATTEMPTS:
+        if status == GONE or event.tries + 1 >= MAX_ATTEMPTS:
             self._ledger.outbox.finish(event, delivered=False)
             text = "given up: %s; `cutfleet webhooks replay %s` delivers it again"
-            log.error(text, answer.reason, job.id, extra=fields)
+            log.error(text, reason, job.id, extra=fields)
         else:
             pause_s = min(MAX_PAUSE_S, self._settings.retry_base_s * BACKOFF_FACTOR**event.tries)
             pause_s *= random.uniform(1 - JITTER, 1)  # noqa: S311
             self._ledger.outbox.retry_later(event, pause_s=pause_s)
-            log.warning("delivery failed: %s", answer.reason, extra=fields | {"seconds": round(pause_s, 1)})
+            log.warning("delivery failed: %s", reason, extra=fields | {"seconds": round(pause_s, 1)})
 
-    def _open_manifest(self, job_id: str) -> ManifestReader:
-        return ManifestReader(self._ledger.jobs.get(job_id), self._store, self._ledger)
+
+@dataclasses.dataclass(frozen=True)
+class Payload:
+    """An event as a receiver gets it, by Standard Webhooks: `id` is the same for each delivery and replay of the event,
+    so that a receiver can drop duplicates; an event that happens again, as after a retry, has another one."""
+
+    id: str
+    body: bytes
+
+    def signed_headers(self, secrets: str, *, now: float) -> dict[str, str]:
+        """Sign "id.timestamp.body" with each of `secrets`: one or two of `whsec_...`, separated by a space. `now`: Unix
+        time."""
+        timestamp = str(int(now))
+        content = f"{self.id}.{timestamp}.".encode() + self.body
+        keys = [base64.b64decode(secret.removeprefix("whsec_")) for secret in secrets.split()]
+        signatures = [base64.b64encode(hmac.digest(key, content, hashlib.sha256)).decode() for key in keys]
+        return {
+            "Content-Type": "application/json",
+            "User-Agent": "cutfleet",
+            "webhook-id": self.id,
+            "webhook-timestamp": timestamp,
+            "webhook-signature": " ".join(f"v1,{signature}" for signature in signatures),
+        }
+
+
+def _job_payload(job: Job) -> Payload:
+    data = job.summary() | {"report": str(job.record_path("report/"))}
+    return _make_payload("job.closed", f"{job.id}-closed-{round(1000 * (job.closed or 0))}", data)
+
+
+def _image_payload(job: Job, task: ImageTask, result: ImageResult) -> Payload:
+    needs_review = result.state is ImageState.REVIEW
+    state = "done" if needs_review else result.state.name.lower()
+    paths = job.paths(task.key)
+    data = {"job": job.id, "index": task.index, "source": str(paths.source), "state": state, "review": needs_review}
+    if result.state.has_outputs:
+        data |= {"cutout": str(paths.cutout), "mask": str(paths.mask)}
+    elif result.failure:
+        data |= {"code": result.failure.code, "message": result.failure.message}
+    reopened = f"-{result.reopened}" if result.reopened else ""
+    return _make_payload(f"image.{state}", f"{job.id}-{task.index}-{state}{reopened}", data)
+
+
+def _make_payload(event_type: str, event_id: str, data: Mapping[str, Any]) -> Payload:
+    timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    body = json.dumps({"type": event_type, "timestamp": timestamp, "data": data}, ensure_ascii=False)
+    return Payload(event_id, body.encode())

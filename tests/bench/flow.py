@@ -69,16 +69,8 @@ class Fleet:
     ) -> Flow:
         """Cut out everything in `bucket`. `slots`: of all workers together. `target`: an existing bucket that is kept;
         None: a bucket for this run."""
-        assert self.dispatcher is not None
-        assert self.stack.valkey is not None
-        assert self.stack.s3 is not None
-        pids = {
-            "worker": [worker.pid for worker in workers],
-            "store": [self.stack.s3.pid],
-            "broker": [self.stack.valkey.pid],
-            "dispatcher": [self.dispatcher.pid],
-        }
         self._jobs += 1
+        pids = self._pids(workers)
         with self.stack.store() as store, self.stack.ledger() as ledger:
             to = target or f"{bucket}-results-{self._jobs}"
             if target is None:
@@ -93,20 +85,34 @@ class Fleet:
             )
             began = time.monotonic()
             job = submit(request, store=store, ledger=ledger, lease_s=60, listed=lambda _: None)
-            samples = []
-            deadline = time.monotonic() + DEADLINE_S
-            while True:
-                job = ledger.jobs.get(job.id)
-                assert not job.failed, f"images failed in job {job.id}; see {self.stack.folder}"
-                samples.append(
-                    _Sample(time.monotonic(), job.done, _cpu_s(pids), _resident_mb(pids["worker"]), _idle_s())
-                )
-                if job.done == job.total:
-                    if target is None:
-                        self._drop(job.id, to, ledger)
-                    return _measure_flow(samples, slots, began=began)
-                assert time.monotonic() < deadline, f"{job.done} of {job.total} after {DEADLINE_S} s"
-                time.sleep(_POLL_S)
+            samples = self._sample(job.id, pids, ledger)
+            if target is None:
+                self._drop(job.id, to, ledger)
+            return _measure_flow(samples, slots, began=began)
+
+    def _pids(self, workers: Sequence[Process]) -> dict[str, list[int]]:
+        assert self.dispatcher is not None
+        assert self.stack.valkey is not None
+        assert self.stack.s3 is not None
+        return {
+            "worker": [worker.pid for worker in workers],
+            "store": [self.stack.s3.pid],
+            "broker": [self.stack.valkey.pid],
+            "dispatcher": [self.dispatcher.pid],
+        }
+
+    def _sample(self, job_id: str, pids: Mapping[str, Sequence[int]], ledger: Ledger) -> list[_Sample]:
+        """Sample until the last image is done. Raises `AssertionError` when an image fails."""
+        samples: list[_Sample] = []
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            job = ledger.jobs.get(job_id)
+            assert not job.failed, f"images failed in job {job_id}; see {self.stack.folder}"
+            samples.append(_Sample(time.monotonic(), job.done, _cpu_s(pids), _resident_mb(pids["worker"]), _idle_s()))
+            if job.done == job.total:
+                return samples
+            assert time.monotonic() < deadline, f"{job.done} of {job.total} after {DEADLINE_S} s"
+            time.sleep(_POLL_S)
 
     def _drop(self, job: str, bucket: str, ledger: Ledger) -> None:
         """Delete a bucket with its objects, so that rounds do not fill the disk. Waits until the job is closed: its

@@ -20,7 +20,7 @@ from jobs.s3.listing import list_in_parallel
 from jobs.s3.location import Location
 from producer.demo.local_stack import ACCESS_KEY, SECRET_KEY, LocalStack
 from tests.bench.report import Row, row, run_benchmark
-from tests.faults.proxy import Wire
+from tests.faults.wire import Wire
 
 BUCKET = Location("listed", "")
 

@@ -31,9 +31,10 @@ from tests.faults.invariants import assert_exact, read_masks
 from tests.faults.plain_celery import make_plain_app
 from tests.faults.proc import resident_mb
 from tests.faults.processes import ForkedProcesses
-from tests.faults.proxy import S3Proxy, Wire
 from tests.faults.random_faults import FAULTS
+from tests.faults.s3_proxy import S3Proxy
 from tests.faults.stand_in_settings import MODEL
+from tests.faults.wire import Wire
 from tests.support.images import put_images
 from tests.support.places import Places, plain_client
 from tests.support.waiting import wait_until

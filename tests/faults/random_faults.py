@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import redis
 
-from tests.faults.proxy import Fault
+from tests.faults.s3_proxy import Fault
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ import redis
 from producer.demo.local_stack import free_port
 from tests.faults.fleet import Fleet, Submit
 from tests.faults.fork_server import ForkServer
-from tests.faults.proxy import Fault, S3Proxy, Wire
+from tests.faults.s3_proxy import Fault, S3Proxy
 from tests.faults.stand_in_settings import MODEL
+from tests.faults.wire import Wire
 from tests.support import prometheus
 from tests.support.images import put_images
 from tests.support.places import Places

@@ -14,8 +14,7 @@ import redis
 from click.testing import CliRunner, Result
 
 from jobs.s3.location import Location
-from producer.audit.audited_job import AuditedJob
-from producer.audit.rebuild import rebuild
+from producer.audit.rebuild import AuditedJob, rebuild
 from producer.cli.main import main
 from tests.faults.fleet import IMAGES, Fleet, Reference, Submit
 from tests.faults.invariants import assert_exact

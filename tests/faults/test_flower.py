@@ -12,7 +12,7 @@ import redis
 from producer.demo.local_stack import Process, inherited_environment
 from tests.faults.fleet import IMAGES, Fleet, Reference, Submit
 from tests.faults.invariants import assert_exact
-from tests.faults.proxy import Wire
+from tests.faults.wire import Wire
 from tests.support.flower import Flower
 from tests.support.images import put_images
 from tests.support.places import Places

@@ -13,7 +13,7 @@ import redis
 from jobs.message import queue_name
 from tests.faults.fleet import Fleet
 from tests.faults.invariants import assert_exact
-from tests.faults.proxy import S3Proxy
+from tests.faults.s3_proxy import S3Proxy
 from tests.faults.stand_in_settings import MODEL
 from tests.support.images import put_images
 from tests.support.places import Places

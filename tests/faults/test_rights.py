@@ -19,7 +19,7 @@ from jobs.errors import ServiceUnavailable
 from jobs.ledger import Ledger
 from producer.demo.local_stack import Process, free_port, valkey_program
 from tests.faults.fleet import Fleet
-from tests.faults.proxy import Wire
+from tests.faults.wire import Wire
 from tests.support.environment import ROOT
 from tests.support.flower import Flower
 from tests.support.images import put_images

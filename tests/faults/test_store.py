@@ -12,7 +12,8 @@ import pytest
 from tests.faults.fleet import Fleet, Reference, Submit
 from tests.faults.invariants import assert_exact
 from tests.faults.processes import LONG_LEASE_S
-from tests.faults.proxy import Fault, S3Proxy, Wire
+from tests.faults.s3_proxy import Fault, S3Proxy
+from tests.faults.wire import Wire
 from tests.support.images import put_images, sample_image
 from tests.support.places import Places
 from tests.support.waiting import wait_until

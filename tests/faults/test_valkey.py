@@ -10,7 +10,7 @@ import redis
 
 from tests.faults.fleet import IMAGES, Fleet, Reference, Submit
 from tests.faults.invariants import assert_exact
-from tests.faults.proxy import Wire
+from tests.faults.wire import Wire
 from tests.support.images import put_images
 from tests.support.places import Places
 from tests.support.waiting import wait_until

@@ -16,7 +16,7 @@ from jobs.ledger import Ledger
 from producer.demo.local_stack import LocalStack, inherited_environment
 from producer.records.manifest import PART_ROWS, read_part
 from tests.bench.simulated import DESTINATION, MODEL, SOURCE, Consumer, send_heartbeat
-from tests.faults.proxy import Fault, S3Proxy
+from tests.faults.s3_proxy import Fault, S3Proxy
 from tests.support.environment import ROOT
 from tests.support.listing_server import KEYS, LAST, assert_manifest_is_exact, serve_keys
 from tests.support.waiting import wait_until

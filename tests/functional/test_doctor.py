@@ -31,7 +31,8 @@ from producer.doctor.checks import examine
 from producer.doctor.findings import Finding, Level, is_well
 from producer.submission.request import Request
 from producer.submission.submit import submit
-from tests.faults.proxy import Fault, S3Proxy, Wire
+from tests.faults.s3_proxy import Fault, S3Proxy
+from tests.faults.wire import Wire
 from tests.support.environment import Run, own_redis_url
 from tests.support.images import put_images
 from tests.support.places import Places

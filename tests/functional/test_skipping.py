@@ -22,7 +22,7 @@ from producer.demo.local_stack import LocalStack
 from producer.submission.request import Request
 from producer.submission.skip_index import build_skip_index, served_fingerprint
 from producer.submission.submit import draft_job
-from tests.faults.proxy import S3Proxy
+from tests.faults.s3_proxy import S3Proxy
 from tests.support.environment import Run
 from tests.support.images import put_images, sample_image
 from tests.support.places import Places, delete_object, fetch_output

@@ -33,8 +33,7 @@ from jobs.sqs import SqsMessage, SqsQueue
 from producer.demo.local_stack import LocalStack, Process, free_port, inherited_environment
 from producer.ingest import watcher as watcher_module
 from producer.ingest.notifications import Arrival
-from producer.ingest.run import run_watch
-from producer.ingest.watcher import BacklogFull, Watcher
+from producer.ingest.watcher import BacklogFull, Watcher, run_watch
 from producer.submission.request import Request
 from tests.support.environment import Run
 from tests.support.images import put_images

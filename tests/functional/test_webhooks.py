@@ -22,8 +22,7 @@ from jobs.settings import Settings
 from producer.demo.local_stack import LocalStack
 from producer.dispatcher.dispatcher import Dispatcher
 from producer.records import failures
-from producer.webhooks.delivery import Deliverer, check_webhook, delivering, replay
-from producer.webhooks.payload import Payload
+from producer.webhooks.delivery import Deliverer, Payload, check_webhook, delivering, replay
 from tests.support.environment import Run, own_redis_url
 from tests.support.places import Places
 from tests.support.submissions import submit_keys

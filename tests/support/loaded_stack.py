@@ -17,7 +17,8 @@ from jobs.recipe import Recipe
 from producer.demo.local_stack import LocalStack, free_port
 from producer.submission.request import Request
 from producer.submission.submit import submit
-from tests.faults.proxy import Fault, S3Proxy, Wire
+from tests.faults.s3_proxy import Fault, S3Proxy
+from tests.faults.wire import Wire
 from tests.support.images import put_images
 from tests.support.places import Places
 from tests.support.prometheus import Prometheus, panel_queries

@@ -1,7 +1,7 @@
 """Write the results of one image to S3. Readers never see a part of them, and nothing newer is overwritten.
 
-Renditions are written first, then the mask, then the cutout, whose metadata names the ETags of the others: a reader who sees
-the cutout can read the rest. Each write is conditional: on no object, or on the one that was there at the claim.
+Renditions are written first, then the mask, then the cutout, whose metadata names the ETags of the others: a reader who
+sees the cutout can read the rest. Each write is conditional: on no object, or on the one that was there at the claim.
 
 Object metadata (ASCII, below 2 KB): cf-source (SHA-256 of the source's s3:// name), cf-source-etag, cf-fingerprint,
 cf-model, cf-revision, cf-licence, cf-job; on the cutout also cf-mask-etag, cf-renditions (ETags in the recipe's order,

@@ -1,5 +1,5 @@
 """ImageTask: the versioned JSON that one Celery message carries, and the queues that it travels on. A message is only a
-hint: the ledger decides.
+hint: the ledger decides. `jobs/envelope.py` renders the whole message as Celery reads it.
 
 Version 1: {"v": 1, "job": str, "index": int, "key": str, "etag": str, "size": int, "lane": "live" | "backfill"} and an
 optional "hint": "new" | "known" | "archived". Fields are added, never renamed; the previous version is read for one

@@ -1,4 +1,5 @@
-"""Maps what botocore raises to our errors. The same S3 answer means another error for a source than for an output."""
+"""Maps what botocore raises to our errors. The same S3 answer means another error for a source than for an output. What
+follows from an error is decided by `workers/tasks/task.py` and `workers/tasks/retry.py`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The dispatcher: feeds the queues, publishes again what was lost, releases due retries, and closes jobs, in one turn a
-second.
+"""The dispatcher: feeds the queues, publishes again what was lost, releases due retries, pauses jobs with too many
+failures, and closes jobs, in one turn a second.
 
 One dispatcher is active, by a lock that it renews; others stand by. Each script checks the lock's fencing token, so a
 dispatcher that lost the lock while it was frozen changes nothing. It may be killed at any line: the next one continues

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import sys
@@ -42,34 +43,30 @@ class _Summary:
 
     def __init__(self) -> None:
         self.unrepaired = 0
-        self._counts: dict[str, int] = {}
-        self._examples: dict[str, list[Disagreement]] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._examples: dict[str, list[Disagreement]] = collections.defaultdict(list)
 
     def add(self, found: Disagreement) -> None:
         self.unrepaired += not found.repaired
-        self._counts[found.code] = self._counts.get(found.code, 0) + 1
-        examples = self._examples.setdefault(found.code, [])
-        if len(examples) < EXAMPLES:
-            examples.append(found)
+        self._counts[found.code] += 1
+        if self._counts[found.code] <= EXAMPLES:
+            self._examples[found.code].append(found)
 
     def print(self, *, repair: bool) -> None:
         for code, count in self._counts.items():
-            self._print_kind(code, count)
-        total = sum(self._counts.values())
+            click.echo(f"{code}: {count}")
+            for found in self._examples[code]:
+                key = f"{found.key}: " if found.key else ""
+                click.echo(f"  {key}{found.what}" + (f"  -> {found.repaired}" if found.repaired else ""))
+            if count > EXAMPLES:
+                click.echo(f"  and {count - EXAMPLES} more: --json lists them all")
+        total = self._counts.total()
         if not total:
             click.echo("Nothing disagrees.", err=True)
         elif repair:
             click.echo(f"{total - self.unrepaired} repaired, {self.unrepaired} not.", err=True)
         else:
             click.echo("--repair repairs all but objects to delete and data that is lost for good.", err=True)
-
-    def _print_kind(self, code: str, count: int) -> None:
-        click.echo(f"{code}: {count}")
-        for found in self._examples[code]:
-            key = f"{found.key}: " if found.key else ""
-            click.echo(f"  {key}{found.what}" + (f"  -> {found.repaired}" if found.repaired else ""))
-        if count > EXAMPLES:
-            click.echo(f"  and {count - EXAMPLES} more: --json lists them all")
 
 
 COMMANDS = (audit,)

@@ -9,6 +9,7 @@ import click
 from jobs.errors import JobClosed, SettingsError
 from jobs.message import LANES
 from producer.cli.session import open_ledger, open_services
+from producer.console.output import format_count
 
 if TYPE_CHECKING:
     from jobs.message import Lane
@@ -34,7 +35,6 @@ def tune(job: str, weight: int | None, rate: float | None, lane: Lane | None) ->
 @click.option("--code", metavar="C", help="Only images that failed with this code.")
 def retry(job: str, code: str | None) -> None:
     """Retry a job's failed images, in the version that their sources have now. Reopens a closed job."""
-    from producer.console.output import format_count
     from producer.records.failures import replay
 
     with open_services() as (_, ledger, store):

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from jobs.errors import CutfleetError, ServiceUnavailable, TransientError
-from producer.cli import audit, catalogue, control, fleet, services, status, submit
+from producer.cli import audit, catalogue, control, services, status, submit
 from producer.cli.session import ExitCode
 
 
@@ -33,6 +33,6 @@ def main() -> None:
     """Background removal for every image under an S3 prefix: a cutout, a mask and a recorded result for each."""
 
 
-for _module in (submit, status, control, audit, services, catalogue, fleet):
+for _module in (submit, status, control, audit, services, catalogue):
     for _command in _module.COMMANDS:
         main.add_command(_command)

@@ -1,4 +1,4 @@
-"""Options that several commands share, each group as one value."""
+"""Options that several commands share; a group of them is one value."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ import click
 
 from jobs.errors import SettingsError
 from jobs.message import LANES, RENDER_POOL
-from jobs.s3.location import Location
+from jobs.s3.location import Location, parse_destination
 
 if TYPE_CHECKING:
-    from jobs.message import Lane
     from jobs.recipe import Recipe
     from jobs.settings import Settings
-    from producer.submission.request import LineReport, ListingFilter
+    from producer.submission.request import ListingFilter
 
 _MB = click.FloatRange(min=0)
+_BAD_LINES = click.Choice(["stop", "skip"])
 _DATE = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
 _Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+PREFIX = "s3://BUCKET/PREFIX"
+destination_option = functools.partial(click.option, "--to", "destination", metavar=PREFIX, type=parse_destination)
+lane_option = click.option(
+    "--lane", type=click.Choice(LANES), default="backfill", show_default=True, help="Workers take live images first."
+)
+webhook_option = click.option(
+    "--webhook", metavar="URL", default="", help="POST a signed event to URL when the job closes."
+)
+webhook_images_option = click.option("--webhook-images", is_flag=True, help="POST an event for each final image, too.")
 
 
 def option_group(name: str, build: type[Any], *options: Callable[..., Any]) -> _Decorator:
@@ -100,23 +110,18 @@ class SourceOptions:
             )
         return listing_filter
 
-    def line_report(self) -> LineReport:
-        from producer.submission.request import refuse_line
-
-        return refuse_line if self.bad_lines == "stop" else _print_bad_line
-
 
 source_options = option_group(
     "source",
     SourceOptions,
-    click.argument("source", metavar="s3://BUCKET/PREFIX", type=Location.parse),
+    click.argument("source", metavar=PREFIX, type=Location.parse),
     click.argument("keys", metavar="[KEY ...|-]", nargs=-1),
     click.option(
         "--from", "manifest", metavar="FILE|s3://...|-", help="Read keys from CSV, JSONL, Parquet or an S3 Inventory."
     ),
     click.option(
         "--bad-lines",
-        type=click.Choice(["stop", "skip"]),
+        type=_BAD_LINES,
         default="stop",
         show_default=True,
         help="What to do at a malformed line of the manifest.",
@@ -161,63 +166,6 @@ recipe_options = option_group(
         "--keep-metadata", is_flag=True, help="Copy artist and copyright from the source; no other metadata is copied."
     ),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class FeedOptions:
-    """How fast a job is fed."""
-
-    lane: Lane = "backfill"
-    weight: int = 1
-    rate: float | None = None
-    sample: int | None = None
-
-
-feed_options = option_group(
-    "feed",
-    FeedOptions,
-    click.option(
-        "--lane",
-        type=click.Choice(LANES),
-        default="backfill",
-        show_default=True,
-        help="Workers take live images first.",
-    ),
-    click.option(
-        "--weight",
-        type=click.IntRange(1, 1000),
-        default=1,
-        show_default=True,
-        help="Share of the queue against other jobs.",
-    ),
-    click.option(
-        "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Feed at most N images a second."
-    ),
-    click.option(
-        "--sample",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Pause the job after the first N images; `cutfleet unpause` continues it.",
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class WebhookOptions:
-    webhook: str = ""
-    webhook_images: bool = False
-
-
-webhook_options = option_group(
-    "webhook",
-    WebhookOptions,
-    click.option("--webhook", metavar="URL", default="", help="POST a signed event to URL when the job closes."),
-    click.option("--webhook-images", is_flag=True, help="POST an event for each final image, too."),
-)
-
-
-def _print_bad_line(number: int, reason: str) -> None:
-    click.echo(f"line {number} of the manifest left out: {reason}", err=True)
 
 
 def _read_keys(keys: tuple[str, ...]) -> Iterator[str]:

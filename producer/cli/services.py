@@ -7,16 +7,17 @@ from pathlib import Path
 
 import click
 
-from jobs.s3.location import Location, parse_destination
-from producer.cli.options import WebhookOptions, webhook_options
+from jobs.logs import set_up_logs
+from jobs.s3.location import Location
+from producer.cli.options import PREFIX, destination_option, webhook_images_option, webhook_option
 from producer.cli.session import check_webhook_options, open_ledger, open_services, stop_event
+from producer.console.output import format_count
 
 
 @click.command()
 def dispatch() -> None:
     """Run the dispatcher: feed the queues, requeue lost images, retry, close jobs, send webhooks. One is active, others
     are on standby."""
-    from jobs.logs import set_up_logs
     from producer.dispatcher.dispatcher import Dispatcher
     from producer.webhooks.delivery import delivering
 
@@ -37,7 +38,6 @@ def webhooks() -> None:
 @click.argument("job")
 def replay(job: str) -> None:
     """Send a job's webhook events again: its closing, and its images if it was submitted with --webhook-images."""
-    from producer.console.output import format_count
     from producer.webhooks.delivery import replay as replay_events
 
     with open_ledger() as (settings, ledger):
@@ -48,21 +48,15 @@ def replay(job: str) -> None:
 
 
 @click.command()
-@click.argument("source", metavar="s3://BUCKET/PREFIX", type=Location.parse)
-@click.option(
-    "--to",
-    "destination",
-    metavar="s3://BUCKET/PREFIX",
-    type=parse_destination,
-    required=True,
-    help="Where to write the outputs.",
-)
+@click.argument("source", metavar=PREFIX, type=Location.parse)
+@destination_option(required=True, help="Where to write the outputs.")
 @click.option("--model", metavar="NAME", help="Model that makes the masks.  [default: CUTFLEET_MODEL]")
 @click.option("--queue", metavar="URL", help="SQS queue that receives S3's event notifications; it is emptied.")
 @click.option(
     "--listen", metavar="HOST:PORT", help="Receive event notifications by POST /events (CUTFLEET_WATCH_TOKEN)."
 )
-@webhook_options
+@webhook_option
+@webhook_images_option
 @click.option(
     "--existing", is_flag=True, help="If no earlier listing is recorded, also take the objects that exist already."
 )
@@ -81,12 +75,12 @@ def watch(
     model: str | None,
     queue: str | None,
     listen: str | None,
-    webhook: WebhookOptions,
+    webhook: str,
+    webhook_images: bool,
     existing: bool,
     sweep_every_s: float,
 ) -> None:
     """Cut out each image that arrives under a prefix, on the live lane, in one job a day. Runs until it is stopped."""
-    from jobs.logs import set_up_logs
     from jobs.recipe import Recipe
     from producer.ingest.watcher import Watcher, run_watch
     from producer.submission.request import Request
@@ -94,7 +88,7 @@ def watch(
     stop = stop_event()
     with open_services() as (settings, ledger, store):
         set_up_logs(settings.log_format)
-        check_webhook_options(webhook.webhook, webhook.webhook_images, settings)
+        check_webhook_options(webhook, webhook_images, settings)
         request = Request(
             source=source,
             destination=destination,
@@ -102,8 +96,8 @@ def watch(
             lane="live",
             name=f"watch {source}",
             keys=None,
-            webhook=webhook.webhook,
-            webhook_images=webhook.webhook_images,
+            webhook=webhook,
+            webhook_images=webhook_images,
         )
         watcher = Watcher(request, store=store, ledger=ledger, lease_s=settings.lease_s)
         watcher.begin(existing=existing)
@@ -121,7 +115,6 @@ def watch(
 )
 def serve(listen: str) -> None:
     """Serve the HTTP API: submit images, follow and cancel requests, fetch results. Runs until it is stopped."""
-    from jobs.logs import set_up_logs
     from producer.api.app import serve as serve_api
 
     with open_services() as (settings, ledger, store):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import enum
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
 from jobs.errors import SettingsError
+from jobs.message import RENDER_POOL
+from producer.console.output import format_count, job_lines
 
 if TYPE_CHECKING:
-    import threading
-
     from jobs.job import Job
     from jobs.ledger import Ledger
     from jobs.ledger.fleet import Heartbeat
@@ -54,20 +56,15 @@ def open_services() -> Iterator[tuple[Settings, Ledger, Store]]:
             yield settings, ledger, store
 
 
-@contextmanager
-def progress(label: str) -> Iterator[Callable[[int], None]]:
+def progress(label: str) -> AbstractContextManager[Callable[[int], None]]:
     """Show a count on stderr; call the value with each new count."""
     from producer.console.progress import progress as show_progress
 
-    with show_progress(label) as update:
-        yield update
+    return show_progress(label)
 
 
 def stop_event() -> threading.Event:
     """Return an event that SIGTERM and Ctrl-C set."""
-    import signal
-    import threading
-
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -85,7 +82,6 @@ def check_webhook_options(url: str, images: bool, settings: Settings) -> None:
 
 
 def wait_and_summarize(job_id: str, ledger: Ledger, *, timeout_s: float | None = None) -> ExitCode:
-    from producer.console.output import format_count
     from producer.console.progress import wait_until_closed
 
     wait_until_closed(job_id, ledger, timeout_s=timeout_s)
@@ -98,15 +94,11 @@ def wait_and_summarize(job_id: str, ledger: Ledger, *, timeout_s: float | None =
 
 
 def print_job(job: Job, stats: JobStats, workers: Mapping[str, Heartbeat], *, err: bool = False) -> None:
-    from producer.console.output import job_lines
-
     for line in job_lines(job, is_served=job.closed is not None or _is_served(job, workers), stats=stats):
         click.echo(line, err=err)
 
 
 def warn_if_unserved(job: Job, ledger: Ledger) -> None:
-    from jobs.message import RENDER_POOL
-
     if not _is_served(job, ledger.fleet.workers()):
         needed = "is on a CPU" if job.model == RENDER_POOL else f"serves model {job.model!r}"
         click.echo(f"No running worker {needed}: the job waits until one does.", err=True)

@@ -1,4 +1,4 @@
-"""Show results: status, jobs, wait, dead, review."""
+"""Show the state of jobs, images and the fleet: status, jobs, wait, dead, review, workers, doctor."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from jobs.errors import SettingsError
 from jobs.s3.location import Location, is_s3_uri
-from producer.cli.session import open_ledger, open_services, print_job, wait_and_summarize, warn_if_unserved
+from producer.cli.options import PREFIX, destination_option
+from producer.cli.session import ExitCode, open_ledger, open_services, print_job, wait_and_summarize, warn_if_unserved
+from producer.console.output import failure_line, print_jobs
 
 if TYPE_CHECKING:
     from jobs.job import Job
     from jobs.ledger import Ledger
-    from jobs.results import Failure, ImageNote
+    from jobs.results import Failure
+
+_NEWEST = "  [default: the newest open job's]"
+_FAILURE_FIELDS = ("key", "code", "message", "tries")
 
 
 @click.command()
@@ -63,15 +68,22 @@ def _show_image(source: Location, *, as_json: bool) -> None:
 def _show_job(job_id: str, *, as_json: bool, failed: bool, flagged: bool) -> None:
     with open_ledger() as (_, ledger):
         job, stats, workers = ledger.jobs.look(job_id)
-        failures = _read_failures(job, ledger) if failed else None
-        notes = list(ledger.images.notes(job_id).values()) if flagged else None
+        failures = _read_failures(job, ledger) if failed else []
+        notes = list(ledger.images.notes(job_id).values()) if flagged else []
     if as_json:
-        fields = job.summary() | {"tally": dataclasses.asdict(stats)} | _json_lists(failures, notes)
+        fields = job.summary() | {"tally": dataclasses.asdict(stats)}
+        if failed:
+            fields["failures"] = [{name: getattr(failure, name) for name in _FAILURE_FIELDS} for failure in failures]
+        if flagged:
+            fields["flagged"] = [dataclasses.asdict(note) for note in notes]
         click.echo(json.dumps(fields, ensure_ascii=False))
-    elif failures is None and notes is None:
+        return
+    if not failed and not flagged:
         print_job(job, stats, workers)
-    else:
-        _print_lists(failures or [], notes or [])
+    for failure in failures:
+        click.echo(f"{failure.key}\t{failure.code}\t{failure.message}")
+    for note in notes:
+        click.echo(f"{note.key}\t{','.join(note.review)}\t{'; '.join(note.unmet_rules())}")
 
 
 def _read_failures(job: Job, ledger: Ledger) -> list[Failure]:
@@ -86,28 +98,10 @@ def _read_failures(job: Job, ledger: Ledger) -> list[Failure]:
     return [failure for _, failure in sorted(rows.items())]
 
 
-def _json_lists(failures: list[Failure] | None, notes: list[ImageNote] | None) -> dict[str, Any]:
-    lists: dict[str, Any] = {}
-    if failures is not None:
-        lists["failures"] = [{"key": f.key, "code": f.code, "message": f.message, "tries": f.tries} for f in failures]
-    if notes is not None:
-        lists["flagged"] = [dataclasses.asdict(note) for note in notes]
-    return lists
-
-
-def _print_lists(failures: list[Failure], notes: list[ImageNote]) -> None:
-    for failure in failures:
-        click.echo(f"{failure.key}\t{failure.code}\t{failure.message}")
-    for note in notes:
-        click.echo(f"{note.key}\t{','.join(note.review)}\t{'; '.join(note.unmet_rules())}")
-
-
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 def jobs(as_json: bool) -> None:
     """List the newest jobs."""
-    from producer.console.output import print_jobs
-
     with open_ledger() as (_, ledger):
         newest = ledger.jobs.newest()
     if as_json:
@@ -132,7 +126,6 @@ def wait(job: str, timeout_s: float | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 def dead(job: str, as_json: bool) -> None:
     """List the dead letters of a job: for each failed image its key, code, attempts, time, worker and message."""
-    from producer.console.output import failure_line
     from producer.records.failures import all_failures, json_row
 
     with open_services() as (_, ledger, store):
@@ -173,4 +166,35 @@ def review(job: str, flagged: bool, failed: bool, sample: int | None, out: Path)
     click.echo(page)
 
 
-COMMANDS = (status, jobs, wait, dead, review)
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+def workers(as_json: bool) -> None:
+    """List the running workers: device, model, images in flight, rate."""
+    from producer.console.fleet import print_workers
+
+    with open_ledger() as (_, ledger):
+        print_workers(ledger.fleet.workers(), as_json=as_json)
+
+
+@click.command()
+@click.option("--source", metavar=PREFIX, type=Location.parse, help="Prefix to try to read." + _NEWEST)
+@destination_option(help="Prefix to try to write." + _NEWEST)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(source: Location | None, destination: Location | None, as_json: bool) -> None:
+    """Check settings, disk, Redis, S3, workers and queues, and name a remedy for each problem. Exit code 1: an error
+    was found."""
+    from producer.doctor.checks import examine
+    from producer.doctor.findings import is_well
+
+    findings = []
+    for finding in examine(source=source, destination=destination):
+        findings.append(finding)
+        if not as_json:
+            click.echo("\n".join(finding.lines()))
+    if as_json:
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        click.echo(json.dumps({"well": is_well(findings), "findings": rows}, ensure_ascii=False))
+    sys.exit(ExitCode.OK if is_well(findings) else ExitCode.FAILED)
+
+
+COMMANDS = (status, jobs, wait, dead, review, workers, doctor)

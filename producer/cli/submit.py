@@ -10,66 +10,57 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.errors import SettingsError
-from jobs.message import LANES
-from jobs.s3.location import Location, parse_destination
 from producer.cli.options import (
-    FeedOptions,
     RecipeOptions,
     SourceOptions,
-    WebhookOptions,
-    feed_options,
-    option_group,
+    destination_option,
+    lane_option,
     recipe_options,
     source_options,
-    webhook_options,
+    webhook_images_option,
+    webhook_option,
 )
 from producer.cli.session import check_webhook_options, open_services, progress, wait_and_summarize, warn_if_unserved
+from producer.console.output import estimate_lines, format_count
 
 if TYPE_CHECKING:
     from jobs.job import Job
     from jobs.ledger import Ledger
     from jobs.message import Lane
     from jobs.s3.client import Store
+    from jobs.s3.location import Location
     from jobs.settings import Settings
     from producer.submission.request import Request
 
-_DEFAULT_FEED = FeedOptions()
-_NO_WEBHOOK = WebhookOptions()
-
-
-@dataclasses.dataclass(frozen=True)
-class ConfirmOptions:
-    """When to ask before a large submission."""
-
-    confirm_over: int
-    yes: bool
-
-
-confirm_options = option_group(
-    "confirm",
-    ConfirmOptions,
-    click.option(
-        "--confirm-over",
-        type=click.IntRange(min=0),
-        default=100_000,
-        show_default=True,
-        metavar="N",
-        help="Show an estimate and ask before more than N images.",
-    ),
-    click.option("--yes", is_flag=True, help="Do not ask."),
-)
+_WEIGHT, _COUNT = click.IntRange(1, 1000), click.IntRange(min=1)
+_RATE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
-@click.option(
-    "--to", "destination", metavar="s3://BUCKET/PREFIX", type=parse_destination, help="Where to write the outputs."
-)
+@destination_option(help="Where to write the outputs.")
 @recipe_options
 @source_options
-@feed_options
-@webhook_options
+@lane_option
+@click.option("--weight", type=_WEIGHT, default=1, show_default=True, help="Share of the queue against other jobs.")
+@click.option("--rate", type=_RATE, metavar="N", help="Feed at most N images a second.")
+@click.option(
+    "--sample",
+    type=_COUNT,
+    metavar="N",
+    help="Pause the job after the first N images; `cutfleet unpause` continues it.",
+)
+@webhook_option
+@webhook_images_option
 @click.option("--name", metavar="TEXT", default="", help="Name of the job in lists.")
-@confirm_options
+@click.option(
+    "--confirm-over",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=100_000,
+    show_default=True,
+    help="Show an estimate and ask before more than N images.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option(
     "--resume",
     metavar="JOB",
@@ -80,24 +71,32 @@ def submit(
     source: SourceOptions,
     destination: Location | None,
     recipe: RecipeOptions,
-    feed: FeedOptions,
-    webhook: WebhookOptions,
+    lane: Lane,
+    weight: int,
+    rate: float | None,
+    sample: int | None,
+    webhook: str,
+    webhook_images: bool,
     name: str,
-    confirm: ConfirmOptions,
+    confirm_over: int,
+    yes: bool,
     resume: str | None,
     wait: bool,
 ) -> None:
     """Create a job of all images under a prefix, of the given KEYs (complete, as S3 lists them; `-` reads them from
     stdin, one a line), or of a manifest. The last line on stdout is the job's id."""
     from producer.submission import submit as submission
+    from producer.submission.request import NOWHERE
 
     if resume is None and destination is None:
         raise SettingsError("A submission needs a destination: add --to s3://BUCKET/PREFIX.")
     with source.stdin_as_file() as source, open_services() as (settings, ledger, store):
-        check_webhook_options(webhook.webhook, webhook.webhook_images, settings)
-        request = _request(source, recipe, settings, destination, feed=feed, webhook=webhook, name=name)
-        if resume is None and not confirm.yes:
-            _confirm(request, settings, store, ledger, over=confirm.confirm_over)
+        check_webhook_options(webhook, webhook_images, settings)
+        request = _request(source, recipe, settings, lane=lane, destination=destination or NOWHERE, name=name)
+        request = dataclasses.replace(request, weight=weight, rate=rate, sample=sample)
+        request = dataclasses.replace(request, webhook=webhook, webhook_images=webhook_images)
+        if resume is None and not yes:
+            _confirm(request, settings, store, ledger, over=confirm_over)
         with progress("listing") as listed:
             if resume is not None:
                 job = submission.resume(resume, request, store=store, ledger=ledger, listed=listed, waiting=_print)
@@ -111,26 +110,25 @@ def submit(
 @click.command()
 @recipe_options
 @source_options
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="[default: those that serve the model now]")
+@click.option("--workers", type=_COUNT, metavar="N", help="[default: those that serve the model now]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(source: SourceOptions, recipe: RecipeOptions, workers: int | None, as_json: bool) -> None:
     """Estimate a submission: images, bytes, time and cost. Submits nothing."""
-    from producer.console.output import estimate_lines
     from producer.submission.estimate import estimate
+    from producer.submission.request import NOWHERE
 
     with source.stdin_as_file() as source, open_services() as (settings, ledger, store):
-        request = _request(source, recipe, settings)
+        request = _request(source, recipe, settings, lane="backfill", destination=NOWHERE, name="")
         with progress("listing") as listed:
             found = estimate(request, settings, workers=workers, store=store, ledger=ledger, listed=listed)
-    click.echo(
-        json.dumps(found.summary(), ensure_ascii=False) if as_json else "\n".join(estimate_lines(found, settings))
-    )
+    lines = [json.dumps(found.summary(), ensure_ascii=False)] if as_json else estimate_lines(found, settings)
+    click.echo("\n".join(lines))
 
 
 @click.command()
 @click.argument("job")
 @click.option("--recipe", metavar="NAME|FILE", required=True, help="Its renditions are made; the cutout stays.")
-@click.option("--lane", type=click.Choice(LANES), default="backfill", show_default=True)
+@lane_option
 @click.option("--wait", is_flag=True, help="Wait until the new job is closed.")
 def render(job: str, recipe: str, lane: Lane, wait: bool) -> None:
     """Make renditions of a job's stored cutouts by another recipe, without the model, on any CPU worker. The last line
@@ -140,52 +138,38 @@ def render(job: str, recipe: str, lane: Lane, wait: bool) -> None:
 
     with open_services() as (settings, ledger, store):
         with progress("listing") as listed:
+            old, lease_s = ledger.jobs.get(job), settings.lease_s
             created = submit_rerender(
-                ledger.jobs.get(job),
-                load_recipe(recipe),
-                lane=lane,
-                store=store,
-                ledger=ledger,
-                lease_s=settings.lease_s,
-                listed=listed,
+                old, load_recipe(recipe), lane=lane, store=store, ledger=ledger, lease_s=lease_s, listed=listed
             )
         _conclude(created, ledger, wait=wait)
 
 
 def _request(
-    source: SourceOptions,
-    recipe: RecipeOptions,
-    settings: Settings,
-    destination: Location | None = None,
-    *,
-    feed: FeedOptions = _DEFAULT_FEED,
-    webhook: WebhookOptions = _NO_WEBHOOK,
-    name: str = "",
+    source: SourceOptions, recipe: RecipeOptions, settings: Settings, *, lane: Lane, destination: Location, name: str
 ) -> Request:
-    from producer.submission.request import NOWHERE, Request
+    from producer.submission.request import Request, refuse_line
 
     return Request(
         source=source.source,
-        destination=destination or NOWHERE,
+        destination=destination,
         recipe=recipe.load(settings),
+        lane=lane,
         name=name or str(source.source),
         keys=source.keys or None,
         manifest=source.manifest,
         only=source.listing_filter(),
-        bad_line=source.line_report(),
-        lane=feed.lane,
-        weight=feed.weight,
-        rate=feed.rate,
-        sample=feed.sample,
-        webhook=webhook.webhook,
-        webhook_images=webhook.webhook_images,
+        bad_line=refuse_line if source.bad_lines == "stop" else _print_bad_line,
     )
+
+
+def _print_bad_line(number: int, reason: str) -> None:
+    _print(f"line {number} of the manifest left out: {reason}")
 
 
 def _confirm(request: Request, settings: Settings, store: Store, ledger: Ledger, *, over: int) -> None:
     """Ask before more than `over` images. Raises `SettingsError`: `needs_confirmation` without a terminal,
     `not_confirmed` for the answer no."""
-    from producer.console.output import estimate_lines
     from producer.submission.estimate import estimate, has_more_than
     from producer.submission.request import refuse_line
     from producer.submission.validation import check_request
@@ -210,8 +194,6 @@ def _confirm(request: Request, settings: Settings, store: Store, ledger: Ledger,
 
 def _conclude(job: Job, ledger: Ledger, *, wait: bool) -> None:
     """Print the new job; with `wait`, exit when it is closed."""
-    from producer.console.output import format_count
-
     _print(f"{format_count(job.total, 'image')} from {job.source} to {job.destination}, model {job.model}")
     warn_if_unserved(job, ledger)
     click.echo(job.id)

@@ -6,7 +6,6 @@ logs of the processes.
 
 from __future__ import annotations
 
-import importlib.resources
 import mimetypes
 import shutil
 import signal
@@ -29,6 +28,7 @@ from producer.demo.local_stack import LocalStack, inherited_environment
 from producer.submission.request import Request
 from producer.submission.submit import submit
 
+SAMPLES = Path(__file__).with_name("samples")
 SOURCE, DESTINATION = Location("catalogue", "photos/"), Location("results", "")
 MODEL = "u2netp"
 TIMEOUT_S = 600.0
@@ -50,12 +50,16 @@ def run_demo(photos: Path | None, out: Path, *, keep: bool) -> int:
         names = _upload(photos, out, store)
         job = _run_job(store, ledger)
         _download(job, names, out, store)
-        _print_results(job, ledger)
+        for line in job_lines(job):
+            click.echo(line)
+        for _, failure in ledger.images.failures(job.id):
+            click.echo(f"failed:    {failure.key}: {failure.message} [{failure.code}]")
         if keep:
             _wait_for_interrupt(stack)
         else:
             worker.stop()
-    _draw_sheet(out)
+    draw_sheet = [sys.executable, "-m", "workers", "sheet", str(out)]
+    subprocess.run(draw_sheet, check=True, env=inherited_environment())  # noqa: S603  (our own program)
     click.echo(f"cutouts:   {out / 'cutouts'}\nmasks:     {out / 'masks'}\nsheet:     {out / 'contact-sheet.png'}")
     click.echo("next:      cutfleet demo PHOTOS --keep   your own images, and the system keeps running")
     return 0 if job.closed is not None and job.done + job.skipped == job.total else 1
@@ -74,24 +78,16 @@ def _upload(photos: Path | None, out: Path, store: Store) -> list[str]:
     for location in (SOURCE, DESTINATION):
         store.create_bucket(location.bucket)
     (out / "sources").mkdir(exist_ok=True)
-    bodies = _read_photos(photos)
-    for name, body in bodies.items():
-        content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        store.put(SOURCE.below(name), body, content_type=content_type)
-        (out / "sources" / name).write_bytes(body)
-    return list(bodies)
-
-
-def _read_photos(photos: Path | None) -> dict[str, bytes]:
-    if photos is None:
-        samples = importlib.resources.files("producer.demo") / "samples"
-        files = [(entry.name, entry.read_bytes()) for entry in samples.iterdir()]
-    else:
-        files = [(path.name, path.read_bytes()) for path in photos.iterdir() if path.is_file()]
-    images = {name: body for name, body in sorted(files) if Path(name).suffix.lower() in IMAGE_SUFFIXES}
+    found = sorted((photos or SAMPLES).iterdir())
+    images = [path for path in found if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise click.UsageError(f"There are no images in {photos}.")
-    return images
+    for path in images:
+        body = path.read_bytes()
+        content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        store.put(SOURCE.below(path.name), body, content_type=content_type)
+        (out / "sources" / path.name).write_bytes(body)
+    return [path.name for path in images]
 
 
 def _run_job(store: Store, ledger: Ledger) -> Job:
@@ -114,18 +110,6 @@ def _download(job: Job, names: list[str], out: Path, store: Store) -> None:
             body, _ = store.get(location, role="output", max_bytes=MAX_BYTES)
             (out / kind).mkdir(exist_ok=True)
             (out / kind / f"{name}.png").write_bytes(body)
-
-
-def _print_results(job: Job, ledger: Ledger) -> None:
-    for line in job_lines(job):
-        click.echo(line)
-    for _, failure in ledger.images.failures(job.id):
-        click.echo(f"failed:    {failure.key}: {failure.message} [{failure.code}]")
-
-
-def _draw_sheet(out: Path) -> None:
-    command = [sys.executable, "-m", "workers", "sheet", str(out)]
-    subprocess.run(command, check=True, env=inherited_environment())  # noqa: S603  (our own program)
 
 
 def _wait_for_interrupt(stack: LocalStack) -> None:

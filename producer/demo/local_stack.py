@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import IO, Self
 
 from jobs.errors import CutfleetError, ServiceUnavailable, SettingsError
@@ -121,27 +121,18 @@ class LocalStack:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start_valkey(self) -> None:
         """Start or restart Valkey; it keeps its data across restarts, up to the last second."""
         folder = self.folder / "valkey"
         folder.mkdir(parents=True, exist_ok=True)
-        options = {
-            "port": str(self.redis_port),
-            "bind": "127.0.0.1",
-            "dir": str(folder),
-            "appendonly": "yes",
-            "appendfsync": "everysec",
-            "maxmemory-policy": "noeviction",
-            "save": "",
-        }
-        flat = [text for name, value in options.items() for text in (f"--{name}", value)]
-        self.valkey = self._spawn("valkey", [valkey_program(), *flat])
-        with Ledger(self.environment["CUTFLEET_REDIS_URL"], name="the local Valkey") as ledger:
+        options = f"--port {self.redis_port} --bind 127.0.0.1 --maxmemory-policy noeviction"
+        saving = "--appendonly yes --appendfsync everysec --save"
+        command = [valkey_program(), "--dir", str(folder), *options.split(), *saving.split(), ""]
+        self.valkey = self._spawn("valkey", command)
+        with self.ledger() as ledger:
             _wait_until(lambda: _works(ledger.ping), "Valkey answers", self.valkey)
 
     def start_s3(self) -> None:
@@ -155,28 +146,13 @@ class LocalStack:
         }
         (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
         master, volume, filer = self._weed_ports
-        options = {
-            "dir": folder / "data",
-            "ip": "127.0.0.1",
-            "ip.bind": "127.0.0.1",
-            "master.port": master,
-            "master.telemetry": "false",
-            "master.volumeSizeLimitMB": 128,
-            "volume.port": volume,
-            "volume.max": 2000,
-            "volume.preStopSeconds": 0,
-            "filer": "true",
-            "filer.port": filer,
-            "s3": "true",
-            "s3.port": self.s3_port,
-            "s3.config": folder / "identities.json",
-            "s3.autoCreateBucket": "false",
-            "s3.iam": "false",
-            "s3.port.iceberg": 0,
-            "s3.port.lance": 0,
-        }
-        flags = [f"-{name}={value}" for name, value in options.items()]
-        self.s3 = self._spawn("s3", [_program("weed"), "-logtostderr=true", "server", *flags])
+        paths = [f"-dir={folder / 'data'}", f"-s3.config={folder / 'identities.json'}"]
+        options = f"""-ip=127.0.0.1 -ip.bind=127.0.0.1 -filer=true -filer.port={filer}
+            -master.port={master} -master.telemetry=false -master.volumeSizeLimitMB=128
+            -volume.port={volume} -volume.max=2000 -volume.preStopSeconds=0
+            -s3=true -s3.port={self.s3_port} -s3.autoCreateBucket=false -s3.iam=false
+            -s3.port.iceberg=0 -s3.port.lance=0"""
+        self.s3 = self._spawn("s3", [_program("weed"), "-logtostderr=true", "server", *paths, *options.split()])
         with self.store() as store:
             _wait_until(lambda: _works(lambda: store.create_bucket("cutfleet-ready")), "S3 answers", self.s3)
 
@@ -188,11 +164,11 @@ class LocalStack:
         return Ledger(self.environment["CUTFLEET_REDIS_URL"], name="the local Valkey")
 
     def start_dispatcher(self, **settings: str) -> Process:
-        return self._start("dispatcher", [sys.executable, "-m", "producer", "dispatch"], settings)
+        return self._spawn("dispatcher", [sys.executable, "-m", "producer", "dispatch"], settings)
 
     def start_worker(self, *, program: Sequence[str] = ("-m", "workers"), **settings: str) -> Process:
         """Return when the worker is ready. `settings`: `CUTFLEET_*` variables without the prefix, in lower case."""
-        worker = self._start("worker", [sys.executable, *program], settings)
+        worker = self._spawn("worker", [sys.executable, *program], settings)
         with self.ledger() as ledger:
             _wait_until(lambda: _is_alive(ledger, worker.pid), "the worker is ready", worker)
         return worker
@@ -209,11 +185,9 @@ class LocalStack:
                     process.kill()
             self._children.clear()
 
-    def _start(self, name: str, command: list[str], settings: Mapping[str, str]) -> Process:
-        return self._spawn(name, command, {f"CUTFLEET_{key.upper()}": value for key, value in settings.items()})
-
-    def _spawn(self, name: str, command: list[str], more: Mapping[str, str] | None = None) -> Process:
-        env = inherited_environment() | self.environment | dict(more or {})
+    def _spawn(self, name: str, command: list[str], settings: Mapping[str, str] | None = None) -> Process:
+        own = {f"CUTFLEET_{key.upper()}": value for key, value in (settings or {}).items()}
+        env = inherited_environment() | self.environment | own
         with deferred_signals():
             process = Process(command, log=self.folder / "logs" / f"{name}.log", env=env)
             self._children.append(process)

@@ -47,7 +47,8 @@ def write_page(job: Job, rows: Iterable[Row], to: Path, *, available: int) -> in
         row_fields: list[dict[str, Any]] = []
         extents: list[tuple[int, int]] = []
         for number, row in enumerate(rows):
-            block = _image_block(number, row).encode()
+            images = _json(row.preview.images)
+            block = f'<script type="application/json" id="i{number}">{images}</script>\n'.encode()
             extents.append((blocks.tell(), len(block)))
             blocks.write(block)
             row_fields.append(_row_fields(job, number, row))
@@ -66,20 +67,12 @@ def _row_fields(job: Job, number: int, row: Row) -> dict[str, Any]:
     paths = job.paths(row.key)
     preview, failure = row.preview, row.failure
     has_cutout = "after" in preview.images
-    return {
+    copied = ("etag", "review", "complaints", "notes", "figures", "width", "height", "edge", "model")
+    return {name: getattr(preview, name) for name in copied} | {
         "n": number,
         "key": row.key,
-        "etag": preview.etag,
         "code": failure.code if failure else "",
         "message": failure.message if failure else "",
-        "review": preview.review,
-        "complaints": preview.complaints,
-        "notes": preview.notes,
-        "figures": preview.figures,
-        "width": preview.width,
-        "height": preview.height,
-        "edge": preview.edge,
-        "model": preview.model,
         "by": preview.job if preview.job != job.id else "",
         "source": str(paths.source),
         "cutout": str(paths.cutout) if has_cutout else "",
@@ -120,10 +113,6 @@ def _job_fields(job: Job, count: int, available: int) -> dict[str, str]:
         "line": f"Job {job.id}, model {job.model}: {shown}, {when} UTC",
         "command": shlex.join(words) + (" --recipe FILE" if has_own_recipe else ""),
     }
-
-
-def _image_block(number: int, row: Row) -> str:
-    return f'<script type="application/json" id="i{number}">{_json(row.preview.images)}</script>\n'
 
 
 def _json(value: object) -> str:

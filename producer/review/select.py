@@ -6,7 +6,6 @@ Workers on a CPU make the previews, as a job of its own that writes beside the r
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import heapq
 import json
@@ -81,8 +80,11 @@ def write_review(
     previews = _submit_previews(job, candidates, store=store, ledger=ledger, lease_s=lease_s)
     if previews is not None:
         on_submitted(previews)
-        with _cancelled_on_error(previews, ledger):
+        try:
             wait_until_closed(previews.id, ledger, timeout_s=None)
+        except BaseException:  # Ctrl-C, for example
+            ledger.jobs.cancel(previews.id)
+            raise
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"review-{job.id}.html"
     with progress("images on the page") as update:
@@ -187,16 +189,6 @@ def _counted(rows: Iterable[Row], update: Callable[[int], None]) -> Iterator[Row
     for count, row in enumerate(rows, 1):
         update(count)
         yield row
-
-
-@contextlib.contextmanager
-def _cancelled_on_error(job: Job, ledger: Ledger) -> Iterator[None]:
-    """Cancel the job when the block is interrupted, by Ctrl-C for example."""
-    try:
-        yield
-    except BaseException:
-        ledger.jobs.cancel(job.id)
-        raise
 
 
 def _rng(job: Job) -> random.Random:

@@ -98,7 +98,7 @@ function fill() {
   shown = rows.map((_, at) => at).filter((at) => matches(rows[at]));
   $("tiles").replaceChildren(...shown.map((at) => tiles[at]));
   $("tiles").hidden = !shown.length;
-  $("nothing").hidden = $("stage").hidden = Boolean(shown.length);
+  $("nothing").hidden = shown.length > 0;
   $("stage").hidden = !shown.length;
   if (shown.length) show(shown.includes(before) ? before : shown[0]);
 }
